@@ -1,0 +1,53 @@
+# Two commands matter: `make demo` and `make test`. Both start from nothing but Python >= 3.11 and pip.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+MODEL ?= smollm2-135m
+MEMORY ?= 900MiB
+
+.PHONY: demo test lint unit oracles readme bench clean help
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  make \1\t\2/p' Makefile
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "tradespace needs Python 3.11 or newer; this is %d.%d. Try: make PYTHON=python3.12 ..." % sys.version_info[:2])'
+	@$(PYTHON) -m venv $(VENV) || { echo "python3-venv is missing; install it (Debian: apt install python3-venv) and run make again"; exit 1; }
+	@touch $@
+
+$(VENV)/.engine: $(VENV)/.created pyproject.toml
+	@echo "installing tradespace and PyTorch into $(VENV) …"
+	@$(PIP) install -q -e '.[engine]'
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.created pyproject.toml
+	@echo "installing tradespace with its test tools into $(VENV) …"
+	@$(PIP) install -q -e '.[test]'
+	@touch $@ $(VENV)/.engine
+
+demo: $(VENV)/.engine ## install, fetch SmolLM2-135M-Instruct, plan, generate, print predicted against measured
+	@$(BIN)/tradespace demo $(MODEL) --memory $(MEMORY)
+
+lint: $(VENV)/.test
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/pyright --pythonpath $(BIN)/python
+	@$(BIN)/lint-imports --no-cache
+
+test: lint ## ruff, pyright, import-linter, pytest
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+oracles: $(VENV)/.test ## compare with llama.cpp (compiles it: minutes) and refresh the recorded references
+	@$(PIP) install -q 'llama-cpp-python>=0.3.16'
+	@$(BIN)/python -m pytest tests/oracles -p no:xdist
+
+readme: $(VENV)/.engine ## render the README's tables from results/
+	@$(BIN)/python -m tradespace.lab.readme
+
+bench: $(VENV)/.engine ## re-measure what the README states (alone on the machine; about ten minutes)
+	@$(BIN)/tradespace lab run all
+
+clean: ## remove the environment and caches
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,186 @@
+"""The half of the library that needs no torch: name a model, state what there is, get the frontier of plans."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from tradespace.errors import InputError, TradespaceError
+from tradespace.loading.gguf import GGUFFile, read_gguf
+from tradespace.loading.pull import ModelEntry, is_local, list_models
+from tradespace.loading.pull import pull as _pull
+from tradespace.loading.resolve import ModelFiles, read_json_object, resolve
+from tradespace.measure.machine import this_machine
+from tradespace.planner.search import Frontier, plan_frontier
+from tradespace.spec.device import DeviceSpec
+from tradespace.spec.device_zoo import find_device
+from tradespace.spec.families import model_spec_from_config
+from tradespace.spec.gguf_config import model_spec_from_gguf
+from tradespace.spec.model import ModelSpec
+from tradespace.spec.what_if import parse_changes
+from tradespace.spec.what_if import what_if as _what_if
+from tradespace.spec.workload import Workload
+from tradespace.spec.zoo import find_model
+from tradespace.units import parse_bytes
+
+DEFAULT_SHARE = "80%"  # of what is free now, where no budget is stated
+Size = str | int
+
+
+def find_spec(model: str | ModelSpec | Path, *, revision: str | None = None, offline: bool = False) -> ModelSpec:
+    """The ModelSpec behind a name: a zoo name, a folder, a GGUF file, a hub id. Weights are never fetched for it.
+
+    A hub id that the zoo does not know fetches config.json alone. Raises InputError with the nearest names for what is none of these.
+    """
+    if isinstance(model, ModelSpec):
+        return model
+    name = str(model)
+    if is_local(name):
+        return _local_spec(Path(name).expanduser(), name)
+    try:
+        return find_model(name)
+    except InputError as unknown:
+        if "/" not in name:
+            raise
+        try:
+            files = resolve(name, revision=revision, offline=offline, download=False)
+        except TradespaceError:
+            from tradespace.loading.hub import fetch_config
+
+            try:
+                config = fetch_config(name, revision=revision, offline=offline)
+            except TradespaceError as error:
+                raise InputError(f"{unknown} And from the hub: {error}") from error
+            return model_spec_from_config(config, name)
+        return spec_of_files(files)
+
+
+def _local_spec(path: Path, name: str) -> ModelSpec:
+    if path.is_dir() and (path / "config.json").is_file():
+        config = read_json_object(path / "config.json")
+        assert config is not None, "a file that is there was read"
+        return model_spec_from_config(config, name)
+    if path.suffix == ".json":
+        config = read_json_object(path)
+        if config is None:
+            raise InputError(f"'{name}' does not exist")
+        return model_spec_from_config(config, name)
+    return spec_of_files(resolve(name, download=False))
+
+
+def spec_of_files(files: ModelFiles) -> ModelSpec:
+    """The ModelSpec that a model's own files state."""
+    if files.kind == "gguf":
+        return spec_of_gguf(read_gguf(files.weights[0]), files.name)
+    assert files.config is not None, "a safetensors model was resolved with its config"
+    return model_spec_from_config(files.config, files.name)
+
+
+def spec_of_gguf(file: GGUFFile, name: str) -> ModelSpec:
+    return model_spec_from_gguf(file.metadata, {tensor.name: tensor.shape for tensor in file.tensors.values()}, name)
+
+
+def find_machine(device: str | DeviceSpec | None) -> DeviceSpec:
+    """A device of the zoo by name, or (None, "this") the machine this runs on, measured."""
+    if isinstance(device, DeviceSpec):
+        return device
+    if device is None or device.lower() in ("this", "cpu", "auto"):
+        return this_machine()
+    return find_device(device)
+
+
+def budget_bytes(memory: Size | None, device: DeviceSpec) -> int:
+    """The stated budget in bytes; without one, 80% of what is free on the device now."""
+    return parse_bytes(DEFAULT_SHARE if memory is None else memory, free_bytes=device.free_bytes)
+
+
+def plan(
+    model: str | ModelSpec | Path,
+    *,
+    memory: Size | None = None,
+    device: str | DeviceSpec | None = None,
+    device_memory: Size | None = None,
+    host_memory: Size | None = None,
+    context: int | None = None,
+    concurrency: int = 1,
+    prompt: int | None = None,
+    output: int | None = None,
+    goal: Literal["latency", "throughput"] = "latency",
+    runnable_only: bool = False,
+    pins: Mapping[str, str] | None = None,
+    revision: str | None = None,
+    offline: bool = False,
+) -> Frontier:
+    """Every plan for `model` within a budget, evaluated: `.best`, `.pareto`, `.why_not`, `.to_dicts()`.
+
+    memory         budget of the pool the model computes in: the host's for a CPU, each device's otherwise ("6GiB", "40GB", "80%", bytes)
+    device_memory  the same for a device, when `memory` is left to mean the host; host_memory: what the host may hold for streamed layers
+    device         a name of the zoo ("a100-40gb", "2x h100-80gb"), or None for this machine
+    context        tokens a sequence may reach; default: prompt + output, at least 2,048, at most what the model takes
+    pins           fixes an axis: {"weights": "int4", "kv_store": "bf16", "attention": "sdpa", "layout": "paged"}
+
+    Raises InputError for names and numbers that make no sense. A budget that nothing fits is not an error here: `.best` is then None and `.nearest` says what would.
+
+    >>> frontier = plan("llama-2-7b", memory="16GB", device="rtx-4090")
+    >>> frontier.best.plan.weights.default
+    'bf16'
+    """
+    spec = find_spec(model, revision=revision, offline=offline)
+    machine = find_machine(device)
+    work = workload(spec, context=context, concurrency=concurrency, prompt=prompt, output=output, goal=goal)
+    return plan_frontier(
+        spec,
+        machine,
+        work,
+        memory_bytes=budget_bytes(device_memory if device_memory is not None else memory, machine),
+        host_memory_bytes=None if host_memory is None else parse_bytes(host_memory),
+        runnable_only=runnable_only,
+        pins=dict(pins or {}),
+    )
+
+
+def workload(
+    spec: ModelSpec,
+    *,
+    context: int | None = None,
+    concurrency: int = 1,
+    prompt: int | None = None,
+    output: int | None = None,
+    goal: Literal["latency", "throughput"] = "latency",
+) -> Workload:
+    """The Workload that these numbers mean for this model: what is not given is derived, what does not fit the model's context is an error."""
+    if context is not None and context > spec.max_context:
+        raise InputError(f"--context {context} exceeds the {spec.max_context} tokens that {spec.name} was made for. Give at most {spec.max_context}")
+    if context is None:
+        context = min(spec.max_context, max(2048, (prompt or 0) + (output or 0)))
+    if prompt is None:
+        prompt = max(1, min(1024, context // 2) if output is None else min(1024, context - output))
+    if output is None:
+        output = max(1, min(256, context - prompt))
+    return Workload(context_tokens=context, concurrency=concurrency, prompt_tokens=prompt, output_tokens=output, goal=goal)
+
+
+def what_if(model: str | ModelSpec, changes: str, *, equal_parameters: bool = False) -> ModelSpec:
+    """`model` with other proportions, such as "layers=40,width=8192": what width, depth, feed-forward ratio and KV heads do to bytes.
+
+    >>> what_if("llama-2-7b", "layers=40").L
+    40
+    """
+    return _what_if(find_spec(model), equal_parameters=equal_parameters, **parse_changes(changes))
+
+
+def pull(model: str, *, revision: str | None = None, offline: bool = False, progress: bool = True) -> Path:
+    """Fetch a model's files and return where they lie: an alias of `models()`, a hub id `org/name`, `org/name:FILE.gguf`, or a local path as it is.
+
+    Raises DownloadError (network, licence, checksum, disk), InputError (no such name). Nothing half-written is left in place.
+    """
+    return _pull(model, revision=revision, offline=offline, progress=progress)
+
+
+def models() -> list[ModelEntry]:
+    """What can be run without naming a path: packaged aliases, fetched or not, and what lies in our cache and the hub's."""
+    return list_models()
+
+
+__all__ = ["find_spec", "models", "plan", "pull", "spec_of_files", "what_if", "workload"]

@@ -1,0 +1,86 @@
+"""The `tradespace` command: one typer app, thin over `import tradespace as ts`. Exit codes: 0 good, 1 our failure, 2 usage, 3 the budget cannot be met."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from typing import Annotated
+
+import typer
+
+import tradespace
+from tradespace.cli import chat, demo, doctor, lab, plan, pull, run
+from tradespace.errors import BudgetError, TradespaceError
+
+EXIT_FAILURE, EXIT_INTERRUPTED = 1, 130
+
+app = typer.Typer(
+    name="tradespace",
+    help="State a memory budget; get the plan, the text, and the proof.\n\nExample: tradespace run smollm2-135m --memory 900MiB 'Why is the sky blue?'",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"tradespace {tradespace.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")] = False,
+) -> None:
+    """State a memory budget; get the plan, the text, and the proof."""
+
+
+for part in (doctor, pull, plan, run, chat, demo, lab):
+    part.register(app)
+
+
+def _say(error: BaseException, exit_code: int, *, as_json: bool) -> None:
+    if as_json:
+        body: dict[str, object] = {"error": type(error).__name__, "message": str(error), "exit_code": exit_code}
+        if isinstance(error, BudgetError):
+            body |= {"need_bytes": error.need_bytes, "have_bytes": error.have_bytes}
+        print(json.dumps(body))
+    print(f"error: {error}", file=sys.stderr)
+
+
+def main() -> None:
+    """Runs the command line and turns every error into one line and an exit code; a traceback means a bug of ours."""
+    as_json = "--json" in sys.argv
+    try:
+        app(standalone_mode=True)
+    except TradespaceError as error:
+        _say(error, error.exit_code, as_json=as_json)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        # the reader (head, less) has gone: nothing is left to say, and the interpreter must not try to flush either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_FAILURE)
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "tokenizers", "jinja2"):
+            raise
+        missing = TradespaceError(f"this command runs models and needs {error.name}, which is not installed. Run: pip install 'tradespace[engine]'")
+        _say(missing, EXIT_FAILURE, as_json=as_json)
+        sys.exit(EXIT_FAILURE)
+    except MemoryError as error:
+        _say(TradespaceError(f"the system refused memory ({error or 'no detail'}): state a smaller --memory"), EXIT_FAILURE, as_json=as_json)
+        sys.exit(EXIT_FAILURE)
+    except Exception as error:
+        traceback.print_exc()
+        _say(TradespaceError(f"a bug of ours: {type(error).__name__}: {error}. Please report it with the lines above"), EXIT_FAILURE, as_json=as_json)
+        sys.exit(EXIT_FAILURE)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""Flags that several commands share, under the names that users of vLLM, llama.cpp and the Hugging Face tools know."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, is_dataclass
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+
+WIDTH = 100  # every table fits this many columns
+
+Model = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="An alias (smollm2-135m, gemma3-270m), a folder, a .gguf file, org/name or org/name:FILE.gguf from the hub."),
+]
+PlannedModel = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A zoo name such as llama-2-70b, a folder, a config.json, a .gguf file, or a hub id. No weights are needed.")
+]
+Memory = Annotated[str | None, typer.Option("--memory", "-m", help="Budget: 700MiB, 6GiB, 6G (= GiB), 6GB (decimal), 80%. Default: 80% of what is free.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
+Context = Annotated[int | None, typer.Option("--context", "-c", min=1, help="Most tokens of one sequence, prompt and answer together.")]
+Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a hub model.")]
+Offline = Annotated[bool, typer.Option("--offline", help="Never touch the network; use what is on this machine.")]
+PlanFile = Annotated[str | None, typer.Option("--plan", help="A plan that `tradespace plan --save` wrote; it is obeyed to the letter.")]
+Attention = Annotated[str | None, typer.Option("--attention", help="Attention kernel: sdpa, chunked or reference.")]
+WeightFormat = Annotated[str | None, typer.Option("--weights", help="Weight format: bf16, fp32, fp16, int8. Default: the planner's choice.")]
+Goal = Literal["latency", "throughput"]
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A console no wider than 100 columns; plain where the output is not a terminal."""
+    found = Console(stderr=stderr, soft_wrap=False, highlight=False)
+    if found.width > WIDTH or not found.is_terminal:
+        found = Console(stderr=stderr, soft_wrap=False, highlight=False, width=WIDTH)
+    return found
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on standard output."""
+    json.dump(value, sys.stdout, indent=2, default=_plain, allow_nan=False)
+    sys.stdout.write("\n")
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    if hasattr(value, "to_dict"):
+        return value.to_dict()
+    return str(value)

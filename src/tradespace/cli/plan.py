@@ -1,0 +1,116 @@
+"""`tradespace plan`: the byte ledger of the best plan, the Pareto frontier, and why every other family of options lost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import yaml
+
+from tradespace.cli.options import Context, Goal, Json, Memory, Offline, PlannedModel, Revision, console, print_json
+from tradespace.errors import InputError
+from tradespace.spec.workload import Workload
+
+
+def register(app: typer.Typer) -> None:
+    app.command("plan")(plan)
+
+
+def plan(
+    model: PlannedModel,
+    memory: Memory = None,
+    device: Annotated[str | None, typer.Option("--device", help="a100-40gb, '2x h100-80gb', rtx-4090, m4-max …; default: this machine, measured.")] = None,
+    device_memory: Annotated[str | None, typer.Option("--device-memory", help="Budget of each device, when it is not --memory.")] = None,
+    host_memory: Annotated[str | None, typer.Option("--host-memory", help="What the host may hold for layers that are streamed.")] = None,
+    context: Context = None,
+    concurrency: Annotated[int, typer.Option("--concurrency", "-np", min=1, help="Sequences at once.")] = 1,
+    prompt: Annotated[int | None, typer.Option("--prompt", min=1, help="Prompt tokens of a typical request.")] = None,
+    output: Annotated[int | None, typer.Option("--output", min=1, help="Output tokens of a typical request.")] = None,
+    goal: Annotated[Goal, typer.Option("--goal", help="What to be fast at.")] = "latency",
+    weights: Annotated[str | None, typer.Option("--weights", help="Fix the weight format (bf16, int8, int4, nf4 …).")] = None,
+    kv_store: Annotated[str | None, typer.Option("--kv-store", help="Fix how the cache holds an element (bf16, int8, int4 …).")] = None,
+    kv_layout: Annotated[str | None, typer.Option("--kv-layout", help="Fix the cache's layout (paged, contiguous).")] = None,
+    attention: Annotated[str | None, typer.Option("--attention", help="Fix the attention kernel (sdpa, chunked, reference).")] = None,
+    runnable: Annotated[bool, typer.Option("--runnable", help="Only what this version can run; leave out what is priced for later.")] = False,
+    save: Annotated[Path | None, typer.Option("--save", help="Write the best plan as YAML; `tradespace run --plan FILE` obeys it.")] = None,
+    what_if: Annotated[str | None, typer.Option("--what-if", help="Other proportions beside the model's own: layers=40,width=8192,kv_heads=8,ffn_ratio=4")] = None,
+    equal_parameters: Annotated[bool, typer.Option("--equal-parameters", help="With --what-if: adjust the depth so that parameters stay equal.")] = False,
+    revision: Revision = None,
+    offline: Offline = False,
+    json: Json = False,
+) -> None:
+    """Search every plan for MODEL within a budget and show what each one costs. No weights are needed, and no torch.
+
+    Example: tradespace plan llama-2-70b --memory 40GB --device a100-40gb
+    """
+    from tradespace import api
+    from tradespace.cli.plan_view import alternatives_view, frontier_view, ledger_view, rejections_view, what_if_view
+    from tradespace.planner.explain import alternatives, compare_shapes
+
+    spec = api.find_spec(model, revision=revision, offline=offline)
+    machine = api.find_machine(device)
+    work = api.workload(spec, context=context, concurrency=concurrency, prompt=prompt, output=output, goal=goal)
+    budget = api.budget_bytes(device_memory if device_memory is not None else memory, machine)
+    if what_if is not None:
+        other = api.what_if(spec, what_if, equal_parameters=equal_parameters)
+        rows = compare_shapes([spec, other], machine, work)
+        print_json(rows) if json else console().print(what_if_view(rows))
+        return
+    pins = {"weights": weights, "kv_store": kv_store, "layout": kv_layout, "attention": attention}
+    frontier = api.plan(
+        spec,
+        memory=budget,
+        device=machine,
+        host_memory=host_memory,
+        context=work.context_tokens,
+        concurrency=concurrency,
+        prompt=work.prompt_tokens,
+        output=work.output_tokens,
+        goal=goal,
+        runnable_only=runnable,
+        pins={axis: value for axis, value in pins.items() if value},
+    )
+    others = alternatives(spec, machine, work, budget)
+    if save is not None:
+        save_plan(save, frontier)
+    if json:
+        print_json(frontier.to_dict() | {"alternatives": others})
+    else:
+        out = console()
+        out.print(headline(spec.name, machine.name, budget, work), soft_wrap=True)
+        if spec.plan_only:
+            out.print(f"plan only: {spec.plan_only}", style="yellow", soft_wrap=True)
+        if frontier.best is not None:
+            out.print(ledger_view(frontier.best.ledger, title=f"best: {frontier.best.plan.describe()}"))
+        out.print(frontier_view(frontier))
+        out.print(rejections_view(frontier))
+        if others:
+            out.print(alternatives_view(others))
+        if save is not None:
+            out.print(f"saved {save}; obey it with: tradespace run {model} --plan {save} 'prompt'", soft_wrap=True)
+    if frontier.best is None:
+        from tradespace.planner.search import budget_error
+
+        raise budget_error(frontier)
+
+
+def headline(model: str, device: str, budget: int, work: Workload) -> str:
+    """What was asked, in one line."""
+    from tradespace.units import format_bytes
+
+    return (
+        f"{model} in {format_bytes(budget)} ({format_bytes(budget, decimal=True)}) on {device}: {work.concurrency} × {work.context_tokens:,} tokens of context, "
+        f"prompt {work.prompt_tokens:,}, output {work.output_tokens:,}, for {work.goal}"
+    )
+
+
+def save_plan(path: Path, frontier) -> None:
+    """The best plan as YAML, whole or not at all."""
+    from tradespace.measure.record import write_atomically
+
+    if frontier.best is None:
+        return  # the budget error that follows says why there is nothing to save
+    if path.is_dir():
+        raise InputError(f"--save {path} is a folder. Give a file name, for example {path / 'plan.yaml'}")
+    write_atomically(path, yaml.safe_dump(frontier.best.plan.to_dict(), sort_keys=False))

@@ -1,0 +1,151 @@
+"""`tradespace run`: prompts in, text out, inside the budget; then predicted against measured."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from tradespace.cli.options import Attention, Context, Json, Memory, Model, Offline, PlanFile, Revision, WeightFormat, console, print_json
+from tradespace.errors import InputError
+
+if TYPE_CHECKING:
+    from tradespace.engine.request import SamplingParams
+    from tradespace.llm import LLM
+    from tradespace.measure.report import Report
+
+MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", min=1, help="Most tokens of an answer.")]
+Temperature = Annotated[float | None, typer.Option("--temperature", "--temp", min=0.0, help="0: greedy. Default: the model's own setting.")]
+TopK = Annotated[int | None, typer.Option("--top-k", min=0, help="Keep the k likeliest tokens; 0: all.")]
+TopP = Annotated[float | None, typer.Option("--top-p", min=0.0, max=1.0, help="Keep the likeliest tokens that sum to p.")]
+MinP = Annotated[float | None, typer.Option("--min-p", min=0.0, max=1.0, help="Keep tokens at least this share of the likeliest one.")]
+RepetitionPenalty = Annotated[float | None, typer.Option("--repetition-penalty", "--repeat-penalty", help="Above 1: repeat less.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Same seed, same text.")]
+Stop = Annotated[list[str] | None, typer.Option("--stop", help="End the answer before this text; may be given several times.")]
+
+
+def register(app: typer.Typer) -> None:
+    app.command("run")(run)
+
+
+def run(
+    model: Model,
+    prompts: Annotated[list[str] | None, typer.Argument(metavar="[PROMPT]...", help="One or many, answered together; '-' or none: standard input.")] = None,
+    memory: Memory = None,
+    prompt_file: Annotated[list[Path] | None, typer.Option("--prompt-file", "-f", help="A file that is one prompt; may be given several times.")] = None,
+    max_tokens: MaxTokens = 128,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
+    seed: Seed = None,
+    stop: Stop = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it stands instead of answering it through the chat template.")] = False,
+    system: Annotated[str | None, typer.Option("--system", help="A system message ahead of each prompt.")] = None,
+    context: Context = None,
+    plan: PlanFile = None,
+    weights: WeightFormat = None,
+    attention: Attention = None,
+    report: Annotated[bool, typer.Option("--report", help="End with the table predicted | measured.")] = False,
+    revision: Revision = None,
+    offline: Offline = False,
+    json: Json = False,
+) -> None:
+    """Answer prompts inside a memory budget.
+
+    Example: tradespace run smollm2-135m --memory 900MiB "Why is the sky blue?"
+    """
+    import tradespace as ts
+
+    texts = read_prompts(prompts or [], prompt_file or [])
+    notes = console(stderr=True)
+    with ts.open(
+        model,
+        memory=memory,
+        plan=plan,
+        context=context,
+        concurrency=len(texts),
+        weights=weights,
+        attention=attention,
+        revision=revision,
+        offline=offline,
+        progress=not json,
+        say=(lambda line: None) if json else (lambda line: notes.print(escape(line), style="dim", soft_wrap=True)),
+    ) as llm:
+        params = llm.sampling(
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            stop=tuple(stop or ()),
+        )
+        prepared = texts if raw else [llm.render(text, system=system) for text in texts]
+        if json:
+            completions = llm.generate(prepared, params)
+            print_json({"model": model, "completions": [completion.to_dict() for completion in completions], "report": llm.report().to_dict()})
+            return
+        if len(prepared) == 1:
+            stream_to_terminal(llm, prepared[0], params)
+        else:
+            for number, completion in enumerate(llm.generate(prepared, params), 1):
+                print(f"[{number}] {texts[number - 1].strip()[:80]}\n{completion.text}\n")
+        if report:
+            notes.print(report_table(llm.report()))
+
+
+def stream_to_terminal(llm: LLM, prompt: str, params: SamplingParams) -> None:
+    """Text as it is generated, then a line end."""
+    try:
+        for piece in llm.stream(prompt, params):
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    finally:
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+
+
+def read_prompts(arguments: list[str], files: list[Path]) -> list[str]:
+    """The prompts of the command line, of files, or of standard input. Raises InputError for what is empty, missing or not UTF-8."""
+    texts = [_read_stdin() if argument == "-" else argument for argument in arguments]
+    for path in files:
+        try:
+            texts.append(_decoded(path.read_bytes(), str(path)))
+        except OSError as error:
+            raise InputError(f"cannot read the prompt file {path}: {error.strerror}") from error
+    if not texts:
+        if sys.stdin.isatty():
+            raise InputError("no prompt. Give one in quotes, --prompt-file FILE, or pipe text in: echo 'Hello' | tradespace run MODEL")
+        texts.append(_read_stdin())
+    for text in texts:
+        if not text:
+            raise InputError("the prompt is empty (0 bytes). Give at least one character")
+    return texts
+
+
+def _read_stdin() -> str:
+    return _decoded(sys.stdin.buffer.read(), "standard input")
+
+
+def _decoded(raw: bytes, where: str) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where} is not UTF-8: byte {raw[error.start]:#04x} at offset {error.start}. Convert it first, e.g. with iconv -t utf-8") from error
+
+
+def report_table(report: Report) -> Table:
+    """The table predicted | measured."""
+    table = Table("", title=report.title, title_justify="left", caption="\n".join(f"{name}: {value}" for name, value in report.facts), caption_justify="left")
+    for column in ("predicted", "measured", "difference"):
+        table.add_column(column, justify="right")
+    for row in report.rows():
+        table.add_row(*row)
+    return table

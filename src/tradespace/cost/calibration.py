@@ -1,0 +1,105 @@
+"""Every constant of the cost model that is not arithmetic, in one place, each with its source and date: what a measurement replaces.
+
+Two kinds: counts of tensors that are live at once in our own engine (bytes), and how much of a device's published or measured rate a phase reaches
+(seconds). Until somebody measured, the source says "assumed", and every estimate built on it repeats that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tradespace.errors import InputError
+from tradespace.spec.weights import FORMATS
+from tradespace.units import MiB
+
+ASSUMED_DATE = "2026-11-22"
+
+
+@dataclass(frozen=True, slots=True)
+class Constant:
+    """One number and where it comes from: "assumed: why" or "measured: how", with the date of either."""
+
+    value: float
+    source: str
+    date: str = ASSUMED_DATE
+
+
+# ---------------------------------------------------------------------------------------------------------------- bytes
+
+# what a process costs before any model, where the device does not say it itself
+RUNTIME_BYTES: dict[str, Constant] = {
+    "cpu": Constant(220 * MiB, "assumed: interpreter with torch for the CPU, as the issue states it"),
+    "cuda": Constant(450 * MiB, "assumed: driver context and library kernels on the device"),
+    "mps": Constant(300 * MiB, "assumed: interpreter with torch and its Metal library"),
+}
+# the host's process where the model computes on a device
+HOST_PROCESS_BYTES = Constant(1536 * MiB, "assumed: interpreter with torch for CUDA, libraries mapped and touched")
+TOKENIZER_BYTES_PER_ENTRY = Constant(400, "assumed: merges, two maps and strings of a byte-pair tokenizer per vocabulary entry")
+STAGING_BYTES = Constant(32 * MiB, "assumed: the loader's one bounded buffer")
+STREAM_BUFFERS = Constant(2, "assumed: one streamed layer computes while the next one arrives")
+
+# tensors of one kind that are live at once in a step (see cost/workspace.py for the formulas they stand in)
+RESIDUAL_COPIES = Constant(3, "assumed: the stream, its norm and the sublayer's result, T·D each")
+ROTATED_COPIES = Constant(1, "assumed: rotated q and k beside the fused projection that they came from")
+ATTENTION_OUTPUT_COPIES = Constant(1, "assumed: the heads' outputs, T·N·Hv")
+HIDDEN_COPIES = Constant(2, "assumed: act(gate) and its product with up beside the fused projection, T·F each")
+SCORE_COPIES = Constant(2, "assumed: scores and their softmax, fp32")
+MASK_BYTES_PER_SCORE = Constant(1, "assumed: one boolean per query and key where the kernel takes a mask")
+SAMPLER_BYTES_PER_LOGIT = Constant(20, "assumed: probabilities and sorted values (fp32), their indices (int64) and running sums (fp32)")
+
+# ---------------------------------------------------------------------------------------------------------------- seconds
+
+LAYER_OPS = Constant(16, "assumed: eager operations of one layer outside of attention: norms, projections, rotation, activation, sums")
+STEP_OPS = Constant(30, "assumed: embedding, final norm, logits and sampling of one step")
+# eager operations per sequence and layer in attention: gather keys, gather values, then the kernel
+KERNEL_OPS: dict[str, Constant] = {
+    "reference": Constant(8, "assumed: cast, product, mask, softmax, product, per sequence"),
+    "chunked": Constant(10, "assumed: as reference plus the running maximum and sum, per block of keys"),
+    "sdpa": Constant(4, "assumed: mask and one fused call, per sequence"),
+    "flash": Constant(1, "assumed: one launch for the whole batch"),
+}
+ALL_REDUCE_LATENCY_S = Constant(15e-6, "assumed: one small all-reduce over a peer link")
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """The share of a rate that a phase reaches: bandwidth in decode, dense matmul rate in prefill."""
+
+    efficiency: float
+    source: str
+    date: str
+
+    @property
+    def label(self) -> str:
+        """How an estimate names it: "roofline × 0.60 assumed 2026-11-22"."""
+        return f"roofline × {self.efficiency:.2f} {self.source} {self.date}"
+
+
+_DENSE = ("fp32", "bf16", "fp16")
+_ASSUMED = {
+    # (kind, phase): (dense formats, formats that are dequantized on the way)
+    ("cpu", "decode"): (0.6, 0.4),
+    ("cpu", "prefill"): (0.6, 0.5),
+    ("cuda", "decode"): (0.7, 0.6),
+    ("cuda", "prefill"): (0.5, 0.4),
+    ("mps", "decode"): (0.6, 0.5),
+    ("mps", "prefill"): (0.5, 0.4),
+}
+
+# (device kind, weight format, phase) → what was measured; assumed entries give way to measured ones by the update below
+EFFICIENCY: dict[tuple[str, str, str], Calibration] = {
+    (kind, name, phase): Calibration(dense if name in _DENSE else quantized, "assumed", ASSUMED_DATE)
+    for (kind, phase), (dense, quantized) in _ASSUMED.items()
+    for name in FORMATS
+}
+MEASURED: dict[tuple[str, str, str], Calibration] = {}
+EFFICIENCY.update(MEASURED)
+
+
+def find_calibration(kind: str, format_name: str, phase: str) -> Calibration:
+    """The efficiency of `format_name` on devices of `kind` in "decode" or "prefill"; InputError for a kind that nobody described."""
+    found = EFFICIENCY.get((kind, format_name, phase))
+    if found is None:
+        known = ", ".join(sorted({key[0] for key in EFFICIENCY}))
+        raise InputError(f"no calibration for device kind '{kind}', format '{format_name}', phase '{phase}'. Known kinds: {known}; phases: decode, prefill")
+    return found

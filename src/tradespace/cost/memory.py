@@ -1,0 +1,198 @@
+"""The byte ledger: what a plan takes in every pool, line by line, before anything runs.
+
+Pools are "host", "device" (each device alike) and "disk". The pool that the model computes in is "host" on a CPU and "device" otherwise.
+
+Not everything is there at once. Every line belongs to a phase, and a pool's total is its peak over the two phases in which it can come:
+
+    total(pool) = always + max(loading, running)
+
+Weights, runtime, tokenizer and the engine's own tensors are there always; the loader's staging buffer only while loading; the KV cache, activations and logits
+from the moment they are allocated, which is after the last weight is in place and the staging buffer is released.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from tradespace.cost import calibration, workspace
+from tradespace.cost.summary import Summary, WeightShare, cache_token_bytes, largest_matrix, summarize, weight_share
+from tradespace.spec.device import DeviceSpec
+from tradespace.spec.estimate import Estimate
+from tradespace.spec.model import ModelSpec
+from tradespace.spec.plan import Plan
+from tradespace.spec.weights import ELEMENT_BYTES, WeightPlan
+from tradespace.units import format_bytes
+
+Phase = Literal["always", "loading", "running"]
+EXACT = "exact"
+MODELLED = "modelled: closed formula over live tensors"
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerLine:
+    """One item: where it lies, how many bytes with their source, by which formula, and in which phase it is there."""
+
+    name: str
+    pool: str
+    bytes: Estimate
+    formula: str
+    phase: Phase = "always"
+
+    def to_dict(self) -> dict[str, object]:
+        return {"name": self.name, "pool": self.pool, "bytes": self.bytes.value, "source": self.bytes.source, "formula": self.formula, "phase": self.phase}
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """All lines of a plan; `compute_pool` is the one that the plan's budget is about."""
+
+    lines: tuple[LedgerLine, ...]
+    compute_pool: str
+
+    @property
+    def pools(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(line.pool for line in self.lines))
+
+    def phase_bytes(self, pool: str, phase: Phase) -> float:
+        return sum(line.bytes.require() for line in self.lines if line.pool == pool and line.phase == phase)
+
+    def total_bytes(self, pool: str | None = None) -> int:
+        """The pool's peak (of the compute pool by default): always + max(loading, running)."""
+        pool = pool or self.compute_pool
+        return round(peak_bytes(*(self.phase_bytes(pool, phase) for phase in ("always", "loading", "running"))))
+
+    def line(self, name: str) -> LedgerLine:
+        """The line of this name, or KeyError with the names there are."""
+        for line in self.lines:
+            if line.name == name:
+                return line
+        raise KeyError(f"no line '{name}' in this ledger; it has {', '.join(line.name for line in self.lines)}")
+
+    def to_dict(self) -> dict[str, object]:
+        return {
+            "compute_pool": self.compute_pool,
+            "total_bytes": {pool: self.total_bytes(pool) for pool in self.pools},
+            "lines": [line.to_dict() for line in self.lines],
+        }
+
+
+def peak_bytes(always: float, loading: float, running: float) -> float:
+    """The rule for a pool's total."""
+    return always + max(loading, running)
+
+
+# ---------------------------------------------------------------------------------------------------------------- single terms
+
+
+def compute_pool(device: DeviceSpec) -> str:
+    return "host" if device.kind == "cpu" else "device"
+
+
+def runtime_estimate(device: DeviceSpec) -> Estimate:
+    """What the process costs before any model: as the device states it, else the calibration's constant for its kind, which says that it is assumed."""
+    if device.runtime_bytes.known:
+        return device.runtime_bytes
+    constant = calibration.RUNTIME_BYTES[device.kind]
+    return Estimate(constant.value, f"{constant.source} ({constant.date})")
+
+
+def tokenizer_estimate(V: int, tokenizer_bytes: int | None) -> Estimate:
+    if tokenizer_bytes is not None:
+        return Estimate(tokenizer_bytes, "given")
+    constant = calibration.TOKENIZER_BYTES_PER_ENTRY
+    return Estimate(V * constant.value, f"{constant.source} ({constant.date})")
+
+
+def kv_slots(plan: Plan) -> int:
+    """Token slots that the cache holds: what the plan says where paged, one region of max_context a sequence where contiguous."""
+    return plan.kv_tokens if plan.kv.layout == "paged" else plan.max_sequences * plan.max_context
+
+
+def kv_slot_bytes(summary: Summary, store: str, degree: int) -> int:
+    """Bytes of one token slot over all layers on one device."""
+    return sum(token * layers for _, token, layers in cache_token_bytes(summary, store, degree))
+
+
+def state_bytes(summary: Summary, sequences: int) -> int:
+    """Fixed-size states of recurrent mechanisms, per sequence whatever its length."""
+    return sequences * summary.state_bytes_per_sequence
+
+
+def widened_elements(summary: Summary, weights: WeightPlan, linear: str, degree: int) -> int:
+    """Elements of the largest matrix that a product widens: of the quantized ones, or of all where the reference computes in fp32."""
+    needs_all = linear == "reference" and weights.dense != "fp32"
+    return largest_matrix(summary, weights, degree, quantized_only=not needs_all)
+
+
+def stream_buffer_bytes(share: WeightShare, streamed_layers: int) -> float:
+    """Room for streamed layers in the compute pool: the largest of them, as often as layers are in flight."""
+    return min(calibration.STREAM_BUFFERS.value, streamed_layers) * max(share.layer_bytes[len(share.layers) - streamed_layers :], default=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------- the ledger
+
+
+def ledger(model: ModelSpec, plan: Plan, device: DeviceSpec, *, staging_bytes: int | None = None, tokenizer_bytes: int | None = None) -> Ledger:
+    """The ledger of `plan` on (each) `device`. `staging_bytes`: the loader's buffer; `tokenizer_bytes`: measured, where it is."""
+    summary, pool = summarize(model), compute_pool(device)
+    share = weight_share(summary, plan.weights, plan.tensor_parallel)
+    lines = [LedgerLine("runtime", pool, runtime_estimate(device), "before any model")]
+    if pool != "host":
+        host = calibration.HOST_PROCESS_BYTES
+        lines.append(LedgerLine("host process", "host", Estimate(host.value, f"{host.source} ({host.date})"), "before any model"))
+    lines += _weight_lines(plan, share, pool)
+    lines.append(_kv_line(summary, plan, pool))
+    lines += _step_lines(summary, plan, pool)
+    lines.append(LedgerLine("engine tensors", pool, Estimate(workspace.engine_bytes(plan, summary.rope_dims), EXACT), "rotary and block tables, ids, slots"))
+    lines.append(LedgerLine("tokenizer", "host", tokenizer_estimate(model.V, tokenizer_bytes), f"V = {model.V} entries"))
+    staging = calibration.STAGING_BYTES
+    staged = Estimate(staging.value, f"{staging.source} ({staging.date})") if staging_bytes is None else Estimate(staging_bytes, "given")
+    lines.append(LedgerLine("staging", "host", staged, "one buffer, released when the weights are in place", "loading"))
+    return Ledger(tuple(lines), pool)
+
+
+def _weight_lines(plan: Plan, share: WeightShare, pool: str) -> list[LedgerLine]:
+    streamed = plan.placement.streamed_layers
+    resident = [share.outside, *share.layers[: len(share.layers) - streamed]]
+    totals: dict[tuple[str, str], int] = {}
+    for part in resident:
+        for key, size in part.items():
+            totals[key] = totals.get(key, 0) + size
+    split = f" ÷ {plan.tensor_parallel} devices" if plan.tensor_parallel > 1 else ""
+    lines = [LedgerLine(f"weights {role} {name}", pool, Estimate(size, EXACT), f"codes, scales, zero points{split}") for (role, name), size in totals.items()]
+    if streamed:
+        formula = f"{calibration.STREAM_BUFFERS.value:.0f} × the largest of {streamed} streamed layers"
+        lines.append(LedgerLine("stream buffer", pool, Estimate(stream_buffer_bytes(share, streamed), EXACT), formula))
+        where = plan.placement.stream_from
+        lines.append(LedgerLine("streamed weights", where, Estimate(share.streamed_bytes[streamed] * plan.tensor_parallel, EXACT), f"the last {streamed} layers"))
+    return lines
+
+
+def _kv_line(summary: Summary, plan: Plan, pool: str) -> LedgerLine:
+    slot, slots = kv_slot_bytes(summary, plan.kv.store, plan.tensor_parallel), kv_slots(plan)
+    total = slots * slot + state_bytes(summary, plan.max_sequences)
+    if plan.kv.layout == "paged":
+        formula = f"{plan.num_blocks} blocks × {plan.kv.block_size} tokens × {slot} B"
+    else:
+        formula = f"{plan.max_sequences} sequences × {plan.max_context} tokens × {slot} B"
+    return LedgerLine("kv cache", pool, Estimate(total, EXACT), formula, "running")
+
+
+def _step_lines(summary: Summary, plan: Plan, pool: str) -> list[LedgerLine]:
+    shape, model = workspace.step_shape(plan), summary.model
+    rows = plan.max_sequences * (1 + plan.speculation)
+    found = [("activations", workspace.activation_bytes(summary, shape), f"worst moment of a step of {shape.T} tokens, {plan.attention} over {shape.S} keys")]
+    widened = widened_elements(summary, plan.weights, plan.linear, plan.tensor_parallel)
+    if widened:
+        size = workspace.dequantize_bytes(widened, plan.weights.dense, plan.linear)
+        found.append(("dequantized matrix", size, f"largest: {widened} elements × {size // widened} B"))
+    e = ELEMENT_BYTES[plan.weights.dense]
+    found.append(("logits", workspace.logits_bytes(rows, model.V, e), f"{rows} rows × V = {model.V} × fp32"))
+    found.append(("sampler", workspace.sampler_bytes(rows, model.V), f"{rows} rows × V × {calibration.SAMPLER_BYTES_PER_LOGIT.value:.0f} B"))
+    return [LedgerLine(name, pool, Estimate(size, MODELLED), formula, "running") for name, size, formula in found]
+
+
+def describe_total(found: Ledger) -> str:
+    """One phrase per pool: "host 612 MiB"."""
+    return ", ".join(f"{pool} {format_bytes(found.total_bytes(pool))}" for pool in found.pools)

