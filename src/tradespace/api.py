@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from tradespace.errors import InputError, TradespaceError
+from tradespace.errors import InputError
 from tradespace.loading.gguf import GGUFFile, read_gguf
-from tradespace.loading.pull import ModelEntry, is_local, list_models
+from tradespace.loading.hub import fetch_config, parse_hub_name
+from tradespace.loading.packages import PACKAGED
+from tradespace.loading.pull import ModelEntry, find_fetched, is_local, list_models
 from tradespace.loading.pull import pull as _pull
 from tradespace.loading.resolve import ModelFiles, read_json_object, resolve
 from tradespace.measure.machine import this_machine
@@ -38,35 +40,29 @@ def find_spec(model: str | ModelSpec | Path, *, revision: str | None = None, off
     name = str(model)
     if is_local(name):
         return _local_spec(Path(name).expanduser(), name)
-    try:
-        return find_model(name)
-    except InputError as unknown:
-        if "/" not in name:
-            raise
+    hub_name = parse_hub_name(name)
+    if name in PACKAGED or hub_name is None or (hub_name.gguf_file is None and find_fetched(name, revision=revision) is None):
         try:
-            files = resolve(name, revision=revision, offline=offline, download=False)
-        except TradespaceError:
-            from tradespace.loading.hub import fetch_config
-
-            try:
-                config = fetch_config(name, revision=revision, offline=offline)
-            except TradespaceError as error:
-                raise InputError(f"{unknown} And from the hub: {error}") from error
-            return model_spec_from_config(config, name)
-        return spec_of_files(files)
+            return find_model(name)
+        except InputError:
+            if hub_name is None:
+                raise
+    if hub_name.gguf_file is None and find_fetched(name, revision=revision) is None:
+        return _config_spec(fetch_config(hub_name, revision=revision, offline=offline), name)
+    return spec_of_files(resolve(name, revision=revision, offline=offline, download=False))
 
 
 def _local_spec(path: Path, name: str) -> ModelSpec:
     if path.is_dir() and (path / "config.json").is_file():
-        config = read_json_object(path / "config.json")
-        assert config is not None, "a file that is there was read"
-        return model_spec_from_config(config, name)
-    if path.suffix == ".json":
-        config = read_json_object(path)
-        if config is None:
-            raise InputError(f"'{name}' does not exist")
-        return model_spec_from_config(config, name)
-    return spec_of_files(resolve(name, download=False))
+        return _config_spec(path / "config.json", name)
+    return _config_spec(path, name) if path.suffix == ".json" else spec_of_files(resolve(name, download=False))
+
+
+def _config_spec(path: Path, name: str) -> ModelSpec:
+    config = read_json_object(path)
+    if config is None:
+        raise InputError(f"'{path}' does not exist. Give a model's folder, its config.json, a .gguf file, or a name")
+    return model_spec_from_config(config, name)
 
 
 def spec_of_files(files: ModelFiles) -> ModelSpec:
@@ -120,7 +116,8 @@ def plan(
     context        tokens a sequence may reach; default: prompt + output, at least 2,048, at most what the model takes
     pins           fixes an axis: {"weights": "int4", "kv_store": "bf16", "attention": "sdpa", "layout": "paged"}
 
-    Raises InputError for names and numbers that make no sense. A budget that nothing fits is not an error here: `.best` is then None and `.nearest` says what would.
+    Raises InputError for names and numbers that make no sense. A budget that nothing fits is not an error here: `.best` is then None, and `.nearest`
+    says what would fit.
 
     >>> frontier = plan("llama-2-7b", memory="16GB", device="rtx-4090")
     >>> frontier.best.plan.weights.default

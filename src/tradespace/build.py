@@ -18,12 +18,15 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from tradespace.engine.engine import Engine
+from tradespace.engine.request import Request, SamplingParams
 from tradespace.engine.runner import Runner
-from tradespace.engine.sampler import Sampler
-from tradespace.engine.scheduler import Scheduler
+from tradespace.engine.sampler import Sampler, SampleRow
+from tradespace.engine.scheduler import Policy, Scheduler
+from tradespace.engine.step import Step
 from tradespace.errors import BudgetError, UnsupportedError
-from tradespace.kernels.attention.dispatch import resolve_kernels
-from tradespace.kernels.view import Span
+from tradespace.formats import DTYPES
+from tradespace.kernels.attention.dispatch import Choice, resolve_kernels
+from tradespace.kernels.view import Span, StepBatch, positions_of
 from tradespace.kv.cache import KVCache
 from tradespace.loading.gguf import read_gguf
 from tradespace.loading.resolve import ModelFiles
@@ -31,7 +34,9 @@ from tradespace.loading.safetensors import read_sharded
 from tradespace.loading.tokenizer import Tokenizer
 from tradespace.loading.weights import load_weights
 from tradespace.model.transformer import Transformer
+from tradespace.quantize.rtn import fill_rtn
 from tradespace.spec.device import DeviceSpec
+from tradespace.spec.kv import token_bytes
 from tradespace.spec.model import ModelSpec
 from tradespace.spec.plan import Plan
 from tradespace.spec.tensors import model_tensors
@@ -40,7 +45,6 @@ from tradespace.units import MiB, format_bytes
 STAGING_BYTES = 16 * MiB
 # what a sampled peak may miss, and what the allocator may keep between steps of unlike shapes
 SAFETY_BYTES = 12 * MiB
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
@@ -53,7 +57,7 @@ class Built:
     cache: KVCache
     spec: ModelSpec
     plan: Plan
-    kernels: tuple[str, ...]
+    kernels: tuple[Choice, ...]
     measured_bytes: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -67,14 +71,16 @@ def build_engine(
     tokenizer: Tokenizer,
     now_bytes: Callable[[], int],
     peak_bytes: Callable[[str], int],
-    on_load: Callable[[str, int], None] | None = None,
-    scheduling: str = "continuous",
+    on_load: Callable[[int, int], None] | None = None,
+    on_step: Callable[[Step, float], None] | None = None,
+    scheduling: Policy = "continuous",
 ) -> Built:
     """Assembles the engine for `plan` inside plan.memory_bytes.
 
-    now_bytes()       bytes that the process tree costs now
+    now_bytes()       bytes that the process tree costs now, once what is free has been given back
     peak_bytes(name)  ends a phase and returns its peak
-    on_load(tensor, bytes)  progress of loading
+    on_load(done, of) progress of loading, in stored bytes
+    on_step           called after each step with it and its seconds
 
     Raises UnsupportedError for a plan with parts that nothing implements, BudgetError (need, have, remedy) where the measured process leaves too little.
     """
@@ -86,40 +92,43 @@ def build_engine(
         torch.set_num_threads(threads)
     measured: dict[str, int] = {}
     before = now_bytes()
-    kernels, notes = _kernels(spec, plan)
-    transformer = Transformer(spec, plan.weights, attention=kernels, linear=plan.linear, max_context=plan.max_context, device="cpu")
+    peak_bytes("start")
+    kernels = resolve_kernels(spec, plan.attention, DTYPES[plan.weights.dense], "cpu")
+    transformer = Transformer(spec, plan.weights, attention=plan.attention, linear=plan.linear, max_context=plan.max_context, device="cpu")
     source = read_gguf(files.weights[0]) if files.kind == "gguf" else read_sharded(files.folder)
-    load_weights(transformer, source, spec, staging_bytes=STAGING_BYTES, progress=on_load)
-    measured["weights"] = sum(weight_bytes(transformer).values())
-    measured["loading"] = peak_bytes("loading") - before - measured["weights"]
-
+    load_weights(transformer, source, spec, fill=fill_rtn, staging_bytes=STAGING_BYTES, progress=on_load)
+    del source
     after_load = now_bytes()
+    measured["weights"] = sum(weight_bytes(transformer).values())
+    measured["staging"] = max(0, peak_bytes("loading") - after_load)
+    measured["engine tensors"] = max(0, after_load - before - measured["weights"])
+
+    sampler = Sampler(num_tokens=min(tokenizer.vocab_size, spec.V))
     with _rehearsal_cache(spec, plan) as cache:
-        rehearse(Runner(transformer, cache, plan), Sampler(plan), plan, spec)
-    rehearsal_peak = max(peak_bytes("rehearsal"), after_load)
+        rehearse(transformer, cache, sampler, plan)
+        rehearsal_peak = max(peak_bytes("rehearsal") - cache.nbytes, after_load)
+    del cache
+    now_bytes()
     measured["workspace"] = rehearsal_peak - after_load
 
+    notes = [f"layer {index}: {choice.kernel} instead of {plan.attention}: {choice.reason}" for index, choice in enumerate(kernels) if choice.reason]
     plan = fit_cache(spec, plan, left_bytes=plan.memory_bytes - rehearsal_peak - SAFETY_BYTES, notes=notes)
     cache = _cache(spec, plan, plan.num_blocks)
-    measured["kv"] = cache.nbytes
+    measured["kv cache"] = cache.nbytes
     peak_bytes("build")
-    runner = Runner(transformer, cache, plan)
-    engine = Engine(runner, Scheduler.for_plan(plan, policy=scheduling), Sampler(plan), tokenizer)
+    engine = Engine(Runner(transformer, cache, plan), Scheduler.from_plan(plan, policy=scheduling), sampler, tokenizer, on_step=on_step)
     return Built(engine, tokenizer, transformer, cache, spec, plan, kernels, measured, notes)
-
-
-def _kernels(spec: ModelSpec, plan: Plan) -> tuple[tuple[str, ...], list[str]]:
-    """The attention kernel of each layer, and a note where a layer needs another one than the plan asks for."""
-    kernels, reasons = resolve_kernels(spec, plan.attention, DTYPES[plan.weights.dense], "cpu")
-    return kernels, list(reasons)
 
 
 def weight_bytes(transformer: Transformer) -> dict[str, int]:
     """Bytes per role that the built module really holds."""
-    roles = {tensor.name: tensor.role for tensor in model_tensors(transformer.spec)}
     found: dict[str, int] = {}
-    for name, size in transformer.tensor_bytes().items():
-        found[roles[name]] = found.get(roles[name], 0) + size
+    for tensor in model_tensors(transformer.spec):
+        stem, kind = tensor.name.rsplit(".", 1)
+        module = transformer.get_submodule(stem)
+        # a format's module counts its codes and scales itself; norms and biases are plain tensors
+        size = module.nbytes if kind == "weight" and hasattr(module, "nbytes") else getattr(module, kind).nbytes
+        found[tensor.role] = found.get(tensor.role, 0) + int(size)
     return found
 
 
@@ -133,29 +142,31 @@ def _cache(spec: ModelSpec, plan: Plan, num_blocks: int) -> KVCache:
 
 @contextmanager
 def _rehearsal_cache(spec: ModelSpec, plan: Plan) -> Iterator[KVCache]:
-    """A cache for the rehearsal: two blocks that every table entry points at in turn, so that reading gathers as a scattered sequence does."""
-    cache = _cache(spec, plan, 1 if plan.kv.layout == "contiguous" else min(2, plan.num_blocks))
-    yield cache
-    del cache
+    """A cache for the rehearsal: a few blocks that every table entry points at in turn, so that reading gathers as a scattered sequence does."""
+    yield _cache(spec, plan, 1 if plan.kv.layout == "contiguous" else min(2, plan.num_blocks))
 
 
-def rehearse(runner: Runner, sampler: Sampler, plan: Plan, spec: ModelSpec) -> None:
+@torch.inference_mode()
+def rehearse(transformer: Transformer, cache: KVCache, sampler: Sampler, plan: Plan) -> None:
     """Runs the largest steps that the plan allows: a full prefill chunk at the end of the longest context, and a decode step of every sequence there."""
     size = _block_size(plan)
-    count = -(-plan.max_context // size)
-    # the last block first, so that the table is not one run of consecutive blocks and the gather is rehearsed, too
-    last = runner.cache.num_blocks - 1
-    table = tuple((last - index) % (last + 1) for index in range(count))
+    last = cache.num_blocks - 1
+    # descending, so that the table is not one run of consecutive blocks and the gather is rehearsed, too
+    table = tuple((last - index) % (last + 1) for index in range(-(-plan.max_context // size)))
     chunk = min(plan.step_tokens, plan.max_context)
-    runner.rehearse([Span(0, chunk, plan.max_context, table)], sampler)
     sequences = min(plan.max_sequences, plan.step_tokens)
-    runner.rehearse([Span(row, 1, plan.max_context, table) for row in range(sequences)], sampler)
+    drawn = SamplingParams(temperature=1.0, top_k=50, top_p=0.95, seed=0)
+    request = Request(id="rehearsal", prompt_ids=(0,) * max(1, plan.max_context - 1), params=drawn)
+    for spans in ([Span(0, chunk, plan.max_context, table)], [Span(row, 1, plan.max_context, table) for row in range(sequences)]):
+        batch = StepBatch.from_spans(spans, block_size=size)
+        tokens_T = torch.zeros(batch.num_tokens, dtype=torch.int64)
+        hidden_TD = transformer(tokens_T, positions_of(spans), batch, cache)
+        rows = torch.arange(min(sequences, batch.num_tokens))
+        sampler.sample(transformer.logits(hidden_TD, rows), [SampleRow(request, ())] * len(rows))
 
 
 def fit_cache(spec: ModelSpec, plan: Plan, *, left_bytes: int, notes: list[str]) -> Plan:
     """`plan` with as much of its cache as `left_bytes` can hold: at least one sequence of max_context, else BudgetError."""
-    from tradespace.spec.kv import token_bytes
-
     per_token = token_bytes(spec, plan.kv.store)
     size = _block_size(plan)
     need = -(-plan.max_context // size) * size * per_token

@@ -11,15 +11,21 @@ from typing import Any
 import yaml
 
 from tradespace import api
-from tradespace.build import DTYPES, Built, build_engine, weight_bytes
-from tradespace.cost.memory import Ledger, ledger
+from tradespace.build import STAGING_BYTES, Built, build_engine, weight_bytes
+from tradespace.cost.memory import Ledger, LedgerLine, ledger
 from tradespace.cost.time import decode_time, prefill_time
+from tradespace.engine.engine import Engine, Prompt, TextStream
 from tradespace.engine.request import Completion, SamplingParams
+from tradespace.engine.scheduler import Policy
+from tradespace.engine.step import Step
 from tradespace.errors import BudgetError, InputError
-from tradespace.loading.resolve import resolve
+from tradespace.formats import DTYPES
+from tradespace.loading.gguf import read_gguf
+from tradespace.loading.resolve import ModelFiles, resolve
 from tradespace.loading.tokenizer import Tokenizer
-from tradespace.measure.memory import MemoryMeter, limit_heap_growth, process_bytes, return_freed_memory
+from tradespace.measure.memory import MemoryMeter, limit_heap_growth, peak_rss_bytes, process_bytes, return_freed_memory
 from tradespace.measure.report import Report, ReportLine
+from tradespace.model.transformer import Transformer
 from tradespace.planner.search import budget_error
 from tradespace.spec.device import DeviceSpec
 from tradespace.spec.estimate import Estimate
@@ -34,7 +40,7 @@ MAX_PLAN_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Defaults:
-    """What the model's own generation_config asks for; a caller's value always wins."""
+    """What the model's own generation_config (or GGUF metadata) asks for; a caller's value always wins. Without one: greedy."""
 
     temperature: float = 0.0
     top_k: int = 0
@@ -42,38 +48,102 @@ class Defaults:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
 
+    @classmethod
+    def of(cls, files: ModelFiles) -> Defaults:
+        if files.kind == "gguf":
+            metadata = read_gguf(files.weights[0]).metadata
+            stated = {name: metadata.get(f"general.sampling.{key}") for name, key in (("temperature", "temp"), ("top_k", "top_k"), ("top_p", "top_p"))}
+        else:
+            stated = dict(files.generation_config or {})
+            if not stated.get("do_sample", False):  # as transformers reads it: without do_sample the rest does not apply
+                stated = {name: value for name, value in stated.items() if name == "repetition_penalty"}
+            elif stated.get("temperature") is None:
+                stated["temperature"] = 1.0
+        known = {name: value for name, value in stated.items() if name in cls.__dataclass_fields__}
+        return cls(**{name: value for name, value in known.items() if isinstance(value, int | float) and not isinstance(value, bool)})
+
+
+@dataclass
+class StepClock:
+    """Seconds and tokens of the steps of one generation: those that only decode, and those that hold part of a prompt."""
+
+    decode_tokens: int = 0
+    decode_s: float = 0.0
+    prefill_tokens: int = 0
+    prefill_s: float = 0.0
+
+    def take(self, step: Step, seconds: float) -> None:
+        if all(item.num_tokens == 1 and item.samples for item in step.sequences):
+            self.decode_tokens += step.num_tokens
+            self.decode_s += seconds
+        else:
+            self.prefill_tokens += step.num_tokens
+            self.prefill_s += seconds
+
+    @property
+    def decode_tokens_per_s(self) -> float | None:
+        return self.decode_tokens / self.decode_s if self.decode_s else None
+
+    @property
+    def prefill_tokens_per_s(self) -> float | None:
+        return self.prefill_tokens / self.prefill_s if self.prefill_s else None
+
 
 class LLM:
     """A built engine with its tokenizer. Use it as a context manager: leaving it frees the weights and stops the memory meter."""
 
-    def __init__(self, built: Built, device: DeviceSpec, predicted: Ledger, meter: MemoryMeter, runtime_bytes: int, defaults: Defaults):
-        self._built = built
+    def __init__(self, built: Built, device: DeviceSpec, predicted: Ledger, meter: MemoryMeter, measured_bytes: dict[str, int], defaults: Defaults):
+        self._built: Built | None = built
         self._device = device
         self._predicted = predicted
         self._meter = meter
-        self._runtime_bytes = runtime_bytes
+        self._measured_bytes = measured_bytes
         self._defaults = defaults
-        self._last: list[Completion] = []
-        self._closed = False
+        self._lengths: list[tuple[int, int]] = []
+        self._speeds = StepClock()
+        built.engine.on_step = lambda step, seconds: self._speeds.take(step, seconds)
+
+    def _open(self) -> Built:
+        if self._built is None:
+            raise InputError("this LLM is closed. Open it again with ts.open(...)")
+        return self._built
 
     @property
     def plan(self) -> Plan:
         """The plan as it was built."""
-        return self._built.plan
+        return self._open().plan
 
     @property
     def spec(self) -> ModelSpec:
-        return self._built.spec
+        return self._open().spec
 
     @property
     def tokenizer(self) -> Tokenizer:
-        return self._built.tokenizer
+        return self._open().tokenizer
 
     @property
-    def engine(self):
+    def transformer(self) -> Transformer:
+        """The model underneath, for evaluation."""
+        return self._open().transformer
+
+    @property
+    def engine(self) -> Engine:
         """The engine underneath, for callers that schedule themselves (add, step)."""
-        self._check_open()
-        return self._built.engine
+        return self._open().engine
+
+    @property
+    def speeds(self) -> StepClock:
+        """Tokens and seconds of the last generation's steps."""
+        return self._speeds
+
+    @property
+    def phases(self) -> dict[str, int]:
+        """Peak bytes of the process in each phase of the build."""
+        return dict(self._meter.marks)
+
+    def weight_bytes(self) -> dict[str, int]:
+        """Bytes of the weights per role, as they lie in memory."""
+        return weight_bytes(self.transformer)
 
     def sampling(self, **values: Any) -> SamplingParams:
         """SamplingParams with the model's own defaults where a value is None or absent."""
@@ -81,116 +151,115 @@ class LLM:
         own = {name: value for name, value in vars(self._defaults).items() if name not in given}
         return SamplingParams(**{**own, **given})
 
-    def render(self, text: str, *, system: str | None = None) -> str:
-        """`text` as the user's message through the model's chat template; as it is where the model has none."""
-        if not self.tokenizer.has_chat_template:
-            return text
+    def render(self, text: str, *, system: str | None = None) -> list[int]:
+        """Token ids of `text` as the user's message through the model's chat template; as plain text where the model has none."""
         messages = [{"role": "system", "content": system}] if system else []
-        return self.tokenizer.apply_chat_template([*messages, {"role": "user", "content": text}])
+        if self.tokenizer.chat_template is None:
+            return self.tokenizer.encode(f"{system}\n\n{text}" if system else text)
+        return self.render_chat([*messages, {"role": "user", "content": text}])
 
-    def generate(self, prompts: str | Sequence[str | Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None = None) -> list[Completion]:
+    def render_chat(self, messages: Messages) -> list[int]:
+        """Token ids of a conversation through the model's chat template. Raises InputError where it has none or the template refuses the messages."""
+        if self.tokenizer.chat_template is None:
+            raise InputError(f"{self.spec.name} carries no chat template. Use generate(), or `tradespace run --raw` with a plain prompt")
+        # the template writes the special tokens itself, <bos> included
+        return self.tokenizer.encode(self.tokenizer.apply_chat_template([dict(message) for message in messages]), add_special_tokens=False)
+
+    def generate(self, prompts: str | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None) -> list[Completion]:
         """Answers in the order of the prompts (texts or token ids), all in one continuous batch.
 
         Raises InputError for a prompt that is empty, not valid text, or longer than the plan's context allows; EngineError where the engine failed.
         """
-        self._check_open()
         several = [prompts] if isinstance(prompts, str) else list(prompts)
-        ids = [self._encode(prompt) for prompt in several]
-        settings = self.sampling() if params is None else params
-        self._last = self._built.engine.generate(ids, settings)
-        return list(self._last)
+        self._speeds = StepClock()
+        done = self.engine.generate(several, self.sampling() if params is None else params)
+        self._lengths = [(len(completion.prompt_ids), len(completion.output_ids)) for completion in done]
+        return done
 
-    def stream(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Iterator[str]:
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str]:
         """Pieces of one answer as they are generated. Leaving the loop early aborts the request and frees its cache."""
-        self._check_open()
-        return self._stream(self._encode(prompt), params or self.sampling())
+        self._speeds = StepClock()
+        stream = self.engine.stream(prompt, params or self.sampling())
+        return self._pieces(stream)
 
-    def _stream(self, ids: Sequence[int], params: SamplingParams) -> Iterator[str]:
-        completion: Completion | None = None
-        stream = self._built.engine.stream(ids, params)
-        try:
-            completion = yield from stream
-        finally:
-            stream.close()
-            self._last = [completion] if completion is not None else []
+    def _pieces(self, stream: TextStream) -> Iterator[str]:
+        with stream:
+            yield from stream
+        self._lengths = [(stream.request.num_prompt, stream.request.num_outputs)]
 
     def chat(self, messages: Messages, params: SamplingParams | None = None) -> Completion:
         """The model's answer to a conversation, through its chat template."""
-        return self.generate([self._chat_prompt(messages)], params)[0]
+        return self.generate([self.render_chat(messages)], params)[0]
 
     def stream_chat(self, messages: Messages, params: SamplingParams | None = None) -> Iterator[str]:
         """The same, in pieces."""
-        return self.stream(self._chat_prompt(messages), params)
-
-    def _chat_prompt(self, messages: Messages) -> str:
-        if not self.tokenizer.has_chat_template:
-            raise InputError(f"{self.spec.name} carries no chat template. Use generate() or `tradespace run --raw` with a plain prompt")
-        return self.tokenizer.apply_chat_template([dict(message) for message in messages])
-
-    def _encode(self, prompt: str | Sequence[int]) -> list[int]:
-        if isinstance(prompt, str):
-            # a rendered template writes its own <bos>; the tokenizer knows not to add a second one
-            return self.tokenizer.encode_prompt(prompt)
-        return [int(token) for token in prompt]
+        return self.stream(self.render_chat(messages), params)
 
     def report(self) -> Report:
         """Predicted against measured: each ledger line, the process's peak, and the speed of the last generation."""
-        built, plan = self._built, self._built.plan
-        measured: dict[str, float] = {
-            "runtime": self._runtime_bytes,
-            "tokenizer": built.measured_bytes["tokenizer"],
-            "kv cache": built.cache.nbytes,
-            "workspace": built.measured_bytes["workspace"],
-        }
-        measured |= {f"weights: {role}": size for role, size in weight_bytes(built.transformer).items()}
-        lines = [ReportLine(line.name, line.bytes, measured.get(line.name), "bytes", line.formula) for line in self._predicted.lines if not line.transient]
-        peak = max(self._meter.peak_bytes, process_bytes())
-        total = self._predicted.total_bytes("host")
-        lines.append(ReportLine("peak of the process", total, peak, "bytes", f"sampled {self._meter.method} of the process tree"))
+        built, plan = self._open(), self.plan
+        measured: dict[str, float] = {**self._measured_bytes, **built.measured_bytes}
+        lines = [ReportLine(name, predicted, measured.get(name), "bytes", formula) for name, predicted, formula in grouped(self._predicted)]
+        for line in lines:
+            assert line.measured is not None or line.name == "weights", f"no measurement for the ledger's line {line.name}"
+        pool = self._predicted.compute_pool
+        self._meter.mark("running")
+        peak = self._meter.peak_bytes
+        how = f"sampled {self._meter.method} of the process tree"
+        lines.append(ReportLine("peak of the process", Estimate(self._predicted.total_bytes(pool), "the ledger's sum"), peak, "bytes", how))
+        lines.append(
+            ReportLine("peak resident size", Estimate.unknown("counts shared pages in full"), peak_rss_bytes(), "bytes", "the kernel's high-water mark")
+        )
         lines += self._speed_lines()
+        used = ", ".join(dict.fromkeys(choice.kernel or "none" for choice in built.kernels))
         facts = [
             ("budget", f"{format_bytes(plan.memory_bytes)} ({'kept' if peak <= plan.memory_bytes else 'EXCEEDED'})"),
-            ("plan", plan.describe()),
-            ("attention kernels", ", ".join(dict.fromkeys(built.kernels))),
+            ("plan", f"{plan.describe()} · attention by {used} · {plan.kv_tokens:,} cache slots"),
         ]
         facts += [("note", note) for note in built.notes]
         return Report(f"{self.spec.name}: predicted against measured", tuple(lines), tuple(facts))
 
     def _speed_lines(self) -> list[ReportLine]:
-        done = [completion for completion in self._last if completion.num_output_tokens > 1]
-        if not done:
+        if not self._lengths:
             return []
         # what the roofline says of the work that was really done, not of the work that was planned for
-        prompt = round(sum(c.num_prompt_tokens for c in done) / len(done))
-        output = round(sum(c.num_output_tokens for c in done) / len(done))
-        plan = self._built.plan
-        together = min(len(done), plan.max_sequences)
-        work = Workload(context_tokens=max(plan.max_context, prompt + output), concurrency=together, prompt_tokens=prompt, output_tokens=output)
-        decode = decode_time(self.spec, plan, self._device, work).seconds.map(lambda step_s: together / step_s)
-        prefill = prefill_time(self.spec, plan, self._device, work).seconds.map(lambda prompt_s: prompt / prompt_s)
-        speeds = self._built.engine.last_speeds()
-        return [
-            ReportLine("prefill", prefill, speeds.prefill_tokens_per_s, "tok/s", f"{prompt} prompt tokens"),
-            ReportLine("decode", decode, speeds.decode_tokens_per_s, "tok/s", f"{together} sequences at once"),
-        ]
+        prompt = max(1, round(sum(length[0] for length in self._lengths) / len(self._lengths)))
+        output = max(1, round(sum(length[1] for length in self._lengths) / len(self._lengths)))
+        together = min(len(self._lengths), self.plan.max_sequences)
+        work = Workload(context_tokens=max(self.plan.max_context, prompt + output), concurrency=together, prompt_tokens=prompt, output_tokens=output)
+        decode = decode_time(self.spec, self.plan, self._device, work).seconds.map(lambda step_s: together / step_s)
+        prefill = prefill_time(self.spec, self.plan, self._device, work).seconds.map(lambda prompt_s: prompt / prompt_s)
+        found = [ReportLine("prefill", prefill, self._speeds.prefill_tokens_per_s, "tok/s", f"{prompt} prompt tokens")]
+        if output > 1:
+            found.append(ReportLine("decode", decode, self._speeds.decode_tokens_per_s, "tok/s", f"{together} sequences at once"))
+        return found
 
     def close(self) -> None:
         """Frees the engine. Requests still running are aborted."""
-        if self._closed:
+        if self._built is None:
             return
-        self._closed = True
-        self._built.engine.abort_all()
+        self._built.engine.scheduler.reset("abort")
+        self._built = None
         self._meter.__exit__(None, None, None)
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise InputError("this LLM is closed. Open it again with ts.open(...)")
+        return_freed_memory()
 
     def __enter__(self) -> LLM:
         return self
 
     def __exit__(self, *details: object) -> None:
         self.close()
+
+
+def grouped(predicted: Ledger) -> Iterator[tuple[str, Estimate, str]]:
+    """The ledger's lines as a run can measure them one by one: (name, bytes, formula). What a step holds at once is one line, the workspace."""
+    groups: dict[str, list[LedgerLine]] = {}
+    for line in predicted.lines:
+        name = "weights" if line.name.startswith("weights ") else "workspace" if line.phase == "running" and line.name != "kv cache" else line.name
+        groups.setdefault(name, []).append(line)
+    for name, lines in groups.items():
+        sources = dict.fromkeys(line.bytes.source for line in lines)
+        total = sum(line.bytes.require() for line in lines)
+        yield name, Estimate(total, "; ".join(sources)), lines[0].formula if len(lines) == 1 else " + ".join(line.name for line in lines)
 
 
 def open(
@@ -203,7 +272,7 @@ def open(
     goal: str = "latency",
     weights: str | None = None,
     attention: str | None = None,
-    scheduling: str = "continuous",
+    scheduling: Policy = "continuous",
     revision: str | None = None,
     offline: bool = False,
     progress: bool = False,
@@ -229,7 +298,22 @@ def open(
         raise
 
 
-def _open(meter, model, memory, plan, context, concurrency, goal, weights, attention, scheduling, revision, offline, progress, say) -> LLM:
+def _open(
+    meter: MemoryMeter,
+    model: str,
+    memory: str | int | None,
+    plan: Plan | str | Path | None,
+    context: int | None,
+    concurrency: int,
+    goal: str,
+    weights: str | None,
+    attention: str | None,
+    scheduling: Policy,
+    revision: str | None,
+    offline: bool,
+    progress: bool,
+    say: Callable[[str], None],
+) -> LLM:
     device = api.find_machine(None)
     chosen = read_plan(plan) if plan is not None else None
     budget = api.budget_bytes(memory, device) if memory is not None or chosen is None or not chosen.memory_bytes else chosen.memory_bytes
@@ -240,31 +324,33 @@ def _open(meter, model, memory, plan, context, concurrency, goal, weights, atten
     if chosen is None:
         chosen = choose_plan(spec, device, budget, context, concurrency, goal, weights, attention)
     chosen = replace(chosen, memory_bytes=budget)
-    predicted = ledger(spec, chosen, device)
-    need = predicted.total_bytes("host").require()
+    predicted = ledger(spec, chosen, device, staging_bytes=STAGING_BYTES)
+    need = predicted.total_bytes()
     if need > budget:
         raise BudgetError(
-            f"this plan needs {format_bytes(need)}; the budget is {format_bytes(budget)}. Let the planner choose (leave --plan away) or give --memory "
+            f"this plan needs {format_bytes(need)}; the budget is {format_bytes(budget)}. Let the planner choose (leave --plan away), or give --memory "
             f"{format_bytes(need * 1.02).replace(' ', '')}",
-            need_bytes=int(need),
+            need_bytes=need,
             have_bytes=budget,
         )
-    say(f"plan: {chosen.describe()} · {chosen.kv_tokens:,} token slots · {format_bytes(need)} predicted")
+    say(f"plan: {chosen.describe()} · {chosen.kv_tokens:,} cache slots · {format_bytes(need)} predicted")
     warm_runtime(DTYPES[chosen.weights.dense])
-    return_freed_memory()
-    runtime_bytes = process_bytes()
+    measured = {"runtime": settled_bytes()}
     tokenizer = Tokenizer.from_files(files)
-    return_freed_memory()
-    tokenizer_bytes = max(0, process_bytes() - runtime_bytes)
-    with loading_bar(spec, chosen, show=progress) as on_load:
+    measured["tokenizer"] = max(0, settled_bytes() - measured["runtime"])
+    with loading_bar(show=progress) as on_load:
         built = build_engine(
-            spec, files, chosen, device, tokenizer=tokenizer, now_bytes=process_bytes, peak_bytes=meter.mark, on_load=on_load, scheduling=scheduling
+            spec, files, chosen, device, tokenizer=tokenizer, now_bytes=settled_bytes, peak_bytes=meter.mark, on_load=on_load, scheduling=scheduling
         )
-    built.measured_bytes["tokenizer"] = tokenizer_bytes
     for note in built.notes:
         say(f"note: {note}")
-    defaults = Defaults(**{name: value for name, value in (tokenizer.generation_defaults or {}).items() if name in Defaults.__dataclass_fields__})
-    return LLM(built, device, ledger(spec, built.plan, device), meter, runtime_bytes, defaults)
+    return LLM(built, device, ledger(spec, built.plan, device, staging_bytes=STAGING_BYTES), meter, measured, Defaults.of(files))
+
+
+def settled_bytes() -> int:
+    """Bytes of this process once its allocator has given back what is free."""
+    return_freed_memory()
+    return process_bytes()
 
 
 def choose_plan(
@@ -318,25 +404,20 @@ def warm_runtime(dtype) -> None:
 class loading_bar:
     """A progress bar of the bytes loaded, on standard error, where that is a terminal."""
 
-    def __init__(self, spec: ModelSpec, plan: Plan, *, show: bool):
+    def __init__(self, *, show: bool):
         self.show = show and sys.stderr.isatty()
-        self.total = 0
-        if self.show:
-            from tradespace.spec.weights import weight_bytes as spec_bytes
 
-            self.total = spec_bytes(spec, plan.weights)
-
-    def __enter__(self) -> Callable[[str, int], None]:
+    def __enter__(self) -> Callable[[int, int], None]:
         if not self.show:
-            return lambda tensor, size: None
+            return lambda done, total: None
         from rich.console import Console
         from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (TextColumn("loading"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
         self.bar = Progress(*columns, console=Console(stderr=True), transient=True)
         self.bar.__enter__()
-        self.task = self.bar.add_task("loading", total=self.total)
-        return lambda tensor, size: self.bar.advance(self.task, size)
+        self.task = self.bar.add_task("loading", total=None)
+        return lambda done, total: self.bar.update(self.task, completed=done, total=total)
 
     def __exit__(self, *details: object) -> None:
         if self.show:

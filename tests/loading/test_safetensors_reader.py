@@ -40,6 +40,8 @@ def test_reads_what_the_safetensors_package_writes(tmp_path_factory, tensors, me
     path = tmp_path_factory.mktemp("safetensors") / "model.safetensors"
     rng = np.random.default_rng(0)
     arrays = {name: rng.integers(0, 2, shape).astype(NUMPY_DTYPES[dtype]) for name, (dtype, shape) in tensors.items()}
+    if not arrays and not metadata:
+        metadata = {"k": "v"}  # for nothing at all the package (0.8.0) writes a header that it refuses itself
     save_file(arrays, path, metadata)
     read, raw = read_safetensors_header(path), path.read_bytes()
     with safe_open(path, "np") as oracle:
@@ -116,6 +118,10 @@ BAD = {
 }
 
 
+# the package lets these pass: of two names the last wins there, and a list may be as long as it likes
+STRICTER = {"duplicate name", "duplicate metadata", "unread field", "long lists"}
+
+
 @pytest.mark.parametrize("name", BAD)
 def test_refuses(name, tmp_path):
     data, message = BAD[name]
@@ -125,8 +131,9 @@ def test_refuses(name, tmp_path):
         read_safetensors_header(path)
     assert str(path) in str(caught.value)
     assert len(str(caught.value)) < 800
-    with pytest.raises(SafetensorError), safe_open(path, "np"):  # the format's own reader agrees
-        pass
+    if name not in STRICTER:
+        with pytest.raises(SafetensorError), safe_open(path, "np"):  # the format's own reader agrees
+            pass
 
 
 def test_every_truncation_is_refused(tmp_path):

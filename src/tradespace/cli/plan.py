@@ -34,7 +34,9 @@ def plan(
     attention: Annotated[str | None, typer.Option("--attention", help="Fix the attention kernel (sdpa, chunked, reference).")] = None,
     runnable: Annotated[bool, typer.Option("--runnable", help="Only what this version can run; leave out what is priced for later.")] = False,
     save: Annotated[Path | None, typer.Option("--save", help="Write the best plan as YAML; `tradespace run --plan FILE` obeys it.")] = None,
-    what_if: Annotated[str | None, typer.Option("--what-if", help="Other proportions beside the model's own: layers=40,width=8192,kv_heads=8,ffn_ratio=4")] = None,
+    what_if: Annotated[
+        str | None, typer.Option("--what-if", help="Other proportions beside the model's own: layers=40,width=8192,kv_heads=8,ffn_ratio=4")
+    ] = None,
     equal_parameters: Annotated[bool, typer.Option("--equal-parameters", help="With --what-if: adjust the depth so that parameters stay equal.")] = False,
     revision: Revision = None,
     offline: Offline = False,
@@ -100,7 +102,7 @@ def headline(model: str, device: str, budget: int, work: Workload) -> str:
     from tradespace.units import format_bytes
 
     return (
-        f"{model} in {format_bytes(budget)} ({format_bytes(budget, decimal=True)}) on {device}: {work.concurrency} × {work.context_tokens:,} tokens of context, "
+        f"{model} in {format_bytes(budget)} ({format_bytes(budget, decimal=True)}) on {device}: {work.concurrency} × {work.context_tokens:,} tokens, "
         f"prompt {work.prompt_tokens:,}, output {work.output_tokens:,}, for {work.goal}"
     )
 

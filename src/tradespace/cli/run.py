@@ -101,7 +101,7 @@ def run(
             notes.print(report_table(llm.report()))
 
 
-def stream_to_terminal(llm: LLM, prompt: str, params: SamplingParams) -> None:
+def stream_to_terminal(llm: LLM, prompt: str | list[int], params: SamplingParams) -> None:
     """Text as it is generated, then a line end."""
     try:
         for piece in llm.stream(prompt, params):

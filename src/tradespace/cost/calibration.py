@@ -35,7 +35,8 @@ RUNTIME_BYTES: dict[str, Constant] = {
 # the host's process where the model computes on a device
 HOST_PROCESS_BYTES = Constant(1536 * MiB, "assumed: interpreter with torch for CUDA, libraries mapped and touched")
 TOKENIZER_BYTES_PER_ENTRY = Constant(400, "assumed: merges, two maps and strings of a byte-pair tokenizer per vocabulary entry")
-STAGING_BYTES = Constant(32 * MiB, "assumed: the loader's one bounded buffer")
+STAGING_BYTES = Constant(16 * MiB, "set: build.py, the loader's one bounded buffer")
+RESERVE_BYTES = Constant(12 * MiB, "set: build.py, what sampling may miss and an allocator may keep; the planner leaves it free on a CPU")
 STREAM_BUFFERS = Constant(2, "assumed: one streamed layer computes while the next one arrives")
 
 # tensors of one kind that are live at once in a step (see cost/workspace.py for the formulas they stand in)
@@ -43,8 +44,15 @@ RESIDUAL_COPIES = Constant(3, "assumed: the stream, its norm and the sublayer's 
 ROTATED_COPIES = Constant(1, "assumed: rotated q and k beside the fused projection that they came from")
 ATTENTION_OUTPUT_COPIES = Constant(1, "assumed: the heads' outputs, T·N·Hv")
 HIDDEN_COPIES = Constant(2, "assumed: act(gate) and its product with up beside the fused projection, T·F each")
-SCORE_COPIES = Constant(2, "assumed: scores and their softmax, fp32")
-MASK_BYTES_PER_SCORE = Constant(1, "assumed: one boolean per query and key where the kernel takes a mask")
+# queries that a kernel takes at a time, and fp32 score tensors live at once there: as kernels/attention/*.py are written; flash keeps none
+QUERY_BLOCK: dict[str, Constant] = {
+    "reference": Constant(8, "set: kernels/attention/reference.py"),
+    "chunked": Constant(256, "set: kernels/attention/chunked.py"),
+    "sdpa": Constant(128, "set: kernels/attention/sdpa.py"),
+    "flash": Constant(1 << 62, "one launch for all queries"),
+}
+SCORE_COPIES = Constant(3, "set: in the kernels, scores, masked scores, their exponentials")
+REFERENCE_WEIGHT_ROWS = Constant(1024, "set: kernels/linear/reference.py: rows of a matrix that are widened to fp32 at a time")
 SAMPLER_BYTES_PER_LOGIT = Constant(20, "assumed: probabilities and sorted values (fp32), their indices (int64) and running sums (fp32)")
 
 # ---------------------------------------------------------------------------------------------------------------- seconds

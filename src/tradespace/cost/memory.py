@@ -1,13 +1,14 @@
 """The byte ledger: what a plan takes in every pool, line by line, before anything runs.
 
-Pools are "host", "device" (each device alike) and "disk". The pool that the model computes in is "host" on a CPU and "device" otherwise.
+Pools are "host", "device" (each device alike) and "disk". The pool that the model computes in is "device" on a CUDA card and "host" otherwise.
 
-Not everything is there at once. Every line belongs to a phase, and a pool's total is its peak over the two phases in which it can come:
+Not everything is there at once. Every line belongs to a phase, and a pool's total is its peak over the moments at which it can come:
 
-    total(pool) = always + max(loading, running)
+    total(pool) = always + max(loading, running + max(layers, head))
 
-Weights, runtime, tokenizer and the engine's own tensors are there always; the loader's staging buffer only while loading; the KV cache, activations and logits
-from the moment they are allocated, which is after the last weight is in place and the staging buffer is released.
+Weights, runtime, tokenizer and the engine's own tensors are there always; the loader's staging buffer only while loading; the KV cache from the moment it is
+allocated ("running"), which is after the last weight is in place and the staging buffer is released; a layer's activations ("layers") and the logits ("head")
+never together.
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tradespace.cost import calibration, workspace
-from tradespace.cost.summary import Summary, WeightShare, cache_token_bytes, largest_matrix, summarize, weight_share
+from tradespace.cost.summary import Summary, WeightShare, cache_token_bytes, largest_quantized_matrix, summarize, weight_share, widest_columns
 from tradespace.spec.device import DeviceSpec
 from tradespace.spec.estimate import Estimate
 from tradespace.spec.model import ModelSpec
 from tradespace.spec.plan import Plan
-from tradespace.spec.weights import ELEMENT_BYTES, WeightPlan
 from tradespace.units import format_bytes
 
-Phase = Literal["always", "loading", "running"]
+Phase = Literal["always", "loading", "running", "layers", "head"]
+PHASES: tuple[Phase, ...] = ("always", "loading", "running", "layers", "head")
 EXACT = "exact"
 MODELLED = "modelled: closed formula over live tensors"
 
@@ -38,6 +39,11 @@ class LedgerLine:
     bytes: Estimate
     formula: str
     phase: Phase = "always"
+
+    @property
+    def transient(self) -> bool:
+        """There only while the model is loaded."""
+        return self.phase == "loading"
 
     def to_dict(self) -> dict[str, object]:
         return {"name": self.name, "pool": self.pool, "bytes": self.bytes.value, "source": self.bytes.source, "formula": self.formula, "phase": self.phase}
@@ -55,12 +61,18 @@ class Ledger:
         return tuple(dict.fromkeys(line.pool for line in self.lines))
 
     def phase_bytes(self, pool: str, phase: Phase) -> float:
+        """Sum of a phase's lines; ValueError with the reason where one of them is unknown."""
         return sum(line.bytes.require() for line in self.lines if line.pool == pool and line.phase == phase)
 
-    def total_bytes(self, pool: str | None = None) -> int:
-        """The pool's peak (of the compute pool by default): always + max(loading, running)."""
+    def total_bytes(self, pool: str | None = None) -> Estimate:
+        """The pool's peak (of the compute pool by default) in whole bytes, by the rule above; unknown where a line is."""
         pool = pool or self.compute_pool
-        return round(peak_bytes(*(self.phase_bytes(pool, phase) for phase in ("always", "loading", "running"))))
+        lines = [line for line in self.lines if line.pool == pool]
+        unknown = next((line for line in lines if not line.bytes.known), None)
+        if unknown is not None:
+            return Estimate.unknown(f"{unknown.name}: {unknown.bytes.source}")
+        total = peak_bytes(*(self.phase_bytes(pool, phase) for phase in PHASES))
+        return Estimate(round(total), EXACT if all(line.bytes.source == EXACT for line in lines) else "ledger: sum of its lines")
 
     def line(self, name: str) -> LedgerLine:
         """The line of this name, or KeyError with the names there are."""
@@ -72,21 +84,22 @@ class Ledger:
     def to_dict(self) -> dict[str, object]:
         return {
             "compute_pool": self.compute_pool,
-            "total_bytes": {pool: self.total_bytes(pool) for pool in self.pools},
+            "total_bytes": {pool: self.total_bytes(pool).value for pool in self.pools},
             "lines": [line.to_dict() for line in self.lines],
         }
 
 
-def peak_bytes(always: float, loading: float, running: float) -> float:
+def peak_bytes(always: float, loading: float, running: float, layers: float, head: float) -> float:
     """The rule for a pool's total."""
-    return always + max(loading, running)
+    return always + max(loading, running + max(layers, head))
 
 
 # ---------------------------------------------------------------------------------------------------------------- single terms
 
 
 def compute_pool(device: DeviceSpec) -> str:
-    return "host" if device.kind == "cpu" else "device"
+    """Where the model computes: host memory for a CPU and for chips whose GPU shares it, else the device's own."""
+    return "device" if device.kind == "cuda" else "host"
 
 
 def runtime_estimate(device: DeviceSpec) -> Estimate:
@@ -119,12 +132,6 @@ def state_bytes(summary: Summary, sequences: int) -> int:
     return sequences * summary.state_bytes_per_sequence
 
 
-def widened_elements(summary: Summary, weights: WeightPlan, linear: str, degree: int) -> int:
-    """Elements of the largest matrix that a product widens: of the quantized ones, or of all where the reference computes in fp32."""
-    needs_all = linear == "reference" and weights.dense != "fp32"
-    return largest_matrix(summary, weights, degree, quantized_only=not needs_all)
-
-
 def stream_buffer_bytes(share: WeightShare, streamed_layers: int) -> float:
     """Room for streamed layers in the compute pool: the largest of them, as often as layers are in flight."""
     return min(calibration.STREAM_BUFFERS.value, streamed_layers) * max(share.layer_bytes[len(share.layers) - streamed_layers :], default=0)
@@ -144,7 +151,14 @@ def ledger(model: ModelSpec, plan: Plan, device: DeviceSpec, *, staging_bytes: i
     lines += _weight_lines(plan, share, pool)
     lines.append(_kv_line(summary, plan, pool))
     lines += _step_lines(summary, plan, pool)
-    lines.append(LedgerLine("engine tensors", pool, Estimate(workspace.engine_bytes(plan, summary.rope_dims), EXACT), "rotary and block tables, ids, slots"))
+    held = workspace.engine_bytes(
+        max_context=plan.max_context,
+        max_sequences=plan.max_sequences,
+        step_tokens=plan.step_tokens,
+        block_size=plan.kv.block_size if plan.kv.layout == "paged" else plan.max_context,
+        rope_dims=summary.rope_dims,
+    )
+    lines.append(LedgerLine("engine tensors", pool, Estimate(held, EXACT), "rotary and block tables, ids, slots"))
     lines.append(LedgerLine("tokenizer", "host", tokenizer_estimate(model.V, tokenizer_bytes), f"V = {model.V} entries"))
     staging = calibration.STAGING_BYTES
     staged = Estimate(staging.value, f"{staging.source} ({staging.date})") if staging_bytes is None else Estimate(staging_bytes, "given")
@@ -159,13 +173,19 @@ def _weight_lines(plan: Plan, share: WeightShare, pool: str) -> list[LedgerLine]
     for part in resident:
         for key, size in part.items():
             totals[key] = totals.get(key, 0) + size
-    split = f" ÷ {plan.tensor_parallel} devices" if plan.tensor_parallel > 1 else ""
-    lines = [LedgerLine(f"weights {role} {name}", pool, Estimate(size, EXACT), f"codes, scales, zero points{split}") for (role, name), size in totals.items()]
+    split = f", one of {plan.tensor_parallel} parts" if plan.tensor_parallel > 1 else ""
+    mixed = {role for role, _ in totals if sum(role == other for other, _ in totals) > 1}
+    lines = [
+        LedgerLine(f"weights: {role} ({name})" if role in mixed else f"weights: {role}", pool, Estimate(size, EXACT), f"{name}, codes and scales{split}")
+        for (role, name), size in totals.items()
+    ]
     if streamed:
         formula = f"{calibration.STREAM_BUFFERS.value:.0f} × the largest of {streamed} streamed layers"
         lines.append(LedgerLine("stream buffer", pool, Estimate(stream_buffer_bytes(share, streamed), EXACT), formula))
         where = plan.placement.stream_from
-        lines.append(LedgerLine("streamed weights", where, Estimate(share.streamed_bytes[streamed] * plan.tensor_parallel, EXACT), f"the last {streamed} layers"))
+        lines.append(
+            LedgerLine("streamed weights", where, Estimate(share.streamed_bytes[streamed] * plan.tensor_parallel, EXACT), f"the last {streamed} layers")
+        )
     return lines
 
 
@@ -180,19 +200,23 @@ def _kv_line(summary: Summary, plan: Plan, pool: str) -> LedgerLine:
 
 
 def _step_lines(summary: Summary, plan: Plan, pool: str) -> list[LedgerLine]:
-    shape, model = workspace.step_shape(plan), summary.model
+    shape, model, dense = workspace.step_shape(plan), summary.model, plan.weights.dense
     rows = plan.max_sequences * (1 + plan.speculation)
-    found = [("activations", workspace.activation_bytes(summary, shape), f"worst moment of a step of {shape.T} tokens, {plan.attention} over {shape.S} keys")]
-    widened = widened_elements(summary, plan.weights, plan.linear, plan.tensor_parallel)
+    lines: list[tuple[str, float, str, Phase]] = []
+    widened = largest_quantized_matrix(summary, plan.weights, plan.tensor_parallel)
     if widened:
-        size = workspace.dequantize_bytes(widened, plan.weights.dense, plan.linear)
-        found.append(("dequantized matrix", size, f"largest: {widened} elements × {size // widened} B"))
-    e = ELEMENT_BYTES[plan.weights.dense]
-    found.append(("logits", workspace.logits_bytes(rows, model.V, e), f"{rows} rows × V = {model.V} × fp32"))
-    found.append(("sampler", workspace.sampler_bytes(rows, model.V), f"{rows} rows × V × {calibration.SAMPLER_BYTES_PER_LOGIT.value:.0f} B"))
-    return [LedgerLine(name, pool, Estimate(size, MODELLED), formula, "running") for name, size, formula in found]
+        size = workspace.dequantize_bytes(widened, dense)
+        lines.append(("dequantized matrix", size, f"largest: {widened} elements × {size // widened} B", "running"))
+    if plan.linear == "reference":
+        size = workspace.reference_tile_bytes(widest_columns(summary), dense)
+        lines.append(("reference tile", size, "rows of a matrix widened to fp32", "running"))
+    formula = f"worst moment of a layer: {shape.T} tokens, {plan.attention} over {shape.S} keys"
+    lines.append(("workspace", workspace.activation_bytes(summary, shape), formula, "layers"))
+    formula = f"{rows} rows × {model.V} × (logits + {calibration.SAMPLER_BYTES_PER_LOGIT.value:.0f} B to sample)"
+    lines.append(("logits", workspace.head_bytes(rows, model.V, model.D, shape), formula, "head"))
+    return [LedgerLine(name, pool, Estimate(size, MODELLED), formula, phase) for name, size, formula, phase in lines]
 
 
 def describe_total(found: Ledger) -> str:
     """One phrase per pool: "host 612 MiB"."""
-    return ", ".join(f"{pool} {format_bytes(found.total_bytes(pool))}" for pool in found.pools)
+    return ", ".join(f"{pool} {format_bytes(found.total_bytes(pool).require())}" for pool in found.pools)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from math import ceil
+from math import ceil, prod
 
 from tradespace.spec.kv import STORES
 from tradespace.spec.mixers import Attention
@@ -179,19 +179,21 @@ def cache_token_bytes(summary: Summary, store: str, degree: int = 1) -> tuple[tu
     return tuple(found)
 
 
-def largest_matrix(summary: Summary, weights: WeightPlan, degree: int = 1, *, quantized_only: bool = True) -> int:
-    """Elements of the largest matrix on a device that is not held in the activations' dtype (or of any); a stack of experts counts one expert."""
-    model, largest = summary.model, 0
-    outside = (tensor for tensor in model_tensors(model) if tensor.layer < 0)
-    inside = (tensor for group in summary.groups for tensor in layer_tensors(model, group.first))
+def largest_quantized_matrix(summary: Summary, weights: WeightPlan, degree: int = 1) -> int:
+    """Elements of a device's largest matrix that is held in groups or rows with scales; of a stack of experts one counts. 0 where all are dense."""
+    largest = 0
+    outside = (tensor for tensor in model_tensors(summary.model) if tensor.layer < 0)
+    inside = (tensor for group in summary.groups for tensor in layer_tensors(summary.model, group.first))
     for tensor in (*outside, *inside):
-        if len(tensor.shape) < 2 or tensor.role == "positions":
-            continue
-        if quantized_only and weights.format_of(tensor).group is None:
-            continue
-        rows, columns = shard_shape(model, tensor, degree)[-2:]
-        largest = max(largest, rows * columns)
+        if len(tensor.shape) >= 2 and weights.format_of(tensor).group is not None:
+            largest = max(largest, prod(shard_shape(summary.model, tensor, degree)[-2:]))
     return largest
+
+
+def widest_columns(summary: Summary) -> int:
+    """Columns of the widest matrix of the layers: the most inputs that a product sums over."""
+    shapes = (tensor.shape for group in summary.groups for tensor in layer_tensors(summary.model, group.first) if len(tensor.shape) >= 2)
+    return max((shape[-1] for shape in shapes), default=summary.model.D)
 
 
 def routed_groups(summary: Summary) -> tuple[tuple[RoutedFFN, int], ...]:

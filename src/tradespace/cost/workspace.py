@@ -1,9 +1,9 @@
 """What a step needs beside weights and cache: the tensors of the largest step that are live at once, on one device.
 
-Eager execution frees a tensor when its last reference goes, so the peak is that of the worst moment, not the sum of all tensors. Two moments compete in a layer:
-attention (q, k, v, one sequence's gathered keys and values, the kernel's own tensors, its output) and the feed-forward (the fused projection and its
-products). How many copies of a kind are live is a constant of `cost/calibration.py`; the shapes are exact. T: tokens of the step, S: keys of one
-sequence, e: bytes of an activation. Scores, softmax and logits are fp32.
+Eager execution frees a tensor when its last reference goes, so the peak is that of the worst moment, not the sum of all tensors. Two moments compete in
+a layer: attention (q, k, v, one sequence's gathered keys and values, the kernel's own tensors, its output) and the feed-forward (the fused projection
+and its products); a third comes after the layers, at the logits. How many copies of a kind are live is a constant of `cost/calibration.py`; the shapes
+are exact. T: tokens of the step, S: keys of one sequence, e: bytes of an activation. Scores, softmax and logits are fp32.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ class StepShape:
     kernel: str
     gathered: bool  # keys and values are copied together before the kernel sees them: paged, or held in another dtype
     degree: int = 1
+    linear: str = "torch"
 
     @property
     def queries(self) -> int:
@@ -45,12 +46,18 @@ def step_shape(plan: Plan) -> StepShape:
         kernel=plan.attention,
         gathered=plan.kv.layout == "paged" or plan.kv.store != plan.weights.dense,
         degree=plan.tensor_parallel,
+        linear=plan.linear,
     )
 
 
 def residual_bytes(D: int, shape: StepShape) -> float:
     """The stream, its norm and a sublayer's result: copies · T · D · e."""
     return calibration.RESIDUAL_COPIES.value * shape.T * D * shape.e
+
+
+def product_bytes(outputs: int, shape: StepShape) -> int:
+    """What a product of `outputs` columns takes beside its result: nothing, or in the reference the fp32 tiles T·R that its result is put together from."""
+    return 4 * shape.T * outputs if shape.linear == "reference" else 0
 
 
 def qkv_bytes(mixer: Attention, shape: StepShape) -> float:
@@ -67,26 +74,24 @@ def gather_bytes(mixer: Attention, shape: StepShape) -> int:
 
 
 def kernel_bytes(mixer: Attention, shape: StepShape) -> float:
-    """The kernel's own tensors for one sequence, by its growth in S; its output is counted apart.
+    """The kernel's own tensors for one sequence, t queries at a time (`calibration.QUERY_BLOCK`); its output is counted apart.
 
-    reference  scores and softmax N·t·S in fp32, fp32 copies of q, k, v where the activations are narrower, and the mask
-    chunked    the same over √S keys, and running output, maximum and sum per query
-    sdpa       the mask t·S; scores stay in tiles
+    reference  fp32: scores N·t·S, padded copies of the keys and values, and all output tiles twice (T·N·Hv) until they are one tensor
+    chunked    fp32: scores over √S keys, the running output and its update, queries, maximum and sum
+    sdpa       one call's queries and output, and a mask vector twice as long as the keys; scores stay in tiles
     flash      one log-sum per query and head
     """
     N, K = heads_per_device(mixer.N, shape.degree), heads_per_device(mixer.K, shape.degree)
-    t, S = shape.queries, shape.S
-    mask = calibration.MASK_BYTES_PER_SCORE.value
-    widen = 0 if shape.e == 4 else 1
+    t, S = min(shape.queries, calibration.QUERY_BLOCK[shape.kernel].value), shape.S
+    copies = calibration.SCORE_COPIES.value
     if shape.kernel == "reference":
-        return calibration.SCORE_COPIES.value * N * t * S * 4 + mask * t * S + widen * 4 * (N * t * mixer.H + K * S * (mixer.H + mixer.Hv))
+        return copies * N * t * S * 4 + K * S * (mixer.H + mixer.Hv) * 4 + 2 * shape.T * N * mixer.Hv * 4
     if shape.kernel == "chunked":
         block = chunk_size(S)
-        scores = calibration.SCORE_COPIES.value * N * t * block * 4 + mask * t * block
-        running = N * t * (mixer.Hv + 2) * 4
-        return scores + running + widen * 4 * (N * t * mixer.H + K * block * (mixer.H + mixer.Hv))
+        widened = 0 if shape.e == 4 else K * block * (mixer.H + mixer.Hv) * 4
+        return copies * N * t * block * 4 + N * t * (2 * mixer.Hv + mixer.H + 2) * 4 + widened
     if shape.kernel == "sdpa":
-        return (mask + shape.e) * t * S if t > 1 else 0.0
+        return N * t * (mixer.H + mixer.Hv) * shape.e + 2 * S * shape.e
     return N * t * 4
 
 
@@ -100,7 +105,7 @@ def feed_forward_moment_bytes(ffn: DenseFFN | RoutedFFN, D: int, shape: StepShap
     """All that is live inside the feed-forward: the fused projection T·2F (T·F ungated), its products, for routed ones all tokens at one expert."""
     F = -(-ffn.F // shape.degree)
     projection = (2 if ffn.gated else 1) * F
-    hidden = shape.T * (projection + calibration.HIDDEN_COPIES.value * F) * shape.e
+    hidden = shape.T * projection * shape.e + max(shape.T * calibration.HIDDEN_COPIES.value * F * shape.e, product_bytes(projection, shape))
     if isinstance(ffn, RoutedFFN):
         routed = shape.T * (ffn.E * 4 + ffn.top_k * (4 + 8))  # the router's logits in fp32; chosen weights and ids
         gathered = 2 * shape.T * (ffn.latent_D or D) * shape.e  # an expert's tokens, and the sum over experts
@@ -129,9 +134,14 @@ def activation_bytes(summary: Summary, shape: StepShape) -> float:
     return worst
 
 
-def dequantize_bytes(largest_elements: int, dense: str, linear: str) -> int:
-    """The shared workspace that one matrix is widened into: a quantized one to the activations' dtype, any to fp32 for the reference product."""
-    return largest_elements * (4 if linear == "reference" else ELEMENT_BYTES[dense])
+def dequantize_bytes(largest_elements: int, dense: str) -> int:
+    """The shared workspace that one quantized matrix is widened into for steps with many rows, in the activations' dtype."""
+    return largest_elements * ELEMENT_BYTES[dense]
+
+
+def reference_tile_bytes(columns: int, dense: str) -> float:
+    """Rows of a matrix that the reference product widens to fp32 at a time; none where it is fp32 already."""
+    return 0.0 if dense == "fp32" else calibration.REFERENCE_WEIGHT_ROWS.value * columns * 4
 
 
 def logits_bytes(rows: int, V: int, e: int) -> int:
@@ -144,8 +154,16 @@ def sampler_bytes(rows: int, V: int) -> float:
     return rows * V * calibration.SAMPLER_BYTES_PER_LOGIT.value
 
 
-def engine_bytes(plan: Plan, rope_dims: int) -> int:
-    """What the engine holds for its lifetime: rotary tables (cosine and sine, fp32), block tables and starts (int32), token ids, positions, slots (int64)."""
-    tables = plan.max_context * rope_dims * 2 * 4
-    blocks = plan.max_sequences * -(-plan.max_context // plan.kv.block_size) * 4 if plan.kv.layout == "paged" else plan.max_sequences * 4
-    return tables + blocks + 2 * 4 * (plan.max_sequences + 1) + 3 * 8 * plan.step_tokens
+def head_bytes(rows: int, V: int, D: int, shape: StepShape) -> float:
+    """The moment after the layers: the stream and its norm T·D·e, the logits of `rows` positions and what sampling makes of them."""
+    return 2 * shape.T * D * shape.e + logits_bytes(rows, V, shape.e) + sampler_bytes(rows, V)
+
+
+def engine_bytes(*, max_context: int, max_sequences: int, step_tokens: int, block_size: int, rope_dims: int) -> int:
+    """What the engine holds for its lifetime: rotary tables (cosine and sine, fp32), block tables and starts (int32), token ids, positions, slots (int64).
+
+    `block_size` is the tokens of a block; contiguous: max_context, one block a sequence.
+    """
+    tables = max_context * rope_dims * 2 * 4
+    blocks = max_sequences * -(-max_context // block_size) * 4
+    return tables + blocks + 2 * 4 * (max_sequences + 1) + 3 * 8 * step_tokens

@@ -2,7 +2,8 @@
 
 A sequence whose blocks have consecutive ids can be read without a copy, so the allocator continues where the sequence's last block ends, and starts a new
 sequence in the middle of the longest free run: the neighbour before it and the sequence itself get equal room to grow. Free runs are kept by start and by
-end, so that freeing merges neighbours in O(1); a heap finds the longest in O(log runs). The contiguous layout is the same allocator with one block per sequence.
+end, so that freeing merges neighbours in O(1); a heap finds the longest in O(log runs). The contiguous layout is the same allocator with one block per
+sequence.
 """
 
 from __future__ import annotations

@@ -8,14 +8,15 @@ and `{% generation %}`, which marks the assistant's text for training and render
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from functools import lru_cache
+from functools import lru_cache, wraps
 from typing import Any
 
 import jinja2
 import jinja2.exceptions
 import jinja2.ext
+import jinja2.filters
 import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
@@ -75,8 +76,8 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         sizes = [len(side) if isinstance(side, (str, list, tuple)) else None for side in (left, right)]
         if operator == "**" and not (isinstance(left, (int, float)) and isinstance(right, (int, float)) and abs(left) < 2**32 and abs(right) <= 64):
             raise jinja2.exceptions.SecurityError(f"{left!r:.20} ** {right!r:.20} is too large")
-        if operator == "%" and isinstance(left, str) and len(_format_width(left)) > 3:
-            raise jinja2.exceptions.SecurityError("a format wider than 999 characters")
+        if operator == "%":
+            _check_arguments((left,))
         if operator == "+" and sum(size or 0 for size in sizes) > MAX_OUTPUT_CHARS:
             raise jinja2.exceptions.SecurityError(f"text of more than {MAX_OUTPUT_CHARS} characters")
         if operator == "*":
@@ -85,12 +86,50 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
                 raise jinja2.exceptions.SecurityError(f"text of more than {MAX_OUTPUT_CHARS} characters")
         return super().call_binop(context, operator, left, right)
 
+    def call(self, context: jinja2.runtime.Context, obj: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(getattr(obj, "__self__", None), str):  # ljust, center, zfill …
+            _check_arguments((*args, *kwargs.values()))
+        return super().call(context, obj, *args, **kwargs)
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        wrapped = super().wrap_str_format(value)
+        if wrapped is None:  # not a string's format method
+            return None
+        form = value.__self__
+
+        @wraps(wrapped)
+        def checked(*args: Any, **kwargs: Any) -> str:
+            _check_arguments((form,))
+            return wrapped(*args, **kwargs)
+
+        return checked
+
+
+def _check_arguments(values: Sequence[Any]) -> None:
+    """Refuse numbers and formats that would make text of any length."""
+    for value in values:
+        if isinstance(value, int) and abs(value) > MAX_OUTPUT_CHARS:
+            raise jinja2.exceptions.SecurityError(f"a width of {value}")
+        if isinstance(value, str) and len(_format_width(value)) > 5:
+            raise jinja2.exceptions.SecurityError("a format wider than 99999 characters")
+
+
+def _bounded(text_filter: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter of Jinja's that takes a width or a format, with both checked."""
+
+    @wraps(text_filter)
+    def checked(value: Any, *args: Any, **kwargs: Any) -> Any:
+        _check_arguments((value if text_filter is jinja2.filters.do_format else "", *args, *kwargs.values()))
+        return text_filter(value, *args, **kwargs)
+
+    return checked
+
 
 def _format_width(form: str) -> str:
-    """The longest number in a format: its width or precision. `*` takes them from the arguments, so it counts as too wide."""
-    if re.search(r"%[-+ #0]*(\*|\d*\.\*)", form):
-        return "****"
-    return max(re.findall(r"\d+", form), key=len, default="")
+    """The longest width or precision in a format. One that is taken from the arguments (`*`, or braces in braces) counts as too wide."""
+    if re.search(r"%[-+ #0]*(\*|\d*\.\*)|\{[^{}]*:[^{}]*\{", form):
+        return "******"
+    return max(re.findall(r"(?:%[-+ #0]*|\{[^{}]*:[^{}]*?|\.)(\d+)", form), key=len, default="")
 
 
 class _BoundedRange:
@@ -111,6 +150,7 @@ class _BoundedRange:
 def _compiled(template: str) -> jinja2.Template:
     environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
     environment.filters["tojson"] = _tojson
+    environment.filters |= {name: _bounded(environment.filters[name]) for name in ("center", "indent", "format")}
     environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now, namespace=_Namespace)
     return environment.from_string(template)
 

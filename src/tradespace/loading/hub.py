@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tradespace.errors import DownloadError, InputError
+from tradespace.loading.transfer import require_free
 
 # every configuration file that resolve or the tokenizer reads
 SMALL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -83,6 +84,13 @@ def list_hub_files(hub_name: HubName, revision: str | None) -> list[HubFile]:
     return [HubFile(name=name, size_bytes=sizes[name]) for name in wanted_files(list(sizes), hub_name)]
 
 
+def missing_files(hub_name: HubName, files: list[HubFile], revision: str | None) -> list[HubFile]:
+    """Those of `files` that the Hub's cache does not hold."""
+    from huggingface_hub import try_to_load_from_cache
+
+    return [file for file in files if not isinstance(try_to_load_from_cache(hub_name.repo, file.name, revision=revision), str)]
+
+
 def cached_files(hub_name: HubName, revision: str | None) -> Path | None:
     """The snapshot folder (or GGUF file) in the Hub's cache, or None if it is not there; no network."""
     from huggingface_hub import snapshot_download, try_to_load_from_cache
@@ -109,7 +117,9 @@ def fetch_from_hub(hub_name: HubName, *, revision: str | None, offline: bool, pr
             at = f" at revision {revision}" if revision else ""
             raise DownloadError(f"{hub_name.repo}{at} is not in the Hub cache, and this is offline. Run once with a network: tradespace pull {hub_name.repo}")
         return path
-    names = [file.name for file in list_hub_files(hub_name, revision)]
+    files = list_hub_files(hub_name, revision)
+    missing_bytes = sum(file.size_bytes for file in missing_files(hub_name, files, revision))
+    require_free(Path(constants.HF_HUB_CACHE), missing_bytes, hub_name.repo, variable="HF_HOME")
     was_disabled = are_progress_bars_disabled()
     if not progress:
         disable_progress_bars()
@@ -117,10 +127,18 @@ def fetch_from_hub(hub_name: HubName, *, revision: str | None, offline: bool, pr
         with hub_errors(hub_name.repo, revision):
             if hub_name.gguf_file is not None:
                 return Path(hf_hub_download(hub_name.repo, hub_name.gguf_file, revision=revision))
-            return Path(snapshot_download(hub_name.repo, revision=revision, allow_patterns=names))
+            return Path(snapshot_download(hub_name.repo, revision=revision, allow_patterns=[file.name for file in files]))
     finally:
         if not progress and not was_disabled:
             enable_progress_bars()
+
+
+def fetch_config(hub_name: HubName, *, revision: str | None, offline: bool) -> Path:
+    """config.json alone, for planning without weights: its path in the Hub's cache. Raises DownloadError."""
+    from huggingface_hub import constants, hf_hub_download
+
+    with hub_errors(hub_name.repo, revision):
+        return Path(hf_hub_download(hub_name.repo, "config.json", revision=revision, local_files_only=offline or constants.HF_HUB_OFFLINE))
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from tradespace.errors import InputError
-from tradespace.loading.hub import HubName, cached_files, fetch_from_hub, list_hub_files, parse_hub_name, scan_cached_models
+from tradespace.loading.hub import HubName, cached_files, fetch_from_hub, list_hub_files, missing_files, parse_hub_name, scan_cached_models
 from tradespace.loading.packages import PACKAGED, fetch_packaged, is_complete
 from tradespace.units import format_bytes
 
@@ -73,7 +73,8 @@ class ModelEntry:
 
 def is_local(model: str) -> bool:
     """Whether `model` is to be read as a path: it exists, or it is written as only a path is."""
-    return Path(model).expanduser().exists() or model.startswith(("/", "./", "../", "~", ".\\")) or Path(model).is_absolute()
+    # os.path, not Path: it answers False for what can be no path (too long, a null character, an unknown user's ~)
+    return os.path.exists(os.path.expanduser(model)) or model.startswith(("/", "./", "../", "~", ".\\")) or os.path.isabs(model)
 
 
 def pull(
@@ -95,10 +96,10 @@ def pull(
     from tradespace.loading.resolve import unknown_model
 
     if is_local(model):
-        path = Path(model).expanduser()
-        if not path.exists():
+        path = os.path.expanduser(model)
+        if not os.path.exists(path):
             raise unknown_model(model)
-        return path
+        return Path(path)
     if model in PACKAGED:
         if revision is not None:
             raise InputError(f"{model} has one version only, carried by a package: leave --revision out")
@@ -145,14 +146,14 @@ def describe_pull(model: str, *, revision: str | None = None, offline: bool = Fa
 
 
 def _describe_hub(model: str, hub_name: HubName, revision: str | None, offline: bool) -> PullPlan:
-    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub import constants
 
     hub_cache = Path(constants.HF_HUB_CACHE) / f"models--{hub_name.repo.replace('/', '--')}"
     if offline or constants.HF_HUB_OFFLINE:
         path = fetch_from_hub(hub_name, revision=revision, offline=True, progress=False)  # raises if it is not cached
         return PullPlan(model=model, source="hub", files=(), download_bytes=0, target=path, fetched=True)
     files = list_hub_files(hub_name, revision)
-    missing = [file for file in files if not isinstance(try_to_load_from_cache(hub_name.repo, file.name, revision=revision), str)]
+    missing = missing_files(hub_name, files, revision)
     return PullPlan(
         model=model,
         source="hub",

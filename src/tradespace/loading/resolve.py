@@ -6,6 +6,7 @@ and template in its own metadata (those fields stay None here; `formats` and the
 
 import difflib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from tradespace.units import MiB
 
 MAX_CONFIG_BYTES = 16 * MiB
 MAX_TEMPLATE_BYTES = 1 * MiB
+MAX_SHOWN_CHARS = 200  # of a name, in an error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,16 +43,17 @@ class ModelFiles:
 
 def unknown_model(model: str) -> InputError:
     """The error for a name that is no path, alias or Hub name, with the closest names that are."""
-    path = Path(model).expanduser()
+    folder, name = os.path.split(os.path.expanduser(model))
     candidates = list(PACKAGED)
-    if path.parent.is_dir() and path.parent != Path():
-        candidates += [str(path.parent / entry.name) for entry in path.parent.iterdir()]
-    near = difflib.get_close_matches(model, candidates, n=3, cutoff=0.5)
+    if folder and os.path.isdir(folder):
+        candidates += [os.path.join(folder, entry) for entry in os.listdir(folder)]
+    near = difflib.get_close_matches(model[:MAX_SHOWN_CHARS], candidates, n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
-    if "/" in model or "\\" in model or model.endswith((".gguf", ".safetensors")):
-        return InputError(f"'{model}' does not exist.{hint} Give a folder, a .gguf file, org/name from the Hub, or one of: {', '.join(PACKAGED)}")
+    shown = f"{model[:MAX_SHOWN_CHARS]!a}" if not model[:MAX_SHOWN_CHARS].isprintable() else f"'{model[:MAX_SHOWN_CHARS]}'"
+    if folder or name.endswith((".gguf", ".safetensors")):
+        return InputError(f"{shown} does not exist.{hint} Give a folder, a .gguf file, org/name from the Hub, or one of: {', '.join(PACKAGED)}")
     where = "A published model's name can be planned (tradespace plan) but not run: its weights come as org/name from the Hub, a folder or a .gguf file"
-    return InputError(f"'{model}' names no weights.{hint} Known aliases: {', '.join(PACKAGED)}. {where}")
+    return InputError(f"{shown} names no weights.{hint} Known aliases: {', '.join(PACKAGED)}. {where}")
 
 
 def resolve(

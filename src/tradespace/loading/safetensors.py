@@ -120,7 +120,9 @@ def _weight_map(index_path: Path) -> dict[str, str]:
     with open_weight_file(index_path) as (file, size_bytes):
         if size_bytes > MAX_HEADER_BYTES:
             raise _corrupt(index_path, "index", f"has {size_bytes} bytes; {format_bytes(MAX_HEADER_BYTES, decimal=True)} are allowed")
-        text = _decoded(index_path, file.read(MAX_HEADER_BYTES))
+        raw = bytearray(size_bytes)
+        read_exactly(file, memoryview(raw), 0, f"{index_path}: index")
+    text = _decoded(index_path, raw)
     weight_map: dict[str, str] | None = None
     scan = _Scanner(index_path, "index", text)
     for section in scan.keys():  # noqa: SIM118 (a scanner is no dict)

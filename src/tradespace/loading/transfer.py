@@ -23,6 +23,7 @@ from tradespace.units import MiB, format_bytes
 CHUNK_BYTES = 1 * MiB
 STALL_TIMEOUT_S = 60.0  # a connection that gives nothing for so long is taken for dead
 MAX_ATTEMPTS_WITHOUT_PROGRESS = 4
+RETRY_PAUSE_S = 0.2  # doubled with each attempt that brought nothing
 SPARE_BYTES = 16 * MiB  # what a file system needs beside the bytes themselves: metadata, block rounding
 
 Advance = Callable[[int], None]  # told how many bytes have just become safe on disk
@@ -47,17 +48,18 @@ def partial_path(folder: Path, name: str, url: str, sha256: str | None) -> Path:
     return folder / f"{name}.{identity}.partial"
 
 
-def require_free(folder: Path, need_bytes: int, what: str) -> None:
-    """DownloadError unless the file system of `folder` has `need_bytes` left."""
-    have_bytes = shutil.disk_usage(folder).free
+def require_free(folder: Path, need_bytes: int, what: str, *, variable: str = "TRADESPACE_HOME") -> None:
+    """DownloadError unless the file system of `folder` has `need_bytes` left; `variable` is what moves the folder elsewhere."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    have_bytes = shutil.disk_usage(existing).free
     if have_bytes < need_bytes + SPARE_BYTES:
-        raise DownloadError(disk_full_message(folder, what, need_bytes + SPARE_BYTES, have_bytes))
+        raise DownloadError(disk_full_message(folder, what, need_bytes + SPARE_BYTES, have_bytes, variable))
 
 
-def disk_full_message(folder: Path, what: str, need_bytes: int, have_bytes: int) -> str:
+def disk_full_message(folder: Path, what: str, need_bytes: int, have_bytes: int, variable: str = "TRADESPACE_HOME") -> str:
     return (
         f"{what} needs {format_bytes(need_bytes)} ({need_bytes} bytes) of disk; {format_bytes(have_bytes)} ({have_bytes} bytes) free in {folder}. "
-        "Free some space, or set TRADESPACE_HOME to a folder on a larger disk"
+        f"Free some space, or set {variable} to a folder on a larger disk"
     )
 
 
@@ -69,9 +71,9 @@ def disk_errors(folder: Path, what: str, need_bytes: int) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise DownloadError(disk_full_message(folder, what, need_bytes, shutil.disk_usage(folder).free)) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise DownloadError(f"{what}: {folder} cannot be written ({error.strerror}). Set TRADESPACE_HOME to a folder of yours") from error
-        raise
+        if error.errno is None:
+            raise
+        raise DownloadError(f"{what}: {folder} cannot be written ({error.strerror}). Set TRADESPACE_HOME to a folder of yours") from error
 
 
 @contextlib.contextmanager
@@ -195,7 +197,7 @@ def _fetch_all(url: str, partial: Path, name: str, advance: Advance) -> str:
         if failures >= MAX_ATTEMPTS_WITHOUT_PROGRESS:
             kind = DownloadError if have_bytes else RefusedError
             raise kind(f"{name}: {reason}; {have_bytes} bytes are kept. Check the network, then run the same command again: it resumes")
-        time.sleep(min(0.2 * 2**failures, 5.0))
+        time.sleep(min(RETRY_PAUSE_S * 2**failures, 5.0))
 
 
 def _open_from(url: str, start_bytes: int) -> http.client.HTTPResponse:

@@ -13,7 +13,7 @@ size up to the last cache measures that cache; a cache shared with other tenants
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -39,7 +39,7 @@ def working_set_sizes(free_bytes: int, last_cache_bytes: int | None) -> tuple[in
     return tuple(size for size in sizes if size <= max(_SIZES[0], free_bytes // 8))
 
 
-def bandwidth_curve(sizes: tuple[int, ...], threads: int, *, backend: str, budget_s: float = 3.0) -> Iterator[tuple[int, float]]:
+def bandwidth_curve(sizes: tuple[int, ...], threads: int, *, backend: str, budget_s: float = 2.0) -> Iterator[tuple[int, float]]:
     """(working set in bytes, bytes/s) for each size, ascending. `backend`: "torch" or "numpy". Takes about `budget_s` and the largest size in memory."""
     buffer = np.empty(max(sizes), dtype=np.uint8)
     buffer.fill(1)  # untouched pages are all one page of zeros, and would be read out of the first cache
@@ -48,6 +48,17 @@ def bandwidth_curve(sizes: tuple[int, ...], threads: int, *, backend: str, budge
             read = _torch_reader(buffer[:size]) if backend == "torch" else _numpy_reader(buffer[:size], threads, pool)
             repeats = min(200, max(6, _BYTES_PER_POINT // size))
             yield size, size / min(time_repeats(read, repeats=repeats, budget_s=budget_s / len(sizes)))
+
+
+def at_least_as_fast_as_larger(curve: Sequence[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
+    """The curve (ascending sizes) with every rate at least that of the next larger set: what reads a gigabyte at a rate reads any part of it at that rate.
+    A smaller set that came out slower was not: its threads were waiting to start.
+
+    >>> at_least_as_fast_as_larger([(1, 5.0), (2, 9.0), (3, 4.0)])
+    ((1, 9.0), (2, 9.0), (3, 4.0))
+    """
+    rates = [rate for _, rate in curve]
+    return tuple((size, max(rates[index:])) for index, (size, _) in enumerate(curve))
 
 
 def _torch_reader(data: np.ndarray) -> Callable[[], object]:

@@ -240,3 +240,8 @@ def find_compiler() -> str | None:
         if importlib.util.find_spec("ziglang") is not None:
             return "zig (ziglang wheel)"
     return None
+
+
+def has_torch() -> bool:
+    """Whether torch can be imported, without importing it."""
+    return importlib.util.find_spec("torch") is not None

@@ -20,10 +20,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from tradespace.errors import EngineError
 from tradespace.measure import host
 from tradespace.measure.accelerators import Accelerator, find_accelerators
-from tradespace.measure.probe import has_torch
 from tradespace.measure.record import versions, write_atomically
 from tradespace.spec.device import DeviceSpec
 from tradespace.spec.estimate import Estimate
@@ -33,7 +34,8 @@ _SCHEMA = 1
 # A lone process shares 2 to 8 MiB with others (the interpreter, the C library). Where it is more, another process has torch loaded just now and takes over a
 # share of it: that share comes back when the other ends, so the resident size is what a budget has to allow for.
 _USUAL_SHARED_BYTES = 16 * MiB
-_BUSY_SHARE = 0.4  # of the cores, as the load of the last minute
+_BUSY_PERCENT = 25  # of all cores together
+_BUSY_NOTE = "other processes were running while this was timed: the rates may be too low; they are taken again once it is idle"
 _PROBE_TIMEOUT_S = 180  # ten seconds on an idle machine; a busy one may take longer before we call it stuck
 
 
@@ -65,7 +67,7 @@ def machine_report(refresh: bool = False) -> MachineReport:
         compiler=host.find_compiler(),
         torch_version=versions()["torch"],
         measured_at=measured["date"],
-        notes=tuple(measured["notes"]),
+        notes=(*measured["notes"], *((_BUSY_NOTE,) if measured["busy"] else ())),
     )
 
 
@@ -98,7 +100,8 @@ def fingerprint() -> dict[str, Any]:
 
 def _measured(refresh: bool) -> dict[str, Any]:
     path, now = cache_folder() / "machine.json", fingerprint()
-    if not refresh and (kept := read_cache(path, now)) is not None:
+    # rates taken beside other work serve until the machine is idle
+    if not refresh and (kept := read_cache(path, now)) is not None and (not kept["busy"] or is_busy()):
         return kept
     measured = measure(now["cores"])
     kept = {"fingerprint": now, **measured}
@@ -135,6 +138,7 @@ def _is_complete(kept: Mapping[str, Any]) -> bool:
         and _is_rate(kept.get("runtime_bytes"))
         and all(isinstance(kept.get(key), str) for key in ("date", "backend", "runtime_method"))
         and isinstance(kept.get("notes"), list)
+        and isinstance(kept.get("busy"), bool)
     )
 
 
@@ -168,11 +172,11 @@ def measure(cores: int) -> dict[str, Any]:
     """Everything timed, as plain values. Shows a progress bar on a terminal (stderr). Raises EngineError where a probe does not finish."""
     folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
-    from tradespace.measure.bandwidth import working_set_sizes  # loads numpy, which a cached answer does not need
+    from tradespace.measure.bandwidth import at_least_as_fast_as_larger, working_set_sizes  # loads numpy, which a cached answer does not need
 
     sizes = working_set_sizes(host.host_memory().free_bytes, host.last_cache_bytes())
-    num_steps = len(sizes) + (4 if has_torch() else 1) + 3  # matmul types; baseline, overhead, disk
-    found: dict[str, Any] = {"bandwidth": [], "matmul": {}, "notes": _busy_notes(cores)}
+    num_steps = len(sizes) + (4 if host.has_torch() else 1) + 3  # matmul types; baseline, overhead, disk
+    found: dict[str, Any] = {"bandwidth": [], "matmul": {}, "notes": [], "busy": is_busy()}
     with _progress(num_steps) as advance:
         for line in _probe("baseline", str(cores)):
             runtime_bytes, method = _baseline_bytes(line)
@@ -180,20 +184,17 @@ def measure(cores: int) -> dict[str, Any]:
             advance("process baseline")
         for line in _probe("speeds", str(cores), str(folder), *map(str, sizes)):
             advance(_take(line, found))
-    found |= {"date": datetime.now(UTC).isoformat(timespec="seconds"), "backend": "torch" if has_torch() else "numpy"}
+    found |= {"date": datetime.now(UTC).isoformat(timespec="seconds"), "backend": "torch" if host.has_torch() else "numpy"}
+    found["bandwidth"] = [list(point) for point in at_least_as_fast_as_larger(found["bandwidth"])]
     if not _is_complete(found):
         raise EngineError(f"measuring this machine gave {sorted(found)}, which is not all of it; --device NAME plans without measuring")
     return found
 
 
-def _busy_notes(cores: int) -> list[str]:
-    """A warning where others keep the cores busy: a thread that has to wait for its core holds up the rest, and small timings come out a hundred times low."""
-    if not hasattr(os, "getloadavg"):
-        return []
-    load = os.getloadavg()[0]
-    if load < _BUSY_SHARE * cores:
-        return []
-    return [f"other processes were running (load {load:.1f} on {cores} cores): the rates are too low; --refresh when the machine is idle"]
+def is_busy() -> bool:
+    """Whether others keep the cores busy just now (a tenth of a second's look): a thread that has to wait for its core holds up the rest, and what is timed
+    in microseconds comes out a hundred times too slow."""
+    return psutil.cpu_percent(interval=0.1) > _BUSY_PERCENT
 
 
 def _take(line: Mapping[str, Any], found: dict[str, Any]) -> str:

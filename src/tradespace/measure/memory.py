@@ -4,12 +4,12 @@ On Linux a process counts with its proportional set size (PSS: a page that n pro
 pages, summed over the tree. That sum is exact for the tree where nobody outside maps the same pages. The kernel computes it by walking every mapped page
 (about 10 ms per GiB of 4 KiB pages here), so the sampler reads the resident size every period (tens of microseconds) and PSS only where it matters:
 
-    bytes now = PSS at the last walk + growth of the resident size since          (a newly resident page adds at most itself to the PSS)
-              + growth of the kernel's high-water mark beyond what was sampled    (a spike between two samples is not lost)
+    bytes = PSS at the last walk + growth of the resident size since       (a newly resident page adds at most itself to the PSS)
 
-Both corrections err upwards, the first by at most 1 MiB per process while walks keep up (they are held to 5% of the time), so the peak is an upper bound
-up to pages that other processes stopped sharing since the last walk. Elsewhere than on Linux it is the summed resident size, labelled "rss": shared
-pages count once per process.
+with the kernel's high-water mark in place of the resident size wherever the mark rose since the previous sample: a spike between two samples is not lost.
+Everybody is walked again when 1 MiB was gained (but walks are held to 5% of the time), when a process joins or leaves the tree, and at marks. The error is
+upwards, so the peak is an upper bound, up to pages that processes outside the tree stopped sharing since the last walk. Elsewhere than on Linux it is the
+summed resident size, labelled "rss": shared pages count once per process.
 """
 
 from __future__ import annotations
@@ -39,8 +39,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 class _ProcessReading:
     """What the last samples said about one process of the tree."""
 
-    rss_bytes: int = 0
-    high_water_bytes: int = 0
+    high_water_bytes: int = 0  # 0: not sampled yet
     walked_pss_bytes: int = 0  # at the last walk
     walked_rss_bytes: int = 0
     next_walk_s: float = 0.0
@@ -200,7 +199,7 @@ class MemoryMeter:
 
     peak_bytes        highest bytes of the tree (see the module's text for what is counted)
     method            "pss" or "rss"
-    samples           number of samples taken; overhead_s: seconds that they took (about 0.2 ms each, every 20 ms: 1% of one core, plus the walks)
+    samples           number of samples taken; overhead_s: seconds that they took (0.06 ms each and 0.01 a thread, and the walks)
     peak_rss_by_pid   the kernel's high-water mark of each process seen, since that process began (call `reset_peak()` first to begin at the meter)
     marks             peak of each phase ended by `mark(label)`
 
@@ -267,6 +266,8 @@ class MemoryMeter:
         start = time.perf_counter()
         root_pid = os.getpid()
         pids = [root_pid, *child_pids(root_pid)]
+        # a fork halves the shares of what it shares, an end gives them back: no resident size tells, so everybody is walked again
+        walk = walk or set(pids) != self._readings.keys()
         self._readings = {pid: self._readings.get(pid) or _ProcessReading() for pid in pids}
         total_bytes = sum(self._process_now(pid, reading, walk=walk) for pid, reading in self._readings.items())
         self.peak_bytes = max(self.peak_bytes, total_bytes)
@@ -277,20 +278,17 @@ class MemoryMeter:
     def _process_now(self, pid: int, reading: _ProcessReading, *, walk: bool) -> int:
         """Bytes that one process may have cost at any moment since the previous sample: an upper bound (see the module's text)."""
         rss_bytes, high_water_bytes = _rss_and_high_water(pid)
-        is_new = reading.high_water_bytes == 0
-        # the mark rose past both samples: there was a spike in between, and it was this much higher than what we saw
-        rose = not is_new and high_water_bytes > reading.high_water_bytes
-        spike_bytes = max(0, high_water_bytes - max(rss_bytes, reading.rss_bytes)) if rose else 0
-        reading.rss_bytes, reading.high_water_bytes = rss_bytes, high_water_bytes
+        # the kernel's mark rose: there was a moment since the previous sample at which this much was resident
+        rose = 0 < reading.high_water_bytes < high_water_bytes
+        top_bytes = high_water_bytes if rose else rss_bytes
+        reading.high_water_bytes = high_water_bytes
         self.peak_rss_by_pid[pid] = max(self.peak_rss_by_pid.get(pid, 0), high_water_bytes)
         if self.method == RSS:
-            return rss_bytes + spike_bytes
+            return top_bytes
         now_s = time.perf_counter()
         stale = rss_bytes - reading.walked_rss_bytes > _REWALK_GROWTH_BYTES and now_s >= reading.next_walk_s
-        if walk or is_new or stale:
-            reading.walked_pss_bytes = process_bytes(pid)
-            reading.walked_rss_bytes = rss_bytes
+        if walk or stale:
+            reading.walked_pss_bytes, reading.walked_rss_bytes = process_bytes(pid), rss_bytes
             done_s = time.perf_counter()
             reading.next_walk_s = done_s + (done_s - now_s) / _WALK_SHARE
-            return reading.walked_pss_bytes + spike_bytes
-        return reading.walked_pss_bytes + max(0, rss_bytes - reading.walked_rss_bytes) + spike_bytes
+        return reading.walked_pss_bytes + max(0, top_bytes - reading.walked_rss_bytes)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tradespace.measure.bandwidth import bandwidth_curve
+from tradespace.measure.host import has_torch
 from tradespace.measure.memory import MemoryMeter, limit_heap_growth, peak_rss_bytes, reset_peak
 from tradespace.measure.timer import median_and_spread, time_repeats
 from tradespace.units import MiB
@@ -33,11 +34,6 @@ _ENGINE_IMPORTS = ("numpy", "tokenizers", "jinja2", "safetensors", "yaml", "type
 
 def _say(**line: Any) -> None:
     print(json.dumps(line), flush=True)
-
-
-def has_torch() -> bool:
-    """Whether torch can be imported, without importing it."""
-    return importlib.util.find_spec("torch") is not None
 
 
 def speeds(threads: int, sizes: tuple[int, ...], folder: Path) -> None:

@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from tradespace.errors import InputError, UnsupportedError
-from tradespace.spec.families import falcon, gemma, gpt, llama, phi
+from tradespace.spec.families import eyes, falcon, gemma, gpt, hybrid, latent, llama, local_global, moe, phi
 from tradespace.spec.families.reader import ConfigReader, shown
 from tradespace.spec.model import ModelSpec
 
@@ -34,11 +34,51 @@ RUNNABLE: dict[str, Family] = {
 PLAN_ONLY: dict[str, Family] = {
     "opt": gpt.opt,
     "bloom": gpt.bloom,
+    "mixtral": moe.mixtral,
+    "qwen2_moe": moe.qwen_moe,
+    "qwen3_moe": moe.qwen_moe,
+    "gpt_oss": moe.gpt_oss,
+    "llama4": moe.llama4,
+    "minimax_m2": moe.minimax_m2,
+    "glm4_moe": moe.glm4_moe,
+    "deepseek_v2": latent.deepseek_v2,
+    "deepseek_v3": latent.deepseek_v3,
+    "deepseek_v32": latent.deepseek_v32,
+    "kimi_k2": latent.deepseek_v3,
+    "kimi_k25": latent.kimi_k25,
+    "glm_moe_dsa": latent.glm_moe_dsa,
+    "qwen3_next": hybrid.qwen3_next,
+    "qwen3_5": hybrid.qwen3_5,
+    "qwen3_5_moe": hybrid.qwen3_5,
+    "qwen3_5_text": hybrid.qwen3_5_text,
+    "qwen3_5_moe_text": hybrid.qwen3_5_text,
+    "nemotron_h": hybrid.nemotron_h,
+    "nemotron-nas": hybrid.nemotron_nas,
+    "minimax": hybrid.minimax,
+    "minimax_m1": hybrid.minimax,
+    "qwen3_vl": eyes.qwen3_vl,
+    "qwen3_vl_moe": eyes.qwen3_vl,
+    "mimo": llama.mimo,
+    "mimo_v2_flash": local_global.mimo_v2_flash,
+    "gemma4": local_global.gemma4,
+    "gemma4_text": local_global.gemma4_text,
 }
 FAMILIES: dict[str, Family] = RUNNABLE | PLAN_ONLY
 
 # Known by name, and known to hold a mechanism that no spec prices: refused with that reason rather than guessed.
-REFUSED: dict[str, str] = {}
+REFUSED: dict[str, str] = {
+    "deepseek_v4": "its compressed attention and hyper-connections are not priced",
+    "deepseek_ref": "it is DeepSeek-V4, whose compressed attention and hyper-connections are not priced",
+    "kimi_k3": "its residual attention, latent experts under norms and full-rank gates are not priced",
+    "kimi_linear": "its layers' decay and gates (KDA) have a mixer, but no reader of this config yet",
+    "minimax_m3": "its block-sparse attention is not priced",
+    "step3p7": "the config leaves out the heads of its sliding layers and the gates on their output",
+    "step3p5": "the heads of its sliding layers and the gates on their output are not priced",
+    "mamba": "models of recurrent layers alone are not priced",
+    "mamba2": "models of recurrent layers alone are not priced",
+    "t5": "encoder-decoder models are not language models of one stream",
+    "bert": "an encoder does not generate",
+}
 
 
 def model_spec_from_config(config: Mapping[str, Any], name: str) -> ModelSpec:

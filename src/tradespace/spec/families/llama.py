@@ -5,6 +5,8 @@ Papers: arXiv:2302.13971 (Llama), arXiv:2407.21783 (Llama 3), arXiv:2310.06825 (
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from tradespace.spec.families.parts import Sizes, activation, layer_windows, quantization, read_rope, read_sizes, sliding_window, stored_dtype
 from tradespace.spec.families.reader import ConfigReader
 from tradespace.spec.mixers import Attention
@@ -110,3 +112,12 @@ def smollm3(config: ConfigReader) -> ModelSpec:
     model = rms_model(config, sizes, layers, tied=True)
     config.finish(harmless=("max_window_layers",))
     return model
+
+
+def mimo(config: ConfigReader) -> ModelSpec:
+    """MiMo-7B: Qwen2's mathematics, trained with a module that predicts one token more."""
+    model = _qwen(config, qkv_bias=config.flag("attention_bias", default=True), out_bias=False, head_norm=False, head_size=None)
+    ahead = config.integer("num_nextn_predict_layers", default=0, low=0, high=64)
+    config.finish()
+    left_out = (f"{ahead} multi-token prediction layer{'s' if ahead > 1 else ''}",) if ahead else ()
+    return replace(model, plan_only="MiMo's loader is not written yet", left_out=left_out)

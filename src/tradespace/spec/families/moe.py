@@ -9,14 +9,25 @@ from __future__ import annotations
 from dataclasses import replace
 
 from tradespace.spec.families.llama import dense_ffn, rms_model
-from tradespace.spec.families.parts import activation, layer_windows, num_experts, quantization, read_rope, read_sizes, sliding_window, stored_dtype
+from tradespace.spec.families.parts import activation, layer_windows, num_experts, read_rope, read_sizes, sliding_window, under_eyes
 from tradespace.spec.families.reader import MAX_CONTEXT, MAX_EXPERTS, MAX_LAYERS, ConfigReader
 from tradespace.spec.mixers import Attention
 from tradespace.spec.model import DenseFFN, LayerSpec, ModelSpec, RoutedFFN
+from tradespace.spec.tensors import layer_tensors
 
 ROUTED = "routed experts have no implementation yet"
 # how experts are chosen and weighted: no bytes
-ROUTING = ("norm_topk_prob", "scoring_func", "topk_method", "n_group", "topk_group", "routed_scaling_factor", "moe_router_dtype", "swiglu_limit", "swiglu_alpha")
+ROUTING = (
+    "norm_topk_prob",
+    "scoring_func",
+    "topk_method",
+    "n_group",
+    "topk_group",
+    "routed_scaling_factor",
+    "moe_router_dtype",
+    "swiglu_limit",
+    "swiglu_alpha",
+)
 
 
 def routed(config: ConfigReader, *, E: int, top_k: int, F: int, **shape: bool | int) -> RoutedFFN:
@@ -34,8 +45,6 @@ def next_token_layers(model: ModelSpec, count: int) -> tuple[tuple[str, int], ..
     """Parameters of `count` multi-token-prediction modules as DeepSeek-V3 builds them: the last layer again, a product from 2 D to D, three norms."""
     if not count:
         return ()
-    from tradespace.spec.tensors import layer_tensors  # tensors.py is above model.py; only this count needs it
-
     layer = sum(tensor.num_elements for tensor in layer_tensors(model, model.L - 1))
     return ((f"{count} multi-token prediction module{'s' if count > 1 else ''}", count * (layer + 2 * model.D**2 + 3 * model.D)),)
 
@@ -76,6 +85,10 @@ def qwen_moe(config: ConfigReader) -> ModelSpec:
     if windowed:
         raise config.unsupported("use_sliding_window", True, "is not priced for this family")
     bias = config.flag("attention_bias", default=False) if newer else config.flag("qkv_bias", default=True)
+    if newer:
+        config.require("qkv_bias", bias)
+        config.require("shared_expert_intermediate_size", 0)
+        config.require("use_qk_norm", True)
     rope = read_rope(config, sizes.H, sizes.context)
     mixer = Attention(N=sizes.N, K=sizes.K, H=sizes.H, rope=rope, qkv_bias=bias, out_bias=bias and newer, qk_norm="head" if newer else "none")
     layers = [LayerSpec(mixer=mixer, ffn=ffn) for ffn in _qwen_ffns(config, sizes.L, moe)]
@@ -114,7 +127,10 @@ def minimax_m2(config: ConfigReader) -> ModelSpec:
     mixer = Attention(N=sizes.N, K=sizes.K, H=sizes.H, rope=rope, qk_norm="full")
     model = rms_model(config, sizes, [LayerSpec(mixer=mixer, ffn=ffn)] * sizes.L)
     ahead = config.integer("num_mtp_modules", default=0, low=0, high=64) if config.flag("use_mtp", default=False) else 0
-    config.finish(harmless=(*ROUTING, "mtp_transformer_layers", "num_mtp_modules", "attn_type_list", "layernorm_full_attention_beta"))
+    kinds = config.per_layer("attn_type_list", sizes.L, int)
+    if kinds is not None and set(kinds) != {1}:
+        raise config.unsupported("attn_type_list", kinds, "names layers without softmax attention")
+    config.finish(harmless=(*ROUTING, "mtp_transformer_layers", "num_mtp_modules"))
     left_out = (f"{ahead} multi-token prediction modules",) if ahead else ()
     return replace(model, plan_only=ROUTED, left_out=left_out)
 
@@ -159,17 +175,7 @@ def llama4(config: ConfigReader) -> ModelSpec:
     text.require("moe_layers")
     text.require("layer_types")
     model = rms_model(text, sizes, layers, eps=1e-5)
-    config.raw("vision_config")
-    config.finish(harmless=("boi_token_index", "eoi_token_index", "image_token_index"))
-    return replace(
-        model,
-        family="llama4",
-        tied=config.flag("tie_word_embeddings", default=model.tied),
-        stored_dtype=stored_dtype(config, model.stored_dtype),
-        quantization=quantization(config),
-        plan_only=ROUTED,
-        left_out=("vision tower",),
-    )
+    return under_eyes(config, replace(model, family="llama4", plan_only=ROUTED))
 
 
 # L2 norms of queries and keys hold no weights; temperature tuning, scores and limits cost no bytes

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Any
 
 from tradespace.spec.families.reader import MAX_CONTEXT, MAX_EXPERTS, MAX_HEADS, MAX_LAYERS, MAX_VOCAB, ConfigReader, shown
 from tradespace.spec.mixers import Rope, RopeScaling
-from tradespace.spec.model import Activation
+from tradespace.spec.model import Activation, ModelSpec
 
 ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "relu": "relu", "relu2": "relu2",
@@ -135,8 +135,8 @@ def _scaling(reader: ConfigReader, kind: str, dims: int, context: int, original:
     trained = original or own or context
     if kind == "llama3":
         low, high = (_needed(reader, f"{end}_freq_factor") for end in ("low", "high"))
-        if low >= high:
-            raise reader.wrong("high_freq_factor", f"must be above low_freq_factor; they are {high} and {low}")
+        if low > high:
+            raise reader.wrong("high_freq_factor", f"must not be below low_freq_factor; they are {high} and {low}")
         return RopeScaling(kind="llama3", factor=_factor(reader), original_context=trained, low_freq_factor=low, high_freq_factor=high)
     attention_factor = reader.optional_number("attention_factor")
     factor = reader.optional_number("factor", low=1e-6)
@@ -227,10 +227,26 @@ def quantization(config: ConfigReader) -> str | None:
     block, bits = settings.get("weight_block_size"), settings.get("bits")
     if method == "fp8" and isinstance(block, list):
         return f"fp8-{'x'.join(str(side) for side in block[:2])}"
-    if method == "modelopt":
-        return str(settings.get("quant_algo") or "modelopt").lower()[:40]
+    if method == "modelopt" or settings.get("quant_algo"):
+        return str(settings.get("quant_algo") or method).lower()[:40]
     if method == "compressed-tensors":
         return str(settings.get("format") or method)[:40]
     if method in ("gptq", "awq") and isinstance(bits, int):
         return f"{method}-{bits}bit"
     return str(method or "unnamed")[:40]
+
+
+def under_eyes(config: ConfigReader, model: ModelSpec, *, left_out: tuple[str, ...] = (), harmless: Iterable[str] = ()) -> ModelSpec:
+    """The text decoder of a multimodal config, with what the outer dictionary says about it; the towers are left out, and named so."""
+    towers = tuple(f"{what} tower" for what in ("vision", "audio") if config.raw(f"{what}_config") is not None)
+    config.require("language_model_only", False, True)  # whether the towers were saved too
+    found = replace(
+        model,
+        tied=config.flag("tie_word_embeddings", default=model.tied),
+        stored_dtype=stored_dtype(config, model.stored_dtype),
+        quantization=quantization(config) or model.quantization,
+        left_out=(*towers, *model.left_out, *left_out),
+    )
+    kinds = ("image", "video", "audio", "boi", "eoi", "boa", "eoa", "vision_start", "vision_end", "media_placeholder")
+    config.finish(harmless=(*harmless, *(f"{kind}_token_{what}" for kind in kinds for what in ("id", "index"))))
+    return found

@@ -1,0 +1,65 @@
+"""`tradespace lab`: experiments that measure on this machine what the documentation states, and write a record of each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markdown import Markdown
+from rich.table import Table
+
+from tradespace.cli.options import Json, console, print_json
+from tradespace.errors import InputError
+
+lab = typer.Typer(no_args_is_help=True, help="Measure, and keep the record.\n\nExample: tradespace lab run memory")
+
+
+def register(app: typer.Typer) -> None:
+    app.add_typer(lab, name="lab")
+
+
+@lab.command("list")
+def list_experiments(json: Json = False) -> None:
+    """The experiments, what each one asks, and about how long it takes.
+
+    Example: tradespace lab list
+    """
+    from tradespace.lab.experiments import EXPERIMENTS
+
+    if json:
+        print_json([{"name": e.name, "question": e.question, "minutes": e.minutes} for e in EXPERIMENTS.values()])
+        return
+    table = Table("experiment", "question", "minutes")
+    for experiment in EXPERIMENTS.values():
+        table.add_row(experiment.name, experiment.question, f"{experiment.minutes:g}")
+    console().print(table)
+
+
+@lab.command("run")
+def run(
+    name: Annotated[str, typer.Argument(metavar="NAME|all")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the record.")] = Path("results"),
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer repeats and smaller grids: to see that it works, not to quote.")] = False,
+    json: Json = False,
+) -> None:
+    """Run one experiment (or all) and write its record.
+
+    Example: tradespace lab run memory --output results
+    """
+    from tradespace.lab.experiments import EXPERIMENTS
+    from tradespace.measure.record import write_record
+
+    if name != "all" and name not in EXPERIMENTS:
+        raise InputError(f"no experiment '{name}'. Known: {', '.join(EXPERIMENTS)}, or all")
+    notes = console(stderr=True)
+    for experiment in EXPERIMENTS.values() if name == "all" else [EXPERIMENTS[name]]:
+        notes.print(f"{experiment.name}: {experiment.question} (about {experiment.minutes:g} minutes)", style="dim", soft_wrap=True)
+        record = experiment.run(quick=quick, say=lambda line: notes.print(line, style="dim", soft_wrap=True))
+        path = output / f"{experiment.name}.json"
+        write_record(path, record)
+        if json:
+            print_json(record)
+        else:
+            console().print(Markdown(experiment.markdown(record)))
+            notes.print(f"wrote {path}", soft_wrap=True)

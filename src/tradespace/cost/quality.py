@@ -1,0 +1,139 @@
+"""Quality as one unit: KL divergence in nats per token from the bf16 model's distribution to the plan's, on one named text.
+
+Figures are measured by us or cited; nothing is scaled from one model, format or text to another. A figure of another model is used as it stands, and its source
+names that model; the nearest in family, then in size, wins. A format without a figure on the reference text is unknown, never zero, and its source quotes
+what comes nearest. Loss adds up over techniques only as an approximation, and the source then begins with "sum".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import log
+
+from tradespace.spec.estimate import Estimate
+from tradespace.spec.kv import STORES
+from tradespace.spec.mixers import Attention
+from tradespace.spec.model import ModelSpec
+from tradespace.spec.plan import Plan
+from tradespace.spec.tensors import num_parameters
+from tradespace.spec.weights import FORMATS
+
+REFERENCE_TEXT = "wikitext-2"
+EXACT = Estimate(0.0, "exact")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figure:
+    """One published or measured divergence. `kind`: "weights" or "kv"; `choice`: our name of the format or store; `held_as`: what was in fact measured."""
+
+    kind: str
+    choice: str
+    kl_nats: float
+    family: str
+    parameters: float
+    model: str
+    held_as: str
+    source: str
+    date: str
+    text: str = REFERENCE_TEXT
+
+    @property
+    def label(self) -> str:
+        where = "" if self.source.startswith("measured") else "cited: "
+        return f"{where}{self.source}, {self.model} {self.held_as} on {self.text} ({self.date})"
+
+
+_README = "llama.cpp tools/perplexity/README.md"
+_LLAMA3 = {"family": "llama", "parameters": 8.03e9, "model": "Llama-3-8B", "date": "2024-05"}
+_LLAMA2 = {"family": "llama", "parameters": 6.74e9, "model": "Llama-2-7B", "date": "2024-05"}
+_KV_PULL = "llama.cpp pull request 7412"
+
+# What stands for a format of ours must hold it alike: q4_0 is int4-g32 to the bit; q8_0 and its cache differ in the reach of a scale, which `held_as` says.
+FIGURES: tuple[Figure, ...] = (
+    Figure(kind="weights", choice="fp16", kl_nats=0.00002515, held_as="fp16 against bf16", source=_README, **_LLAMA3),
+    Figure(kind="weights", choice="int8", kl_nats=0.001355, held_as="q8_0 (a scale per 32, ours per row)", source=_README, **_LLAMA3),
+    Figure(kind="weights", choice="int8", kl_nats=0.000369, held_as="q8_0 (a scale per 32, ours per row)", source=_README, **_LLAMA2),
+    Figure(kind="weights", choice="int4-g32", kl_nats=0.071940, held_as="q4_0", source=_README, **_LLAMA3),
+    Figure(kind="kv", choice="int8", kl_nats=0.000980, held_as="q8_0 (a scale per 32, ours per token and head)", source=_KV_PULL, **_LLAMA3),
+)
+
+# Published, but of another layout or on another text: quoted where we have nothing to rank by, never used as a figure.
+NEAREST: dict[tuple[str, str], str] = {
+    (
+        "weights",
+        "int4",
+    ): "0.00729 for GPTQ w4a16 of Llama-3.1-8B on GPQA answers, an easier text (cyankiwi, 2026-05); q4_0, a scale per 32: 0.0719 on wikitext-2",
+    ("weights", "nf4"): "0.00835 for bitsandbytes nf4 of Llama-3.1-8B on GPQA answers, an easier text (cyankiwi, 2026-05)",
+    ("weights", "int3"): "0.228 for q3_K_S (3.4 bits) of Llama-3-8B on wikitext-2 (llama.cpp)",
+    ("weights", "int2"): "0.445 for q2_K (3.0 bits) of Llama-3-8B on wikitext-2 (llama.cpp)",
+    ("weights", "e8"): "0.812 for iq2_xxs (2.2 bits, an E8 grid without rotation) of Llama-3-8B on wikitext-2 (llama.cpp)",
+}
+
+
+def find_figure(kind: str, choice: str, model: ModelSpec, figures: tuple[Figure, ...] = FIGURES) -> Figure | None:
+    """The figure to use: this model's own, else the same family's nearest in size, else the nearest in size; on the reference text only."""
+    size = num_parameters(model)
+    usable = [figure for figure in figures if figure.kind == kind and figure.choice == choice and figure.text == REFERENCE_TEXT]
+    return min(
+        usable,
+        key=lambda figure: (figure.model.lower() != model.name.lower(), figure.family != model.family, abs(log(figure.parameters / size))),
+        default=None,
+    )
+
+
+def _of_choice(kind: str, choice: str, model: ModelSpec) -> Estimate:
+    figure = find_figure(kind, choice, model)
+    if figure is not None:
+        return Estimate(figure.kl_nats, figure.label)
+    hint = NEAREST.get((kind, choice))
+    return Estimate.unknown(f"no figure for {kind} {choice} on {REFERENCE_TEXT}" + (f"; nearest: {hint}" if hint else ""))
+
+
+def weight_quality(model: ModelSpec, format_name: str) -> Estimate:
+    """Loss of holding the weights in one format. bf16 is the reference; wider formats hold every bf16 number as it is, and fp16 what was stored as fp16."""
+    if format_name in ("fp32", "bf16") or (format_name == "fp16" and model.stored_dtype in ("fp16", "float16")):
+        return EXACT
+    return _of_choice("weights", format_name, model)
+
+
+def kv_quality(model: ModelSpec, store: str, dense: str) -> Estimate:
+    """Loss of holding keys and values in one store: none where it takes the activations as they are, and none in bf16, as the reference does."""
+    if STORES[store].exact and (store in ("fp32", "bf16") or store == dense):
+        return EXACT
+    return _of_choice("kv", store, model)
+
+
+def retention_quality(model: ModelSpec, plan: Plan) -> Estimate:
+    """Loss of forgetting tokens: none where no layer looks further back than what is kept."""
+    mixers = [layer.mixer for layer in model.layers if isinstance(layer.mixer, Attention)]
+    if all(plan.kv.retain.exact_for(mixer.window) for mixer in mixers):
+        return EXACT
+    return Estimate.unknown(f"no figure for {plan.kv.retain.kind} retention on {REFERENCE_TEXT}")
+
+
+def combine(parts: list[Estimate]) -> Estimate:
+    """The loss of several techniques at once: exact ones add nothing; one that is not decides; of more the sum, marked so; one unknown makes all unknown."""
+    for part in parts:
+        if not part.known:
+            return part
+    lossy = [part for part in parts if part.value]
+    if not lossy:
+        return EXACT
+    if len(lossy) == 1:
+        return lossy[0]
+    return Estimate(sum(part.require() for part in lossy), "sum of " + " + ".join(part.source for part in lossy))
+
+
+def quality(model: ModelSpec, plan: Plan) -> Estimate:
+    """KL divergence of `plan` to the bf16 model in nats per token.
+
+    A mixture of formats has the loss of its default format: exceptions in a wider format can only be better, and that nobody published by how much.
+    """
+    exceptions = [weight_quality(model, name) for name in plan.weights.names if _narrower(name, plan.weights.default)]
+    return combine(
+        [weight_quality(model, plan.weights.default), *exceptions, kv_quality(model, plan.kv.store, plan.weights.dense), retention_quality(model, plan)]
+    )
+
+
+def _narrower(name: str, than: str) -> bool:
+    return FORMATS[name].bits < FORMATS[than].bits

@@ -1,0 +1,154 @@
+"""Seconds of a step: a roofline with calibrated efficiencies, and which term it is that binds.
+
+    seconds = max(bytes / (bandwidth · efficiency), operations / (rate · efficiency), streamed bytes / link) + overhead + all-reduces
+
+Bytes and operations overlap, and so does streaming as far as it hides behind them. What Python needs to start operations does not hide in eager execution, nor
+do the all-reduces of tensor parallelism, which stand between dependent products. (Williams, Waterman, Patterson 2009, CACM 52(4), for the roofline.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tradespace.cost import calibration
+from tradespace.cost.summary import summarize, weight_share
+from tradespace.cost.traffic import Axes, StepWork, cache_share, decode_work, prefill_work, sequences_in_step
+from tradespace.spec.device import DeviceSpec
+from tradespace.spec.estimate import Estimate
+from tradespace.spec.model import ModelSpec
+from tradespace.spec.plan import Plan
+from tradespace.spec.weights import FORMATS
+from tradespace.spec.workload import Workload
+
+BOUNDS = ("bandwidth", "compute", "overhead", "link", "disk", "peer")
+
+
+@dataclass(frozen=True, slots=True)
+class StepTime:
+    """Seconds of a step, the largest term ("bound"), and every term in seconds."""
+
+    seconds: Estimate
+    bound: str
+    terms: tuple[tuple[str, float], ...]
+    arithmetic_intensity: float = 0.0
+
+    def to_dict(self) -> dict[str, object]:
+        return {
+            "seconds": self.seconds.value,
+            "source": self.seconds.source,
+            "bound": self.bound,
+            "terms": dict(self.terms),
+            "arithmetic_intensity": self.arithmetic_intensity,
+        }
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device offers to one format in one phase, efficiencies applied; an unknown rate is None and says why in `missing`."""
+
+    device: DeviceSpec
+    bandwidth_efficiency: float
+    read_bytes_per_s: float | None
+    flops_per_s: float | None
+    op_s: float | None
+    link_bytes_per_s: dict[str, float | None]
+    peer_bytes_per_s: float | None
+    source: str
+    missing: dict[str, str]
+
+
+def _matmul_rate(device: DeviceSpec, dtype: str) -> tuple[Estimate, str]:
+    """The rate for `dtype`; a chip without such an instruction converts and multiplies in fp32."""
+    rate = device.flops_per_s(dtype)
+    if rate.known or dtype == "fp32":
+        return rate, ""
+    return device.flops_per_s("fp32"), f"; no {dtype} instruction, computed in fp32"
+
+
+def rates_for(device: DeviceSpec, format_name: str, phase: str) -> Rates:
+    """The device's rates for weights of `format_name` in "decode" or "prefill"."""
+    efficiency = calibration.find_calibration(device.kind, format_name, phase)
+    bandwidth = calibration.find_calibration(device.kind, format_name, "decode")  # how well a format streams, whatever the phase
+    compute = calibration.find_calibration(device.kind, format_name, "prefill")
+    rate, note = _matmul_rate(device, FORMATS[format_name].compute)
+    host, peer, disk = device.host_link_bytes_per_s, device.peer_link_bytes_per_s, device.disk_bytes_per_s
+    figures = {
+        "bandwidth": device.read_bytes_per_s,
+        "compute": rate,
+        "overhead": device.op_overhead_s,
+        "link": host or Estimate.unknown(f"{device.name} has no link to host memory"),
+        "disk": disk,
+        "peer": peer or Estimate.unknown(f"{device.name} has no link to its peers"),
+    }
+    return Rates(
+        device=device,
+        bandwidth_efficiency=bandwidth.efficiency,
+        read_bytes_per_s=device.read_bytes_per_s.map(lambda value: value * bandwidth.efficiency).value,
+        flops_per_s=rate.map(lambda value: value * compute.efficiency).value,
+        op_s=device.op_overhead_s.value,
+        link_bytes_per_s={"host": figures["link"].value, "disk": disk.value},
+        peer_bytes_per_s=figures["peer"].value,
+        source=efficiency.label + note,
+        missing={name: figure.source for name, figure in figures.items() if not figure.known},
+    )
+
+
+def step_time(work: StepWork, rates: Rates) -> StepTime:
+    """Seconds of `work` at `rates`; unknown where a rate that it needs is unknown."""
+    read_bytes_per_s = rates.read_bytes_per_s
+    if rates.device.bandwidth_curve:
+        read_bytes_per_s = rates.device.bandwidth_at(work.read_bytes).map(lambda value: value * rates.bandwidth_efficiency).value
+    link_name = "disk" if work.link == "disk" else "link"
+    needed = {
+        "bandwidth": (work.read_bytes, read_bytes_per_s),
+        "compute": (work.flops, rates.flops_per_s),
+        link_name: (work.link_bytes, rates.link_bytes_per_s[work.link]),
+        "peer": (work.peer_bytes, rates.peer_bytes_per_s),
+    }
+    terms: dict[str, float] = {}
+    for name, (amount, per_second) in needed.items():
+        if amount and per_second is None:
+            return StepTime(Estimate.unknown(rates.missing.get(name, f"no {name} rate")), name, (), work.arithmetic_intensity)
+        terms[name] = amount / per_second if amount and per_second else 0.0
+    if rates.op_s is None:
+        return StepTime(Estimate.unknown(rates.missing["overhead"]), "overhead", (), work.arithmetic_intensity)
+    terms["overhead"] = work.num_ops * rates.op_s
+    terms["peer"] += work.peer_transfers * calibration.ALL_REDUCE_LATENCY_S.value
+    seconds = max(terms["bandwidth"], terms["compute"], terms[link_name]) + terms["overhead"] + terms["peer"]
+    found = tuple((name, value) for name, value in terms.items() if value)
+    return StepTime(Estimate(seconds, rates.source), max(terms, key=lambda name: terms[name]), found, work.arithmetic_intensity)
+
+
+def decode_time(model: ModelSpec, plan: Plan, device: DeviceSpec, workload: Workload) -> StepTime:
+    """One decode step: a token for each sequence that is in it, at the workload's mean length."""
+    summary = summarize(model)
+    share = weight_share(summary, plan.weights, plan.tensor_parallel)
+    work = decode_work(summary, share, cache_share(summary, plan), Axes.of(plan), sequences_in_step(plan, workload), workload.mean_length)
+    return step_time(work, rates_for(device, plan.weights.default, "decode"))
+
+
+def prefill_time(model: ModelSpec, plan: Plan, device: DeviceSpec, workload: Workload) -> StepTime:
+    """All chunks of one prompt: the time to the first token without a queue."""
+    summary = summarize(model)
+    share = weight_share(summary, plan.weights, plan.tensor_parallel)
+    work = prefill_work(summary, share, cache_share(summary, plan), Axes.of(plan), workload.prompt_tokens, plan.step_tokens)
+    return step_time(work, rates_for(device, plan.weights.default, "prefill"))
+
+
+def decode_tokens_per_s(step: StepTime, sequences: int, workload: Workload) -> Estimate:
+    """Tokens per second: of all sequences together for throughput; of one user for latency, who waits where not all sequences fit in a step at once."""
+    tokens = sequences if workload.goal == "throughput" else min(1.0, sequences / workload.concurrency)
+    return step.seconds.map(lambda seconds: tokens / seconds)
+
+
+def prefill_tokens_per_s(step: StepTime, workload: Workload) -> Estimate:
+    """Prompt tokens per second of one prefill."""
+    return step.seconds.map(lambda seconds: workload.prompt_tokens / seconds)
+
+
+def request_seconds(decode: float, prefill: float, sequences: int, workload: Workload) -> float:
+    """Seconds to serve the whole workload once: every prompt read, every output written, `sequences` at a time."""
+    rounds = workload.concurrency / sequences
+    if workload.goal == "latency":
+        return prefill + rounds * workload.output_tokens * decode
+    return workload.concurrency * prefill + rounds * workload.output_tokens * decode

@@ -1,0 +1,58 @@
+"""A step's requests → tensors → logits. What the engine knows of models: tokens in, one row of logits out for each token to be sampled."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from tradespace.engine.step import Step
+from tradespace.kernels.view import Span, StepBatch, positions_of
+from tradespace.spec.model import ModelSpec
+from tradespace.spec.plan import Plan
+
+
+class TokenModel(Protocol):
+    """What `model.transformer.Transformer` offers. `cache` is whatever that model reads and writes."""
+
+    @property
+    def spec(self) -> ModelSpec: ...
+
+    def forward(self, tokens_T: Tensor, positions_T: Tensor, batch: StepBatch, cache: Any) -> Tensor: ...
+
+    def logits(self, hidden_TD: Tensor, rows: Tensor) -> Tensor: ...
+
+
+class Runner:
+    """Runs steps of one model over one cache, laid out as the plan says."""
+
+    def __init__(self, transformer: TokenModel, cache: Any, plan: Plan):
+        self.transformer = transformer
+        self.cache = cache
+        self.device = torch.device(plan.device)
+        self.block_size = plan.kv.block_size if plan.kv.layout == "paged" else plan.max_context
+
+    @property
+    def vocab_size(self) -> int:
+        return self.transformer.spec.V
+
+    @torch.inference_mode()
+    def execute(self, step: Step) -> Tensor:
+        """Compute a step: all its keys and values are in the cache afterwards. Returns logits (R, V) in fp32, R = step.num_logits, in its sequences' order.
+
+        A sequence with drafts has a row for its last known token and one for each draft; one whose prompt is not through has none.
+        """
+        tokens: list[int] = []
+        spans: list[Span] = []
+        rows: list[int] = []
+        for item in step.sequences:
+            spans.append(Span(len(tokens), item.num_tokens, item.start + item.num_tokens, item.request.blocks))
+            tokens += item.tokens()
+            rows += range(len(tokens) - item.num_logits, len(tokens))
+        batch = StepBatch.from_spans(spans, block_size=self.block_size, device=self.device)
+        tokens_T = torch.tensor(tokens, dtype=torch.int64, device=self.device)
+        hidden_TD = self.transformer.forward(tokens_T, positions_of(spans, device=self.device), batch, self.cache)
+        if not rows:
+            return torch.empty(0, self.vocab_size, dtype=torch.float32, device=self.device)
+        return self.transformer.logits(hidden_TD, torch.tensor(rows, dtype=torch.int64, device=self.device))

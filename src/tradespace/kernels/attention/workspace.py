@@ -1,0 +1,89 @@
+"""What an attention kernel holds at most beside the queries and the cache, in closed form: for the ledger. Pure arithmetic, no torch.
+
+Everything is per call and shared by all layers, except what `Sdpa` keeps for the layers of a step (masks and rows to gather): that counts once per distinct
+window.
+"""
+
+from __future__ import annotations
+
+from tradespace.errors import InputError
+from tradespace.spec.attention import chunk_size
+from tradespace.spec.mixers import Attention
+
+REFERENCE_ROWS = 8  # queries per tile
+REFERENCE_KEYS = 64  # keys are padded to a multiple of this
+CHUNKED_QUERIES = 256  # queries per block
+SDPA_QUERIES = 128  # prefill: queries per call
+SDPA_FEW = 8  # up to so many queries a sequence are rows of one product
+GATHER_BYTES = 6 * 2**20  # keys and values of one shared call
+_FUSED_ROWS, _FUSED_KEYS = 32, 512  # the tile of scores that each thread of torch's fused CPU kernel holds
+
+
+def workspace_bytes(
+    kernel: str, mixer: Attention, *, step_tokens: int, max_context: int, max_sequences: int, kv_tokens: int, element_bytes: int, copies: bool, threads: int
+) -> int:
+    """An upper bound for steps of up to `step_tokens` queries over sequences of up to `max_context`, `kv_tokens` tokens in all; the output is included.
+
+    copies: reading a sequence copies it (the paged layout, or a store that is not the activations' dtype); element_bytes: the activations'.
+    """
+    out = step_tokens * mixer.N * mixer.Hv * element_bytes
+    copied = max_context * key_bytes(mixer, element_bytes) if copies else 0
+    if kernel == "reference":
+        return 2 * out + copied + _reference(mixer, max_context)
+    if kernel == "chunked":
+        return out + copied + _chunked(mixer, min(step_tokens, CHUNKED_QUERIES), max_context)
+    if kernel == "sdpa":
+        return out + _sdpa(mixer, step_tokens, max_context, max_sequences, kv_tokens, element_bytes, copied, threads)
+    raise InputError(f"no workspace formula for attention kernel '{kernel}'")
+
+
+def key_bytes(mixer: Attention, element_bytes: int) -> int:
+    """One token's key and value in the activations' dtype.
+
+    >>> key_bytes(Attention(N=9, K=3, H=64), 2)
+    768
+    """
+    return mixer.K * (mixer.H + mixer.Hv) * element_bytes
+
+
+def fused_key_bytes(mixer: Attention, element_bytes: int) -> int:
+    """`key_bytes` and, where keys and values are not equally wide, the copy that makes them so."""
+    return key_bytes(mixer, element_bytes) + (mixer.K * max(mixer.H, mixer.Hv) * element_bytes if mixer.Hv != mixer.H else 0)
+
+
+def _reference(mixer: Attention, max_context: int) -> int:
+    num_keys = -(-max_context // REFERENCE_KEYS) * REFERENCE_KEYS
+    if mixer.window is not None:  # a window straddles one more tile at either end
+        num_keys = min(num_keys, -(-(mixer.window + REFERENCE_ROWS) // REFERENCE_KEYS) * REFERENCE_KEYS + REFERENCE_KEYS)
+    keys_and_values = mixer.K * (mixer.H + mixer.Hv) * num_keys * 4
+    cast = mixer.K * max(mixer.H, mixer.Hv) * num_keys * 4  # to fp32, before it is padded
+    scores = mixer.N * REFERENCE_ROWS * (num_keys + 1) * 4  # + 1: a sink
+    rows = mixer.N * REFERENCE_ROWS * (mixer.H + mixer.Hv) * 4
+    return keys_and_values + max(cast, 3 * scores) + 3 * rows + REFERENCE_ROWS * num_keys + 8 * num_keys  # mask, positions
+
+
+def _chunked(mixer: Attention, num_queries: int, max_context: int) -> int:
+    block = chunk_size(max_context)
+    rows = num_queries * mixer.N
+    scores = rows * block * 4
+    held = rows * (mixer.H + 3 * mixer.Hv + 6) * 4  # queries; the output, rescaled, and with the block added; sums and peaks
+    return held + 3 * scores + num_queries * block * 3 + block * mixer.K * (mixer.H + mixer.Hv) * 4
+
+
+def _sdpa(mixer: Attention, step_tokens: int, max_context: int, max_sequences: int, kv_tokens: int, element_bytes: int, copied: int, threads: int) -> int:
+    wide = max(mixer.H, mixer.Hv)
+    widened = fused_key_bytes(mixer, element_bytes) - key_bytes(mixer, element_bytes)
+    num_queries = min(step_tokens, SDPA_QUERIES)
+    rows = num_queries * mixer.N * (2 * wide + 2 * mixer.Hv) * element_bytes + num_queries * mixer.N * 4  # queries, results, reversed results; logsumexp
+    ruler = ((1 << (max_context - 1).bit_length()) + SDPA_QUERIES) * (element_bytes + 9)  # built from int64 positions and bools
+    many = copied + max_context * widened + rows
+    # a sequence that decodes alone is copied whole where reading copies; shared calls stay under GATHER_BYTES
+    decoding = min(max_sequences, step_tokens)
+    gathered = max(copied + max_context * widened, min(GATHER_BYTES, 2 * kv_tokens * fused_key_bytes(mixer, element_bytes)) if decoding > 1 else 0)
+    few = gathered + min(step_tokens, decoding * SDPA_FEW) * mixer.N * (3 * wide + mixer.Hv) * element_bytes
+    padded_keys = kv_tokens * 4 // 3 + 64 * decoding  # sequences in a group differ by a quarter or by 64
+    drafted = min(SDPA_FEW, step_tokens // max(1, decoding)) if decoding else 1
+    mask_rows = drafted * mixer.G if drafted > 1 else 1
+    prepared = padded_keys * (8 + mask_rows * element_bytes)
+    tiles = threads * _FUSED_ROWS * (_FUSED_KEYS * (4 + element_bytes) + (2 + wide) * 4)
+    return max(many, few) + ruler + prepared + tiles

@@ -1,0 +1,28 @@
+"""Dense stores: an element is a plain fp32, bf16 or fp16 number. Exact where the activations have that dtype, else one rounding on the way in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Dense:
+    """Holds vectors of one width as they are, in `dtype`."""
+
+    dtype: torch.dtype
+
+    def allocate(self, num_slots: int, heads: int, width: int, device: torch.device | str) -> Tensor:
+        """codes_SKH for `num_slots` tokens, zeroed, so that every page is touched now and nothing in it is ever NaN by chance."""
+        codes_SKH = torch.empty((num_slots, heads, width), dtype=self.dtype, device=device)
+        return codes_SKH.zero_()  # torch.zeros would leave the pages untouched
+
+    def write(self, codes_SKH: Tensor, slots_T: Tensor, x_TKH: Tensor) -> None:
+        codes_SKH.index_copy_(0, slots_T, x_TKH.to(self.dtype))
+
+    def read(self, codes_SKH: Tensor, rows: Tensor | slice, dtype: torch.dtype) -> Tensor:
+        """x_SKH of `rows` in `dtype`: a view for a slice that needs no cast."""
+        found_SKH = codes_SKH[rows] if isinstance(rows, slice) else codes_SKH.index_select(0, rows)
+        return found_SKH.to(dtype)

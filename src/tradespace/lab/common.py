@@ -1,0 +1,67 @@
+"""What several experiments share: request lengths out of a trace or drawn, and text to read."""
+
+from __future__ import annotations
+
+import csv
+import random
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tradespace.errors import InputError
+
+# The evaluation data lies beside a checkout and is no part of the package.
+DATA = Path(__file__).resolve().parents[4] / "shared" / "data"
+SEED = 20231116
+
+
+@dataclass(frozen=True, slots=True)
+class Length:
+    """Tokens of one request: prompt, and output."""
+
+    prompt: int
+    output: int
+
+
+def data_file(*parts: str) -> Path:
+    """A file of the evaluation data. Raises InputError where this checkout has none beside it."""
+    path = DATA.joinpath(*parts)
+    if not path.is_file():
+        raise InputError(f"this experiment reads {'/'.join(parts)} of the evaluation data, which is not beside this checkout (shared/data)")
+    return path
+
+
+def trace_lengths(count: int, *, name: str = "conv", max_prompt: int | None = None, max_output: int | None = None, seed: int = SEED) -> list[Length]:
+    """`count` requests drawn without replacement from the Azure 2023 trace, clipped where asked, in the drawn order."""
+    with data_file("traces", f"AzureLLMInferenceTrace_{name}.csv").open(encoding="utf-8", newline="") as file:
+        rows = [Length(int(row["ContextTokens"]), int(row["GeneratedTokens"])) for row in csv.DictReader(file)]
+    drawn = random.Random(seed).sample([row for row in rows if row.prompt > 0 and row.output > 0], count)
+    return [Length(min(row.prompt, max_prompt or row.prompt), min(row.output, max_output or row.output)) for row in drawn]
+
+
+def uniform_lengths(count: int, low: int, high: int, *, seed: int = SEED) -> list[Length]:
+    """`count` requests whose final length is uniform on low … high, with the prompt's share of it uniform, too."""
+    draw = random.Random(seed)
+    found = []
+    for _ in range(count):
+        total = draw.randint(low, high)
+        prompt = draw.randint(1, total - 1)
+        found.append(Length(prompt, total - prompt))
+    return found
+
+
+def read_text(*parts: str) -> str:
+    return data_file(*parts).read_text(encoding="utf-8")
+
+
+def command_line() -> str:
+    """The command that this process runs under, without the folder it lies in."""
+    return shlex.join(["tradespace", *sys.argv[1:]]) if "tradespace" in Path(sys.argv[0]).name else shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
+    """A Markdown table; the first `left` columns are text, the others figures."""
+    marks = [":--" if column < left else "--:" for column in range(len(header))]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, marks, *rows])

@@ -1,0 +1,59 @@
+"""Renders the README's tables from `results/`: what stands between `<!-- record: NAME -->` and `<!-- end -->` is never typed by hand.
+
+python -m tradespace.lab.readme            rewrites README.md
+python -m tradespace.lab.readme --check    exit code 1 and the names where README and records differ
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+from tradespace.errors import CorruptFileError, InputError
+from tradespace.lab.experiments import EXPERIMENTS
+from tradespace.measure.record import Record, read_record, write_atomically
+
+_SECTION = re.compile(r"<!-- record: (?P<name>[\w-]+) -->\n(?P<body>.*?)<!-- end -->", re.DOTALL)
+
+
+def render(text: str, results: Path) -> str:
+    """`text` with every marked section replaced by the table of its record. Raises InputError for a section that no experiment or record fills."""
+
+    def section(match: re.Match[str]) -> str:
+        name = match["name"]
+        if name not in EXPERIMENTS:
+            raise InputError(f"README: no experiment '{name}'. Known: {', '.join(EXPERIMENTS)}")
+        record = read_record(results / f"{name}.json")
+        return f"<!-- record: {name} -->\n{EXPERIMENTS[name].markdown(record)}\n{circumstances(record)}\n<!-- end -->"
+
+    rendered = _SECTION.sub(section, text)
+    if text.count("<!-- record:") != len(_SECTION.findall(text)):
+        raise CorruptFileError("README: a '<!-- record: NAME -->' without its '<!-- end -->'")
+    return rendered
+
+
+def circumstances(record: Record) -> str:
+    """Where, when and by which command a table was measured."""
+    device = record.device.get("name", "unknown device")
+    versions = ", ".join(f"{name} {version}" for name, version in record.versions.items() if version and name in ("python", "torch"))
+    commit = record.commit[:10] + (" with changes" if record.dirty else "")
+    return f"\n*Measured {record.date[:10]} at commit {commit} on {device}; {versions}; `{record.command}`.*\n"
+
+
+def main(arguments: list[str]) -> int:
+    """Rewrites (or with --check compares) the README beside `results/` in the present folder."""
+    readme, results = Path("README.md"), Path("results")
+    text = readme.read_text(encoding="utf-8")
+    rendered = render(text, results)
+    if "--check" in arguments:
+        if rendered != text:
+            print("README.md differs from results/: run make readme", file=sys.stderr)
+            return 1
+        return 0
+    write_atomically(readme, rendered)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

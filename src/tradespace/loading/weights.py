@@ -1,0 +1,143 @@
+"""File → model, one stored tensor at a time, in row chunks straight into the rows where they belong. Peak beside the model: `staging_bytes`.
+
+Every tensor of the model is filled exactly once, and every stored tensor is used or known to be harmless: all of that is checked against the files' headers
+before the first byte of data is read. How a row becomes codes is the business of `fill`, a quantizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from tradespace.errors import BudgetError, CorruptFileError, InputError
+from tradespace.formats import DenseWeight, Int8Weight, Weight
+from tradespace.loading.dequantize import iter_rows
+from tradespace.loading.gguf import GGUFFile
+from tradespace.loading.names import Piece, gguf_pieces, hugging_face_pieces, is_harmless
+from tradespace.loading.rawfile import shown
+from tradespace.loading.safetensors import SafetensorsFile
+from tradespace.spec.model import ModelSpec
+from tradespace.spec.tensors import model_tensors
+from tradespace.units import format_bytes
+
+Source = GGUFFile | SafetensorsFile
+
+
+class Fill(Protocol):
+    """Writes float rows (which it may overwrite) into a weight: from row `rows` on, or at the rows that an index tensor names."""
+
+    def __call__(self, weight: Weight, rows: int | Tensor, values_RC: Tensor, *, name: str) -> None: ...
+
+
+def load_weights(
+    model: nn.Module,
+    source: Source,
+    spec: ModelSpec,
+    *,
+    fill: Fill,
+    staging_bytes: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Fills `model` (whose tensors are named as `model_tensors(spec)`) from an open GGUF file or a folder of safetensors.
+
+    progress  called with (stored bytes read, of how many) after each tensor.
+    Raises CorruptFileError for a missing, surplus or misshapen tensor (name, need, have), InputError for NaN or infinity in weights, BudgetError where
+    `staging_bytes` cannot hold a row.
+    """
+    pieces = check_pieces(source, spec)
+    total_bytes = sum(source.tensors[piece.source].nbytes for piece in pieces)
+    done_bytes = 0
+    for piece in pieces:
+        _load_piece(model, source, piece, fill, staging_bytes)
+        done_bytes += source.tensors[piece.source].nbytes
+        if progress is not None:
+            progress(done_bytes, total_bytes)
+
+
+def check_pieces(source: Source, spec: ModelSpec) -> tuple[Piece, ...]:
+    """The pieces of `source` that make up the model, held against the headers. Raises CorruptFileError (name, need, have)."""
+    if isinstance(source, GGUFFile):
+        pieces = gguf_pieces(spec, source.metadata.get("general.architecture", ""))
+    else:
+        pieces = hugging_face_pieces(spec, source.tensors)
+    filled: dict[str, int] = {}
+    for piece in pieces:
+        stored = source.tensors.get(piece.source)
+        if stored is None:
+            raise CorruptFileError(
+                f"{source.path}: tensor {shown(piece.source)} {list(piece.source_shape)} of {spec.name} is missing; there are {len(source.tensors)} others. "
+                "The file is incomplete, or its configuration belongs to another model"
+            )
+        if tuple(stored.shape) != piece.source_shape:
+            raise CorruptFileError(
+                f"{source.path}: tensor {shown(piece.source)} must have shape {list(piece.source_shape)} for {spec.name}, has {list(stored.shape)}. "
+                "The file is damaged, or its configuration belongs to another model"
+            )
+        filled[piece.target] = filled.get(piece.target, 0) + piece.num_rows
+    for tensor in model_tensors(spec):
+        assert filled.get(tensor.name) == tensor.shape[0], f"{tensor.name}: {filled.get(tensor.name)} of {tensor.shape[0]} rows have a source"
+    used = {piece.source for piece in pieces}
+    surplus = [name for name in source.tensors if name not in used and not is_harmless(name, spec)]
+    if surplus:
+        names = ", ".join(shown(name) for name in surplus[:3]) + (f" and {len(surplus) - 3} more" if len(surplus) > 3 else "")
+        raise CorruptFileError(f"{source.path}: {names}: {spec.name} has no such tensor. The file's configuration belongs to another model")
+    return pieces
+
+
+def _load_piece(model: nn.Module, source: Source, piece: Piece, fill: Fill, staging_bytes: int) -> None:
+    stem, kind = piece.target.rsplit(".", 1)
+    module = model.get_submodule(stem)
+    if piece.is_vector:
+        _load_vector(getattr(module, kind).data, source, piece, staging_bytes)
+        return
+    assert isinstance(module, DenseWeight | Int8Weight), f"{piece.target} is no weight"
+    if piece.transposed:
+        _load_transposed(module, source, piece, fill, staging_bytes)
+        return
+    # whole rows in the dtype in which they are kept need no second buffer; codes are computed in fp32
+    dtype = module.weight.dtype if isinstance(module, DenseWeight) else torch.float32
+    for row, values_RC in iter_rows(source, piece.source, staging_bytes=staging_bytes, dtype=dtype):
+        fill(module, _target_rows(piece, row, len(values_RC)), values_RC, name=shown(piece.source))
+
+
+def _target_rows(piece: Piece, row: int, count: int) -> int | Tensor:
+    if piece.order == "stacked":
+        return piece.row_start + row
+    return torch.tensor([piece.row_start + piece.target_row(stored) for stored in range(row, row + count)])
+
+
+def _load_vector(target: Tensor, source: Source, piece: Piece, staging_bytes: int) -> None:
+    """A norm or a bias: one stored row, sent to its places."""
+    for _, values_1R in iter_rows(source, piece.source, staging_bytes=staging_bytes):
+        values_R = values_1R[0]
+        if not values_R.isfinite().all():
+            raise InputError(f"tensor {shown(piece.source)} holds NaN or infinity. The checkpoint is damaged, or training had diverged")
+        if piece.added:
+            values_R = values_R.add_(piece.added)
+        places = _target_rows(piece, 0, piece.num_rows)
+        if isinstance(places, int):
+            target[places : places + piece.num_rows].copy_(values_R)
+        else:
+            target.index_copy_(0, places, values_R.to(target.dtype))
+
+
+def _load_transposed(weight: Weight, source: Source, piece: Piece, fill: Fill, staging_bytes: int) -> None:
+    """Stored as (in, out): half of the staging holds as many of our rows as fit, the other half reads the whole file's tensor past them."""
+    half_bytes = staging_bytes // 2
+    tile_rows = min(piece.num_rows, half_bytes // (4 * piece.num_columns))
+    if tile_rows < 1:
+        need = 8 * piece.num_columns
+        raise BudgetError(
+            f"tensor {shown(piece.source)}: a transposed row needs {format_bytes(need)} of staging; it has {format_bytes(staging_bytes)}",
+            need_bytes=need,
+            have_bytes=staging_bytes,
+        )
+    tile_RC = torch.empty(tile_rows, piece.num_columns)
+    for start in range(0, piece.num_rows, tile_rows):
+        stop = min(start + tile_rows, piece.num_rows)
+        for column, values_CR in iter_rows(source, piece.source, staging_bytes=half_bytes):
+            tile_RC[: stop - start, column : column + len(values_CR)].copy_(values_CR[:, start:stop].T)
+        fill(weight, piece.row_start + start, tile_RC[: stop - start], name=shown(piece.source))

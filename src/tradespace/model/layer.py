@@ -1,0 +1,94 @@
+"""One layer: tokens mix, features mix, and the arrangement says where the norms stand. Configured by its LayerSpec, never subclassed."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from tradespace.errors import UnsupportedError
+from tradespace.kernels.attention import Attend
+from tradespace.kernels.rope import RopeRows, rotate
+from tradespace.kernels.view import KVView, PackedView, StepBatch
+from tradespace.model.feed_forward import FEED_FORWARDS
+from tradespace.model.parts import Norm, Parts, project
+from tradespace.spec.mixers import Attention
+from tradespace.spec.model import LayerSpec
+
+
+class AttentionMixer(nn.Module):
+    """Softmax attention: one fused product gives q, k and v; `attend` is the kernel."""
+
+    def __init__(self, parts: Parts, name: str, mixer: Attention, attend: Attend):
+        super().__init__()
+        if mixer.output_gate or mixer.alibi:
+            what = "an output gate" if mixer.output_gate else "linear position biases (ALiBi)"
+            raise UnsupportedError(f"{parts.spec.name}: attention with {what} is priced but cannot run yet")
+        self.mixer, self.attend = mixer, attend
+        self.qkv = parts.weight(f"{name}.qkv")
+        kind = "rms"  # heads are normalized by their RMS whatever the layer's norm is
+        self.q_norm, self.k_norm = parts.norm(f"{name}.q_norm", kind=kind), parts.norm(f"{name}.k_norm", kind=kind)
+        self.sinks = parts.vector(f"{name}.sinks")
+        self.out = parts.weight(f"{name}.out")
+
+    def forward(self, x_TD: Tensor, rope: RopeRows | None, batch: StepBatch, view: KVView | None) -> Tensor:
+        """out_TD. Without a `view` the step's own keys and values are all there is."""
+        mixer = self.mixer
+        qkv_TR = project(self.qkv, x_TD)
+        num_rotated = mixer.N + mixer.K
+        # queries and keys lie side by side with the same head size: they rotate in one go
+        qk_TNH = qkv_TR[:, : num_rotated * mixer.H].unflatten(1, (num_rotated, mixer.H))
+        v_TKH = qkv_TR[:, num_rotated * mixer.H :].unflatten(1, (mixer.K, mixer.Hv))
+        if self.q_norm is not None and self.k_norm is not None:
+            q_TNH, k_TKH = _normed(self.q_norm, qk_TNH[:, : mixer.N]), _normed(self.k_norm, qk_TNH[:, mixer.N :])
+            if rope is not None:
+                q_TNH, k_TKH = rotate(q_TNH, rope), rotate(k_TKH, rope)
+        else:
+            if rope is not None:
+                qk_TNH = rotate(qk_TNH, rope)
+            q_TNH, k_TKH = qk_TNH[:, : mixer.N], qk_TNH[:, mixer.N :]
+        if view is None:
+            view = PackedView(k_TKH, v_TKH)
+        view.write(k_TKH, v_TKH, batch)
+        return project(self.out, self.attend(q_TNH, view, batch, mixer, self.sinks).flatten(1))
+
+
+def _normed(norm: Norm, x_TNH: Tensor) -> Tensor:
+    """Each head by itself, or the whole projection where the norm is as wide as that."""
+    return norm(x_TNH) if len(norm.weight) == x_TNH.shape[-1] else norm(x_TNH.flatten(1)).view(x_TNH.shape)
+
+
+class Layer(nn.Module):
+    """See `spec.model.Arrangement` for where the norms stand. Called as layer(h_TD, rope, batch, view), by itself: it may be wrapped from outside."""
+
+    def __init__(self, parts: Parts, index: int, spec: LayerSpec, attend: Attend | None):
+        super().__init__()
+        name = f"layers.{index}"
+        if spec.mixer is not None and not isinstance(spec.mixer, Attention):
+            raise UnsupportedError(f"{parts.spec.name}: layer {index} mixes tokens by {type(spec.mixer).__name__}, which is priced but cannot run yet")
+        self.arrangement, self.residual_scale = spec.arrangement, spec.residual_scale
+        self.attn_norm = parts.norm(f"{name}.attn_norm")
+        self.attn = None if spec.mixer is None or attend is None else AttentionMixer(parts, f"{name}.attn", spec.mixer, attend)
+        self.attn_post_norm = parts.norm(f"{name}.attn_post_norm")
+        self.ffn_norm = parts.norm(f"{name}.ffn_norm")
+        self.ffn = None if spec.ffn is None else FEED_FORWARDS[type(spec.ffn)](parts, f"{name}.ffn", spec.ffn)
+        self.ffn_post_norm = parts.norm(f"{name}.ffn_post_norm")
+
+    def forward(self, h_TD: Tensor, rope: RopeRows | None, batch: StepBatch, view: KVView | None) -> Tensor:
+        if self.arrangement in ("parallel", "parallel2") and self.attn is not None and self.ffn is not None:
+            x_TD = _apply(self.attn_norm, h_TD)
+            y_TD = self.attn(x_TD, rope, batch, view)
+            return self._added(h_TD, y_TD.add_(self.ffn(x_TD if self.ffn_norm is None else self.ffn_norm(h_TD))))
+        if self.attn is not None:
+            y_TD = self.attn(_apply(self.attn_norm, h_TD), rope, batch, view)
+            h_TD = self._added(h_TD, _apply(self.attn_post_norm, y_TD))
+        if self.ffn is not None:
+            y_TD = self.ffn(_apply(self.ffn_norm, h_TD))
+            h_TD = self._added(h_TD, _apply(self.ffn_post_norm, y_TD))
+        return h_TD
+
+    def _added(self, h_TD: Tensor, y_TD: Tensor) -> Tensor:
+        """h + scale · y, in y's memory: y is fresh and nothing's gradient needs it, while h may be kept for the backward pass."""
+        return y_TD.add_(h_TD) if self.residual_scale == 1.0 else y_TD.mul_(self.residual_scale).add_(h_TD)
+
+
+def _apply(norm: Norm | None, x: Tensor) -> Tensor:
+    return x if norm is None else norm(x)

@@ -1,0 +1,161 @@
+"""One evaluated plan, and the order in which plans are preferred.
+
+The rule for "best", in this order:
+1. comfort: plans with all layers resident and at least MIN_BITS bits a weight; then plans that stream layers, as every token waits for a link; then fewer bits;
+2. quality: a loss of at most QUALITY_LIMIT nats per token counts as none; beyond it the smaller loss wins; unknown comes after every known loss, and among
+   unknowns the format with more bits, first of the weights, then of the cache;
+3. speed: seconds to serve the workload once (`cost.time.request_seconds`), prompts included, so that sequences which have to wait count;
+4. bytes, and between plans equal in all that the smaller loss.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from tradespace.cost import calibration
+from tradespace.cost.memory import Ledger, ledger
+from tradespace.cost.time import StepTime
+from tradespace.spec.device import DeviceSpec
+from tradespace.spec.estimate import Estimate
+from tradespace.spec.kv import STORES, KVPlan
+from tradespace.spec.model import ModelSpec
+from tradespace.spec.plan import Placement, Plan
+from tradespace.spec.weights import FORMATS, WeightPlan
+from tradespace.spec.workload import Workload
+
+QUALITY_LIMIT = 0.05  # nats per token
+MIN_BITS = 4  # fewer bits a weight lose so much everywhere that figures were published that they come last
+
+
+@dataclass(frozen=True)
+class Question:
+    """What was asked; every candidate points at it."""
+
+    model: ModelSpec
+    device: DeviceSpec
+    workload: Workload
+    memory_bytes: int  # of the pool that the model computes in, on each device
+    host_memory_bytes: int | None
+    linear: str
+    staging_bytes: int | None = None
+    tokenizer_bytes: int | None = None
+
+    @property
+    def usable_bytes(self) -> int:
+        """The budget less what the engine leaves free."""
+        return self.memory_bytes - (int(calibration.RESERVE_BYTES.value) if self.device.kind == "cpu" else 0)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A point of the space with its price. `bytes_each`: peak of the compute pool on each device; `fits` means memory and number of devices.
+
+    `runs` lists what in the plan has no implementation yet; empty: it runs.
+    """
+
+    question: Question
+    weights: WeightPlan
+    kv: KVPlan
+    attention: str
+    step_tokens: int
+    placement: Placement
+    tensor_parallel: int
+    max_sequences: int
+    kv_tokens: int
+    bytes_each: int
+    host_bytes: int
+    fits_memory: bool
+    decode: StepTime
+    prefill: StepTime
+    decode_tokens_per_s: Estimate
+    prefill_tokens_per_s: Estimate
+    request_s: float
+    quality: Estimate
+    runs: tuple[str, ...]
+
+    @property
+    def fits(self) -> bool:
+        return self.fits_memory and self.tensor_parallel <= self.question.device.count
+
+    @property
+    def total_bytes(self) -> int:
+        """Over all devices that it needs."""
+        return self.bytes_each * self.tensor_parallel
+
+    @property
+    def serves_all(self) -> bool:
+        """The cache holds the whole workload: every sequence at its full context."""
+        workload = self.question.workload
+        return self.max_sequences >= workload.concurrency and self.kv_tokens >= workload.concurrency * workload.context_tokens
+
+    @cached_property
+    def quality_key(self) -> tuple[float, float, float]:
+        """Smaller is better: what the rule above says about quality."""
+        loss = self.quality.value
+        if loss is None:
+            return (2.0, -FORMATS[self.weights.default].bits, -STORES[self.kv.store].bits)
+        return (0.0, 0.0, 0.0) if loss <= QUALITY_LIMIT else (1.0, loss, 0.0)
+
+    @property
+    def comfort(self) -> int:
+        """0: all layers resident in at least MIN_BITS bits; 1: layers streamed; 2: fewer bits."""
+        if FORMATS[self.weights.default].bits < MIN_BITS:
+            return 2
+        return 1 if self.placement.streamed_layers else 0
+
+    @cached_property
+    def preference(self) -> tuple[float, ...]:
+        """Smaller is better: comfort, quality, speed, bytes, and between equals the loss below the limit."""
+        loss = self.quality.value
+        return (self.comfort, *self.quality_key, self.request_s, float(self.total_bytes), float("inf") if loss is None else loss)
+
+    @cached_property
+    def objectives(self) -> tuple[float, ...]:
+        """Bytes, decode speed and loss, all to be small. Unknown loss is infinite; among unknowns fewer bits are worse, of weights and cache apart."""
+        speed = self.decode_tokens_per_s.value or 0.0
+        loss = self.quality.value
+        if loss is not None:
+            return (float(self.total_bytes), -speed, loss, 0.0, 0.0)
+        return (float(self.total_bytes), -speed, float("inf"), 64 - FORMATS[self.weights.default].bits, 64 - STORES[self.kv.store].bits)
+
+    @cached_property
+    def plan(self) -> Plan:
+        question = self.question
+        return Plan(
+            model=question.model.name,
+            weights=self.weights,
+            kv=self.kv,
+            attention=self.attention,
+            linear=question.linear,
+            max_sequences=self.max_sequences,
+            max_context=question.workload.context_tokens,
+            step_tokens=self.step_tokens,
+            kv_tokens=self.kv_tokens,
+            placement=self.placement,
+            tensor_parallel=self.tensor_parallel,
+            device=question.device.name,
+            memory_bytes=question.memory_bytes,
+        )
+
+    @cached_property
+    def ledger(self) -> Ledger:
+        question = self.question
+        return ledger(question.model, self.plan, question.device, staging_bytes=question.staging_bytes, tokenizer_bytes=question.tokenizer_bytes)
+
+    def to_dict(self) -> dict[str, object]:
+        return {
+            "plan": self.plan.to_dict(),
+            "describe": self.plan.describe(),
+            "bytes_each": self.bytes_each,
+            "total_bytes": self.total_bytes,
+            "host_bytes": self.host_bytes,
+            "decode": self.decode.to_dict(),
+            "prefill": self.prefill.to_dict(),
+            "decode_tokens_per_s": self.decode_tokens_per_s.value,
+            "prefill_tokens_per_s": self.prefill_tokens_per_s.value,
+            "quality_nats": self.quality.value,
+            "quality_source": self.quality.source,
+            "fits": self.fits,
+            "cannot_run": list(self.runs),
+        }

@@ -1,0 +1,109 @@
+"""What a kernel holds, measured by torch's own allocation record, against the ledger's closed forms; and √n where √n is promised."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from conformance.attention_cases import make_case
+from tradespace.kernels.attention import KERNELS, workspace_bytes
+from tradespace.kernels.attention.chunked import attend as chunked
+from tradespace.kernels.view import PackedView, StepBatch
+from tradespace.spec.attention import chunk_size
+from tradespace.spec.mixers import Attention
+
+
+def peak_bytes(call) -> int:
+    """Most bytes alive at once that `call` allocated, temporaries inside operators included."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as prof:
+        kept = call()
+    events = [event for event in prof.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    del kept
+    return peak
+
+
+MIXERS = {
+    "gqa": Attention(N=9, K=3, H=64),
+    "mqa": Attention(N=16, K=1, H=128),
+    "window": Attention(N=8, K=4, H=64, window=256),
+    "narrow values": Attention(N=8, K=4, H=64, value_H=32),
+    "softcap and sinks": Attention(N=8, K=4, H=64, logit_softcap=30.0, sinks=True),
+}
+STEPS = {
+    "late chunk": [(1536, 300)],
+    "decode one": [(2047, 1)],
+    "decode many": [(1500 - 10 * i, 1) for i in range(12)],
+    "drafts": [(200 + i, 4) for i in range(8)],
+    "mixed": [(700, 300), (900, 1), (30, 1), (64, 1)],
+}
+
+
+@pytest.mark.parametrize(("dtype", "layout"), [(torch.float32, "contiguous"), (torch.bfloat16, "paged")])
+@pytest.mark.parametrize("step", list(STEPS))
+@pytest.mark.parametrize("mixer", list(MIXERS))
+def test_no_step_exceeds_its_bound(mixer, step, layout, dtype):
+    spec, cuts = MIXERS[mixer], STEPS[step]
+    case = make_case(spec, cuts, layout, dtype, 0)
+    for name in KERNELS if not spec.sinks else ("reference", "chunked"):
+        kernel = KERNELS[name]()
+        bound = workspace_bytes(
+            name,
+            spec,
+            step_tokens=sum(new for _, new in cuts),
+            max_context=max(before + new for before, new in cuts),
+            max_sequences=len(cuts),
+            kv_tokens=sum(before + new for before, new in cuts),
+            element_bytes=dtype.itemsize,
+            copies=layout == "paged",
+            threads=1,
+        )
+        with torch.inference_mode():
+            found = peak_bytes(lambda kernel=kernel: kernel(case.q_TNH, case.cache.view(0), case.batch, spec, case.sinks_N))
+        assert found <= bound, f"{name} held {found:,} bytes; the formula allows {bound:,}"
+        if step == "late chunk" or (step, name, mixer) == ("decode many", "sdpa", "gqa"):  # where there is much to hold the bound is no fantasy
+            assert bound <= 3 * found + 2**19, f"{name} held {found:,} bytes; the formula books {bound:,}"
+
+
+class Largest(TorchDispatchMode):
+    """The largest tensor that any operator returned in storage of its own."""
+
+    def __init__(self, known: tuple[torch.Tensor, ...]):
+        super().__init__()
+        self.elements, self._known = 0, {x.untyped_storage().data_ptr() for x in known}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in self._known:
+                self.elements = max(self.elements, x.numel())
+        return out
+
+
+@pytest.mark.parametrize("num_tokens", [256, 1024, 4096])
+def test_chunked_holds_root_n_keys_per_query(num_tokens):
+    """One head of size 4: the largest intermediate is queries · √n, while a score matrix would be queries · n."""
+    q, k, v = (torch.randn(num_tokens, 1, 4) for _ in range(3))
+    queries = num_tokens  # all at once: O(T·√n)
+    with torch.inference_mode(), Largest((q, k, v)) as largest:
+        chunked(q, PackedView(k, v), StepBatch.packed([num_tokens]), Attention(N=1, K=1, H=4), queries=queries)
+    assert largest.elements == queries * chunk_size(num_tokens)
+    with torch.inference_mode(), Largest((q, k, v)) as largest:
+        chunked(q, PackedView(k, v), StepBatch.packed([num_tokens]), Attention(N=1, K=1, H=4))
+    # by default 256 queries at a time; what is larger is the output (T · 4)
+    assert largest.elements == max(256 * chunk_size(num_tokens), num_tokens * 4)
+
+
+def test_the_measure_sees_a_score_matrix():
+    """The same measure on the reference with one query tile less: it grows with n, so the test above can fail."""
+    sizes = []
+    for num_tokens in (512, 2048):
+        q, k, v = (torch.randn(num_tokens, 1, 4) for _ in range(3))
+        with torch.inference_mode(), Largest((q, k, v)) as largest:
+            KERNELS["reference"]()(q, PackedView(k, v), StepBatch.packed([num_tokens]), Attention(N=1, K=1, H=4))
+        sizes.append(largest.elements)
+    assert sizes[1] == 4 * sizes[0]
