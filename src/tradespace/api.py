@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from tradespace.errors import InputError
-from tradespace.loading.gguf import GGUFFile, read_gguf
+from tradespace.loading.gguf import GGUFFile, read_floats, read_gguf
 from tradespace.loading.hub import fetch_config, parse_hub_name
 from tradespace.loading.packages import PACKAGED
 from tradespace.loading.pull import ModelEntry, find_fetched, is_local, list_models
@@ -20,8 +20,8 @@ from tradespace.spec.device_zoo import find_device
 from tradespace.spec.families import model_spec_from_config
 from tradespace.spec.gguf_config import model_spec_from_gguf
 from tradespace.spec.model import ModelSpec
-from tradespace.spec.what_if import parse_changes
-from tradespace.spec.what_if import what_if as _what_if
+from tradespace.spec.what_if import parse_what_if
+from tradespace.spec.what_if import what_if as what_if_spec
 from tradespace.spec.workload import Workload
 from tradespace.spec.zoo import find_model
 from tradespace.units import parse_bytes
@@ -74,7 +74,9 @@ def spec_of_files(files: ModelFiles) -> ModelSpec:
 
 
 def spec_of_gguf(file: GGUFFile, name: str) -> ModelSpec:
-    return model_spec_from_gguf(file.metadata, {tensor.name: tensor.shape for tensor in file.tensors.values()}, name)
+    """The ModelSpec that a GGUF file's metadata and tensor table state."""
+    shapes = {tensor.name: tensor.shape for tensor in file.tensors.values()}
+    return model_spec_from_gguf(file.metadata, shapes, name, read_factors=lambda tensor: read_floats(file, tensor))
 
 
 def find_machine(device: str | DeviceSpec | None) -> DeviceSpec:
@@ -164,7 +166,7 @@ def what_if(model: str | ModelSpec, changes: str, *, equal_parameters: bool = Fa
     >>> what_if("llama-2-7b", "layers=40").L
     40
     """
-    return _what_if(find_spec(model), equal_parameters=equal_parameters, **parse_changes(changes))
+    return what_if_spec(find_spec(model), **(parse_what_if(changes) | ({"equal_parameters": True} if equal_parameters else {})))
 
 
 def pull(model: str, *, revision: str | None = None, offline: bool = False, progress: bool = True) -> Path:

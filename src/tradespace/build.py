@@ -87,6 +87,9 @@ def build_engine(
     reasons = [*plan.cannot_run(), *([spec.plan_only] if spec.plan_only else [])]
     if reasons:
         raise UnsupportedError(f"this plan is priced but cannot run yet: {'; '.join(reasons)}. Run: tradespace plan {spec.name} --runnable")
+    if spec.quantization and files.kind == "safetensors":
+        stored = f"{spec.name} is stored as {spec.quantization}, which this version plans but does not read"
+        raise UnsupportedError(f"{stored}. Use the model's bf16 weights, or a GGUF file")
     threads = plan.threads or device.cores or 1
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)

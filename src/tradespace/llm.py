@@ -206,7 +206,7 @@ class LLM:
         self._meter.mark("running")
         peak = self._meter.peak_bytes
         how = f"sampled {self._meter.method} of the process tree"
-        lines.append(ReportLine("peak of the process", Estimate(self._predicted.total_bytes(pool), "the ledger's sum"), peak, "bytes", how))
+        lines.append(ReportLine("peak of the process", self._predicted.total_bytes(pool), peak, "bytes", how))
         lines.append(
             ReportLine("peak resident size", Estimate.unknown("counts shared pages in full"), peak_rss_bytes(), "bytes", "the kernel's high-water mark")
         )
@@ -254,7 +254,7 @@ def grouped(predicted: Ledger) -> Iterator[tuple[str, Estimate, str]]:
     """The ledger's lines as a run can measure them one by one: (name, bytes, formula). What a step holds at once is one line, the workspace."""
     groups: dict[str, list[LedgerLine]] = {}
     for line in predicted.lines:
-        name = "weights" if line.name.startswith("weights ") else "workspace" if line.phase == "running" and line.name != "kv cache" else line.name
+        name = "weights" if line.name.startswith("weights") else "workspace" if line.phase == "running" and line.name != "kv cache" else line.name
         groups.setdefault(name, []).append(line)
     for name, lines in groups.items():
         sources = dict.fromkeys(line.bytes.source for line in lines)
@@ -325,7 +325,7 @@ def _open(
         chosen = choose_plan(spec, device, budget, context, concurrency, goal, weights, attention)
     chosen = replace(chosen, memory_bytes=budget)
     predicted = ledger(spec, chosen, device, staging_bytes=STAGING_BYTES)
-    need = predicted.total_bytes()
+    need = round(predicted.total_bytes().require())
     if need > budget:
         raise BudgetError(
             f"this plan needs {format_bytes(need)}; the budget is {format_bytes(budget)}. Let the planner choose (leave --plan away), or give --memory "

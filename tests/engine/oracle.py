@@ -1,7 +1,7 @@
 """A language model made of arithmetic, as the test oracle of everything that moves blocks: the next token is a hash of the whole context.
 
-It reads that context back from the slots that the step's block tables name, so one wrong block, slot, position or order changes the tokens. `expected` says what
-must come out, computed from the prompt alone, with no cache and no scheduler.
+It reads that context back from the slots that the step's block tables name, so one wrong block, slot, position or order changes the tokens. `expected` says
+what must come out, computed from the prompt alone, with no cache and no scheduler.
 """
 
 import random

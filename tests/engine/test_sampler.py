@@ -206,37 +206,60 @@ def test_padding_of_the_vocabulary_is_never_chosen():
 
 
 class PeakBytes(TorchDispatchMode):
-    """The most bytes that tensors made inside of it hold at once."""
+    """The most bytes that tensors made inside of it hold at once; a storage lives as long as one tensor object over it."""
 
-    def __init__(self):
+    def __init__(self, *known: torch.Tensor):
         super().__init__()
         self.now = self.peak = 0
-        self.known: set[int] = set()
+        self.owners = {tensor.untyped_storage().data_ptr(): 1 for tensor in known}  # not ours to count: never goes
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        inputs = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in self.known and storage._cdata not in inputs:
-                    self.known.add(storage._cdata)
-                    self.now += storage.nbytes()
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().nbytes():
+                key, nbytes = tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
+                if key not in self.owners:
+                    self.owners[key] = 0
+                    self.now += nbytes
                     self.peak = max(self.peak, self.now)
-                    weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+                self.owners[key] += 1
+                weakref.finalize(tensor, self._gone, key, nbytes)
         return result
 
     def _gone(self, key, nbytes):
-        self.known.discard(key)
-        self.now -= nbytes
+        self.owners[key] -= 1
+        if self.owners[key] == 0:
+            del self.owners[key]
+            self.now -= nbytes
 
 
-@pytest.mark.parametrize("settings", [{"temperature": 0}, {}, {"top_k": 50}, {"top_p": 0.9}, {"min_p": 0.1}, {"logprobs": 5}, {"repetition_penalty": 1.1}])
+def test_the_measure_of_peaks_can_fail():
+    with PeakBytes() as peak:
+        first = torch.zeros(1000)
+        second = first + 1
+        del first
+        second = second.view(10, 100) * 2
+    assert peak.peak == 8000 and peak.now == 4000
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 0},
+        {},
+        {"top_k": 50},
+        {"top_p": 0.9},
+        {"min_p": 0.1},
+        {"logprobs": 5},
+        {"repetition_penalty": 1.1},
+        {"top_p": 0.999999, "temperature": 50.0},
+    ],
+)
 def test_the_workspace_is_what_it_says_whatever_the_batch(settings):
-    V, sampler = 50_000, Sampler(chunk_elements=100_000)
+    V, sampler = 50_000, Sampler(chunk_elements=50_000)
     for count in (2, 16):
         rows = [row(**settings) for _ in range(count)]
         logits_RV = logits_of(count, V)
-        with PeakBytes() as peak:
+        with PeakBytes(logits_RV) as peak:
             sampler.sample(logits_RV, rows)
-        assert peak.peak <= sampler.workspace_bytes(V)
+        assert peak.peak <= sampler.workspace_bytes(V), (peak.peak, sampler.workspace_bytes(V))

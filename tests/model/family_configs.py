@@ -110,7 +110,11 @@ def phi3(rng: random.Random) -> transformers.PreTrainedConfig:
         "factor": 4.0,
     }
     scaling = rng.choice([{"rope_type": "default"}, longrope])
-    own = {"original_max_position_embeddings": scaling.get("original_max_position_embeddings", CONTEXT), "sliding_window": rng.choice([None, 7]), "pad_token_id": 0}
+    own = {
+        "original_max_position_embeddings": scaling.get("original_max_position_embeddings", CONTEXT),
+        "sliding_window": rng.choice([None, 7]),
+        "pad_token_id": 0,
+    }
     return transformers.Phi3Config(**shape, **_tied(rng), **own, rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": partial, **scaling})
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 import transformers
-from model.family_configs import FAMILIES
 from torch import Tensor
 
+from model.family_configs import FAMILIES
 from tradespace.kernels.view import Span, StepBatch, positions_of
 from tradespace.kv.cache import KVCache
 from tradespace.loading.safetensors import read_sharded

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from model.family_configs import CONTEXT, FAMILIES, V
 from model.family_models import Pair, Stepper, make_pair, packed_logits
-
 from tradespace.spec.mixers import Attention
 from tradespace.spec.tensors import model_tensors
 

@@ -58,6 +58,18 @@ def test_longrope_under_its_first_name():
         model_spec_from_config(PHI3 | {"rope_scaling": PHI3["rope_scaling"] | {"short_factor": [1.0] * 47}}, "m")
 
 
+def test_phi3_was_trained_at_4096_where_the_config_is_silent():
+    silent = {key: value for key, value in PHI3.items() if key != "original_max_position_embeddings"}
+    assert model_spec_from_config(silent, "m") == model_spec_from_config(PHI3, "m")
+
+
+def test_gpt_oss_stretches_as_its_class_does_where_the_config_is_silent():
+    config = {"model_type": "gpt_oss", "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 8, "intermediate_size": 4, "vocab_size": 5}
+    scaling = rope(config).scaling
+    assert scaling is not None and (scaling.kind, scaling.factor, scaling.original_context, scaling.truncate) == ("yarn", 32.0, 4096, False)
+    assert [mixer(config, layer).window for layer in (0, 1)] == [128, None]
+
+
 def test_mistral_window_null_is_none_and_absent_is_4096():
     silent = {key: value for key, value in MISTRAL.items() if key != "sliding_window"}
     assert [mixer(config).window for config in (MISTRAL | {"sliding_window": None}, silent, MISTRAL | {"sliding_window": 64})] == [None, 4096, 64]

@@ -1,5 +1,6 @@
 """A config that lies, or says what we do not understand, is an error that names the field; the work stays bounded."""
 
+import contextlib
 import time
 
 import pytest
@@ -99,10 +100,8 @@ def test_any_damage_ends_in_a_model_or_an_input_error(data):
     for key in data.draw(st.lists(st.sampled_from([*sorted(config), "rope_scaling", "rope_parameters", "layer_types", "head_dim"]), min_size=1, max_size=3)):
         config[key] = data.draw(_ANY)
     started = time.perf_counter()
-    try:
+    with contextlib.suppress(InputError):
         assert isinstance(model_spec_from_config(config, "m"), ModelSpec)
-    except InputError:
-        pass
     assert time.perf_counter() - started < 2
 
 

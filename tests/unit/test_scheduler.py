@@ -3,10 +3,10 @@
 import random
 
 import pytest
-from engine.oracle import EOS, HashMachine, ScriptedDrafter, check_blocks, expected, run_step
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.oracle import EOS, HashMachine, ScriptedDrafter, check_blocks, expected, run_step
 from tradespace.engine.request import Request, SamplingParams
 from tradespace.engine.scheduler import Scheduler
 from tradespace.errors import InputError

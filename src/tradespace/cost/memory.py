@@ -195,7 +195,7 @@ def _kv_line(summary: Summary, plan: Plan, pool: str) -> LedgerLine:
     if plan.kv.layout == "paged":
         formula = f"{plan.num_blocks} blocks × {plan.kv.block_size} tokens × {slot} B"
     else:
-        formula = f"{plan.max_sequences} sequences × {plan.max_context} tokens × {slot} B"
+        formula = f"{plan.max_sequences} × {plan.max_context} tokens × {slot} B"
     return LedgerLine("kv cache", pool, Estimate(total, EXACT), formula, "running")
 
 

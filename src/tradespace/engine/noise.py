@@ -16,8 +16,6 @@ from torch import Tensor
 GOLDEN = 0x9E3779B97F4A7C15
 FIRST, SECOND = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 MASK64 = 2**64 - 1
-# 3 arrays of 8 bytes while a row of noise is made
-NOISE_BYTES_PER_TOKEN = 24
 
 
 def mix64(state: int) -> int:

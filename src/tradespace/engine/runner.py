@@ -27,10 +27,10 @@ class TokenModel(Protocol):
 class Runner:
     """Runs steps of one model over one cache, laid out as the plan says."""
 
-    def __init__(self, transformer: TokenModel, cache: Any, plan: Plan):
+    def __init__(self, transformer: TokenModel, cache: Any, plan: Plan, *, device: torch.device | str = "cpu"):
         self.transformer = transformer
         self.cache = cache
-        self.device = torch.device(plan.device)
+        self.device = torch.device(device)
         self.block_size = plan.kv.block_size if plan.kv.layout == "paged" else plan.max_context
 
     @property

@@ -2,7 +2,7 @@
 
 Order of work, as transformers has it: logit bias, min_tokens, penalties, temperature, top-k, top-p, min-p; then a draw by Gumbel-max (`noise.py`). Top-k and
 top-p become a threshold on the logit, and tokens that tie with the last one kept are kept too, so no result hangs on how a sort breaks ties. Nothing sorts
-the vocabulary: the largest `PROBE` logits nearly always hold the nucleus, and only a row where they do not is sorted whole. Plain greedy rows cost one
+the vocabulary: the largest `PROBE` logits nearly always hold the nucleus, and only a row where they do not is searched further. Plain greedy rows cost one
 argmax.
 
 Rows are processed in groups of about `chunk_elements` logits, so the workspace does not grow with the batch: `workspace_bytes`.
@@ -18,13 +18,14 @@ from math import inf, log
 import torch
 from torch import Tensor
 
-from tradespace.engine.noise import NOISE_BYTES_PER_TOKEN, gumbel, noise_key
+from tradespace.engine.noise import gumbel, noise_key
 from tradespace.engine.request import Request, SamplingParams, TokenLogprobs
 
 PROBE = 1024
 CHUNK_ELEMENTS = 2**18
-# fp32: the group's own copy, the selection that is drawn from, exponentials or log-softmax; a mask; the noise and the sum of noise and logits
-WORKSPACE_BYTES_PER_ELEMENT = 3 * 4 + 1 + NOISE_BYTES_PER_TOKEN + 8
+NOISE_ELEMENTS = 2**15
+# the group's two fp32 copies, and the most that follows: a whole row's sort with its weights and their sums in fp64
+WORKSPACE_BYTES_PER_ELEMENT = 2 * 4 + 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,8 +200,12 @@ def _thresholds(logits_RV: Tensor, params: Sequence[SamplingParams]) -> list[flo
     has_k = [0 < p.top_k < V for p in params]
     width = min(V, max(p.top_k if k else PROBE for p, k in zip(params, has_k, strict=True)))
     limits, narrow = _thresholds_within(logits_RV, params, width)
-    for i in narrow:
-        limits[i] = _thresholds_within(logits_RV[i : i + 1], params[i : i + 1], V)[0][0]
+    while narrow:
+        width = min(V, 16 * width)
+        wider, still = _thresholds_within(logits_RV[narrow], [params[i] for i in narrow], width)
+        for i, limit in zip(narrow, wider, strict=True):
+            limits[i] = limit
+        narrow = [narrow[i] for i in still]
     return limits
 
 
@@ -233,9 +238,18 @@ def _gumbel_argmax(logits_RV: Tensor, keys_R: Tensor, *, sparse: bool) -> list[i
     """The token with the largest logit + noise. `sparse`: draw noise for finite logits only, which changes no result."""
     R, V = logits_RV.shape
     if not sparse:
-        scores_RV = gumbel(keys_R[:, None], torch.arange(V, device=logits_RV.device)[None, :])
-        scores_RV += logits_RV
-        return scores_RV.argmax(dim=-1).tolist()
+        best_R = torch.full((R,), -inf, dtype=torch.float64, device=logits_RV.device)
+        token_R = torch.zeros(R, dtype=torch.int64, device=logits_RV.device)
+        # slices small enough for a core's cache: fresh memory costs more than the arithmetic
+        width = max(1, NOISE_ELEMENTS // R)
+        for start in range(0, V, width):
+            stop = min(V, start + width)
+            scores_RW = gumbel(keys_R[:, None], torch.arange(start, stop, device=logits_RV.device)[None, :])
+            scores_RW += logits_RV[:, start:stop]
+            top = scores_RW.max(dim=-1)
+            token_R = torch.where(top.values > best_R, top.indices + start, token_R)
+            best_R = torch.maximum(best_R, top.values)
+        return token_R.tolist()
     found = []
     for row in range(R):
         ids = (logits_RV[row] > -inf).nonzero()[:, 0]

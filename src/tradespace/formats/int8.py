@@ -15,6 +15,8 @@ from tradespace.kernels.linear import LINEAR, Linear
 
 # rows of x up to which the fused kernel wins over dequantizing: measured with 2 threads on an AVX-512 CPU, where they meet at about 16
 FUSED_ROWS = 12
+# the fused kernel reads whole vectors: past the end of a row that is no multiple of 16 (found on guarded pages). Twice that, for other instruction sets
+FUSED_COLUMNS = 32
 MAX_CODE = 127
 
 
@@ -33,7 +35,7 @@ class Int8Weight(nn.Module):
         super().__init__()
         self.shape, self.dtype, self.workspace = shape, dtype, workspace
         self.kernel: Linear = LINEAR[linear]
-        self.fused = linear == "torch" and dtype == torch.bfloat16 and torch.device(device).type == "cpu"
+        self.fused = linear == "torch" and dtype == torch.bfloat16 and torch.device(device).type == "cpu" and shape[-1] % FUSED_COLUMNS == 0
         self.register_parameter("bias", None)  # as DenseWeight's
         self.register_buffer("weight", torch.empty(shape, dtype=torch.int8, device=device))
         self.register_buffer("scale", torch.empty(shape[:-1], dtype=torch.float32, device=device))

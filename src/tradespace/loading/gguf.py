@@ -32,10 +32,10 @@ from tradespace.loading.ggml_types import (
     tensor_nbytes,
 )
 from tradespace.loading.gguf_writer import write_gguf
-from tradespace.loading.rawfile import open_weight_file, shown
+from tradespace.loading.rawfile import open_weight_file, read_exactly, shown
 from tradespace.units import MiB, format_bytes
 
-__all__ = ["GGML_TYPES", "GGUFFile", "GGUFTensor", "read_gguf", "tensor_nbytes", "write_gguf"]
+__all__ = ["GGML_TYPES", "GGUFFile", "GGUFTensor", "read_floats", "read_gguf", "tensor_nbytes", "write_gguf"]
 
 # a quarter-million tokens with their merges take about 20 MiB; what is far beyond that is no vocabulary
 MAX_HEADER_BYTES = 64 * MiB
@@ -78,6 +78,21 @@ def read_gguf(path: str | os.PathLike[str]) -> GGUFFile:
     """
     with open_weight_file(path) as (file, size_bytes):
         return _parse(_Cursor(file, Path(path), size_bytes))
+
+
+def read_floats(file: GGUFFile, tensor_name: str) -> list[float]:
+    """A small vector of plain floats that belongs to the configuration (rope factors), without torch. Raises CorruptFileError or UnsupportedError."""
+    tensor = file.tensors.get(tensor_name)
+    if tensor is None:
+        raise CorruptFileError(f"{file.path}: tensor {shown(tensor_name)} is missing, and the configuration needs it")
+    dtypes = {"F32": "<f4", "F16": "<f2"}
+    if tensor.type_name not in dtypes or tensor.nbytes > MiB:
+        have = f"{format_bytes(tensor.nbytes)} of {tensor.type_name}"
+        raise UnsupportedError(f"{file.path}: {shown(tensor_name)} is {have}; a small vector of F32 or F16 is needed")
+    raw = bytearray(tensor.nbytes)
+    with open_weight_file(file.path) as (stream, _):
+        read_exactly(stream, memoryview(raw), tensor.offset_bytes, f"{file.path}: tensor {shown(tensor_name)}")
+    return np.frombuffer(raw, dtype=dtypes[tensor.type_name]).astype(np.float64).tolist()
 
 
 class _Cursor:

@@ -97,16 +97,16 @@ def read_sharded(folder: str | os.PathLike[str]) -> SafetensorsFile:
     outside the folder or a tensor that its shard does not hold.
     """
     folder = Path(folder)
-    if (folder / SINGLE_NAME).is_file():
+    if os.path.isfile(folder / SINGLE_NAME):  # which, unlike Path.is_file, takes a name that no file can have for a missing one
         return read_safetensors_header(folder / SINGLE_NAME)
     index_path = folder / INDEX_NAME
-    if not index_path.is_file():
+    if not os.path.isfile(index_path):
         raise InputError(f"{folder}: holds neither {SINGLE_NAME} nor {INDEX_NAME}")
     shards: dict[str, SafetensorsFile] = {}
     tensors: dict[str, SafetensorsTensor] = {}
     for name, shard_name in _weight_map(index_path).items():
         if shard_name not in shards:
-            if not (folder / shard_name).is_file():
+            if not os.path.isfile(folder / shard_name):
                 raise InputError(f"{index_path}: tensor {shown(name)} lies in {shown(shard_name)}, which is not in the folder. Fetch the missing shard")
             shards[shard_name] = read_safetensors_header(folder / shard_name)
         if name not in shards[shard_name].tensors:

@@ -180,6 +180,8 @@ class Pricer:
             slots = kv.block_size if kv.layout == "paged" else 1
             probe = Plan(model="", weights=weights, kv=kv, attention=kernel, placement=placement, tensor_parallel=degree, kv_tokens=slots)
             found = list(probe.cannot_run())
+            if kernel in self.space.refused:
+                found.append(self.space.refused[kernel])
             if question.model.plan_only:
                 found.append(question.model.plan_only)
             if question.device.kind != "cpu":

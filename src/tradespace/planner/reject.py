@@ -49,7 +49,8 @@ def rejections(candidates: Sequence[Candidate], best: Candidate | None, space: S
         for value, members in families.items():
             if best is None or value != value_of(best):
                 found.append(_rejection(f"{axis} {value}", members, best, question, runnable_only))
-    found += [Rejection(f"attention {kernel}", f"cannot compute {question.model.name}: {reason}") for kernel, reason in space.refused.items()]
+    unused = {kernel: reason for kernel, reason in space.refused.items() if kernel not in space.kernels}
+    found += [Rejection(f"attention {kernel}", f"cannot compute {question.model.name}: {reason}") for kernel, reason in unused.items()]
     return found
 
 

@@ -105,8 +105,10 @@ def build_space(model: ModelSpec, device: DeviceSpec, workload: Workload, pins: 
         if found:
             refused[kernel] = found
     kernels = tuple(kernel for kernel in _one_of(pins, "attention", tuple(KERNELS)) if kernel not in refused)
-    if not kernels:
-        raise InputError(f"no attention kernel can compute {model.name}: " + "; ".join(f"{kernel}: {reason}" for kernel, reason in refused.items()))
+    if not kernels and "attention" in pins:
+        raise InputError(f"attention kernel {pins['attention']} cannot compute {model.name}: {refused[pins['attention']]}. Leave the choice to the planner")
+    if not kernels:  # nothing here computes such a layer: priced all the same, with the reason why it does not run
+        kernels = tuple(kernel for kernel in KERNELS if kernel != "flash" or device.kind == "cuda")
     layouts = tuple(layout for layout in LAYOUTS if layout[0] in _one_of(pins, "layout", ("paged", "contiguous")))
     if "block_size" in pins:
         layouts = tuple(dict.fromkeys((name, _number(pins, "block_size") if name == "paged" else block) for name, block in layouts))

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeGuard, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -80,6 +80,7 @@ class Sdpa:
         self._groups: dict[tuple, list[_Group]] = {}
         self._located: dict[tuple, Tensor | slice] = {}
         self._rulers: dict[tuple, Tensor] = {}
+        self._gathers: dict[type, bool] = {}
 
     def __call__(self, q_TNH: Tensor, view: KVView, batch: StepBatch, mixer: Attention, sinks_N: Tensor | None = None) -> Tensor:
         """out_TNHv in q's dtype: each of the step's T queries over the keys and values that `view` holds of its sequence."""
@@ -89,13 +90,21 @@ class Sdpa:
             self._groups.clear()
             self._located.clear()
         out_TNH = q_TNH.new_empty((q_TNH.shape[0], mixer.N, mixer.Hv))
-        shares = isinstance(view, GatherView)
-        for span in batch.spans:
-            if span.num_queries > (FEW if shares else 0):
+        if not self._can_gather(view):
+            for span in batch.spans:
                 self._many(q_TNH, view, span, mixer, out_TNH)
-        if shares:
-            self._few(q_TNH, view, batch, mixer, out_TNH)
+            return out_TNH
+        for span in batch.spans:
+            if span.num_queries > FEW:
+                self._many(q_TNH, view, span, mixer, out_TNH)
+        self._few(q_TNH, view, batch, mixer, out_TNH)
         return out_TNH
+
+    def _can_gather(self, view: KVView) -> TypeGuard[GatherView]:
+        found = self._gathers.get(type(view))
+        if found is None:  # asked once per type: the check of a protocol takes as long as a short attention
+            found = self._gathers[type(view)] = isinstance(view, GatherView)
+        return found
 
     def _many(self, q_TNH: Tensor, view: KVView, span: Span, mixer: Attention, out_TNH: Tensor) -> None:
         """One sequence, a block of queries at a time: [K, G, T, H], keys and values expanded over G with stride 0."""
@@ -153,15 +162,23 @@ def _decode(q_RNH: Tensor, k_XKH: Tensor, v_XKH: Tensor, group: _Group, mixer: A
     """One shared call, (R, N, Hv). A function of its own, so that one group's keys are free before the next one's are gathered."""
     k_XKH, v_XKH = _equally_wide(k_XKH, v_XKH)
     num, num_queries, wide = len(group.spans), group.spans[0].num_queries, k_XKH.shape[-1]
-    q_BTKGH = _widened(q_RNH, wide).view(num, num_queries, mixer.K, mixer.G, wide)
+    q_RNH = _widened(q_RNH, wide)
+    if num_queries == 1:  # the same values in the same order: fewer views to make
+        q_BKRH = q_RNH.view(num, mixer.K, mixer.G, wide)
+    else:
+        q_BKRH = q_RNH.view(num, num_queries, mixer.K, mixer.G, wide).transpose(1, 2).reshape(num, mixer.K, num_queries * mixer.G, wide)
     part_BKRH = scaled_dot_product_attention(
-        q_BTKGH.transpose(1, 2).reshape(num, mixer.K, num_queries * mixer.G, wide),
+        q_BKRH,
         k_XKH.view(num, group.width, mixer.K, wide).transpose(1, 2),
         v_XKH.view(num, group.width, mixer.K, wide).transpose(1, 2),
         attn_mask=group.mask_B1RS,
         scale=mixer.softmax_scale,
     )
-    part_BTKGH = part_BKRH[..., : mixer.Hv].view(num, mixer.K, num_queries, mixer.G, mixer.Hv).transpose(1, 2)
+    if wide != mixer.Hv:
+        part_BKRH = part_BKRH[..., : mixer.Hv]
+    if num_queries == 1:
+        return part_BKRH.reshape(num, mixer.N, mixer.Hv)
+    part_BTKGH = part_BKRH.view(num, mixer.K, num_queries, mixer.G, mixer.Hv).transpose(1, 2)
     return part_BTKGH.reshape(num * num_queries, mixer.N, mixer.Hv)
 
 

@@ -97,10 +97,17 @@ def qwen_moe(config: ConfigReader) -> ModelSpec:
     return replace(model, plan_only=ROUTED)
 
 
+# the class's own default, for a config that is silent
+_GPT_OSS_ROPE = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False, "original_max_position_embeddings": 4096}
+
+
 def gpt_oss(config: ConfigReader) -> ModelSpec:
     sizes = read_sizes(config, context=131_072, kv_heads=8, head_size=64)
     window = sliding_window(config) if "sliding_window" in config.values else 128
     windows = layer_windows(config, sizes.L, window, lambda i: i % 2 == 0)
+    if not config.values.get("rope_scaling") and not config.values.get("rope_parameters"):
+        config = ConfigReader({**config.values, "rope_scaling": _GPT_OSS_ROPE}, name=config.name, family=config.family)
+        return gpt_oss(config)
     rope = read_rope(config, sizes.H, sizes.context, theta=150_000.0)
     bias = config.flag("attention_bias", default=True)
     F = config.integer("intermediate_size")

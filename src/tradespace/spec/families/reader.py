@@ -16,7 +16,7 @@ MAX_LAYERS, MAX_WIDTH, MAX_VOCAB, MAX_HEADS, MAX_CONTEXT, MAX_EXPERTS = 4096, 2*
 
 # Keys that change nothing at inference: names, storage, training, classification heads, defaults of generation, and how somebody else's code runs.
 _HARMLESS_KEYS = """
-architectures auto_map _name_or_path name_or_path transformers_version model_max_length tokenizer_class prefix finetuning_task task_specific_params
+model_type architectures auto_map _name_or_path name_or_path transformers_version model_max_length tokenizer_class prefix finetuning_task task_specific_params
 _commit_hash _attn_implementation attn_implementation _attn_implementation_autoset use_flash_attn
 bos_token_id eos_token_id pad_token_id sep_token_id cls_token_id unk_token_id decoder_start_token_id forced_bos_token_id forced_eos_token_id eos_token
 initializer_range initializer_factor init_std embd_pdrop resid_pdrop attn_pdrop attention_dropout hidden_dropout dropout classifier_dropout layerdrop
