@@ -94,7 +94,6 @@ def build_engine(
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
     measured: dict[str, int] = {}
-    before = now_bytes()
     peak_bytes("start")
     kernels = resolve_kernels(spec, plan.attention, DTYPES[plan.weights.dense], "cpu")
     transformer = Transformer(spec, plan.weights, attention=plan.attention, linear=plan.linear, max_context=plan.max_context, device="cpu")
@@ -104,7 +103,7 @@ def build_engine(
     after_load = now_bytes()
     measured["weights"] = sum(weight_bytes(transformer).values())
     measured["staging"] = max(0, peak_bytes("loading") - after_load)
-    measured["engine tensors"] = max(0, after_load - before - measured["weights"])
+    measured["engine tensors"] = transformer.rope_nbytes
 
     sampler = Sampler(num_tokens=min(tokenizer.vocab_size, spec.V))
     with _rehearsal_cache(spec, plan) as cache:

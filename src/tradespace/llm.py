@@ -73,7 +73,7 @@ class StepClock:
     prefill_s: float = 0.0
 
     def take(self, step: Step, seconds: float) -> None:
-        if all(item.num_tokens == 1 and item.samples for item in step.sequences):
+        if all(item.num_tokens == 1 and item.start >= item.request.num_prompt for item in step.sequences):
             self.decode_tokens += step.num_tokens
             self.decode_s += seconds
         else:
@@ -200,8 +200,7 @@ class LLM:
         built, plan = self._open(), self.plan
         measured: dict[str, float] = {**self._measured_bytes, **built.measured_bytes}
         lines = [ReportLine(name, predicted, measured.get(name), "bytes", formula) for name, predicted, formula in grouped(self._predicted)]
-        for line in lines:
-            assert line.measured is not None or line.name == "weights", f"no measurement for the ledger's line {line.name}"
+        assert all(line.measured is not None for line in lines), f"a ledger line nobody measured: {[line.name for line in lines if line.measured is None]}"
         pool = self._predicted.compute_pool
         self._meter.mark("running")
         peak = self._meter.peak_bytes
@@ -251,15 +250,19 @@ class LLM:
 
 
 def grouped(predicted: Ledger) -> Iterator[tuple[str, Estimate, str]]:
-    """The ledger's lines as a run can measure them one by one: (name, bytes, formula). What a step holds at once is one line, the workspace."""
-    groups: dict[str, list[LedgerLine]] = {}
+    """The ledger's lines as a run can measure them: (name, bytes, formula). All weights are one line, and so is what a step holds at its worst moment."""
+    pool = predicted.compute_pool
+    weights = [line for line in predicted.lines if line.name.startswith("weights")]
+    step = [line for line in predicted.lines if line.phase in ("layers", "head") or (line.phase == "running" and line.name != "kv cache")]
     for line in predicted.lines:
-        name = "weights" if line.name.startswith("weights") else "workspace" if line.phase == "running" and line.name != "kv cache" else line.name
-        groups.setdefault(name, []).append(line)
-    for name, lines in groups.items():
-        sources = dict.fromkeys(line.bytes.source for line in lines)
-        total = sum(line.bytes.require() for line in lines)
-        yield name, Estimate(total, "; ".join(sources)), lines[0].formula if len(lines) == 1 else " + ".join(line.name for line in lines)
+        if line in weights:
+            if line is weights[0]:
+                yield "weights", Estimate(sum(part.bytes.require() for part in weights), line.bytes.source), "codes, scales and norms of all tensors"
+        elif line not in step:
+            yield line.name, line.bytes, line.formula
+    total = predicted.total_bytes(pool).require()
+    at_worst = total - predicted.phase_bytes(pool, "always") - predicted.line("kv cache").bytes.require()
+    yield "workspace", Estimate(at_worst, step[0].bytes.source), "worst moment of the largest step: " + ", ".join(line.name for line in step)
 
 
 def open(
@@ -289,10 +292,12 @@ def open(
 
     Raises BudgetError (need, have, and the nearest plan that fits) where the budget cannot be met, InputError for a model or flag that makes no sense.
     """
+    # the first run on a machine measures it, in processes of their own that end before the budget begins to count
+    device = api.find_machine(None)
     limit_heap_growth()
     meter = MemoryMeter().__enter__()
     try:
-        return _open(meter, str(model), memory, plan, context, concurrency, goal, weights, attention, scheduling, revision, offline, progress, say)
+        return _open(meter, device, str(model), memory, plan, context, concurrency, goal, weights, attention, scheduling, revision, offline, progress, say)
     except BaseException:
         meter.__exit__(*sys.exc_info())
         raise
@@ -300,6 +305,7 @@ def open(
 
 def _open(
     meter: MemoryMeter,
+    device: DeviceSpec,
     model: str,
     memory: str | int | None,
     plan: Plan | str | Path | None,
@@ -314,7 +320,6 @@ def _open(
     progress: bool,
     say: Callable[[str], None],
 ) -> LLM:
-    device = api.find_machine(None)
     chosen = read_plan(plan) if plan is not None else None
     budget = api.budget_bytes(memory, device) if memory is not None or chosen is None or not chosen.memory_bytes else chosen.memory_bytes
     share = " (80% of what is free)" if memory is None and chosen is None else ""

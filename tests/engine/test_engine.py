@@ -12,6 +12,7 @@ from engine.oracle import check_blocks
 from tradespace.engine.request import SamplingParams
 from tradespace.engine.scheduler import Scheduler
 from tradespace.engine.speculative import NgramDrafter
+from tradespace.engine.text import StopStrings
 from tradespace.errors import EngineError, InputError
 
 torch.set_num_threads(1)
@@ -154,6 +155,23 @@ def test_a_stop_string_ends_the_output_and_is_not_in_it(size):
         assert engine.scheduler.allocator.num_used == 0 and not engine._texts
 
 
+@pytest.mark.parametrize(
+    ("stops", "pushed", "text", "found"),
+    [
+        (("cd", "b"), ["abcd"], "a", "b"),
+        (("b", "cd"), ["abcd"], "a", "b"),
+        (("abc", "ab"), ["xabc"], "x", "abc"),
+        (("aab",), ["a", "a", "a", "b", "c"], "a", "aab"),
+        (("abx",), ["a", "b", "a", "b"], "abab", None),
+        ((), ["a", "b"], "ab", None),
+    ],
+)
+def test_the_earliest_stop_string_counts(stops, pushed, text, found):
+    filtered = StopStrings(stops)
+    assert "".join(filtered.push(piece) for piece in pushed) + filtered.flush() == text
+    assert filtered.found == found
+
+
 def test_text_that_only_began_like_a_stop_string_comes_out():
     params = SamplingParams(seed=9, max_tokens=24, ignore_eos=True)
     free = hash_engine(tokenizer=Pieces()).generate(["abcabc"], params)[0]
@@ -286,6 +304,16 @@ def test_an_interrupt_leaves_the_engine_usable(monkeypatch, method):
     check_blocks(engine.scheduler)
     again = engine.generate(["abc", "cba"], params)
     assert [done.output_ids for done in again] == [done.output_ids for done in right]
+
+
+def test_an_interrupted_step_ends_all_requests_also_those_that_wait():
+    engine = hash_engine(tokenizer=Pieces(), max_sequences=1)
+    requests = [engine.add("abc", SamplingParams(max_tokens=5)) for _ in range(3)]
+    engine.runner.transformer.raises = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    assert [request.finish_reason for request in requests] == ["abort"] * 3
+    assert not engine.has_work and not engine._texts and engine.scheduler.allocator.num_used == 0
 
 
 def test_steps_are_reported_with_their_slots():

@@ -122,7 +122,7 @@ def test_shares_of_a_parallel_model_by_hand():
 
 
 def test_parallel_cache_divides_until_heads_run_out():
-    sizes = [ledger(tiny_model(N=8, K=2), tiny_plan(tensor_parallel=degree), gpu()).line("kv cache").bytes.value for degree in (1, 2, 4)]
+    sizes = [ledger(tiny_model(N=8, K=2), tiny_plan(tensor_parallel=degree), gpu()).line("kv cache").bytes.require() for degree in (1, 2, 4)]
     assert sizes[1] == sizes[2] == sizes[0] / 2
 
 
@@ -146,6 +146,12 @@ def test_kernels_grow_as_they_say():
     assert size("chunked", 16384) - size("chunked", 4096) == 3 * 4 * 64 * 64 * 4  # √n from 64 to 128 keys: three fp32 tensors of N·t
     assert size("sdpa", 16384) - size("sdpa", 4096) == 2 * 12288 * 4  # a mask vector
     assert set(calibration.QUERY_BLOCK) == set(KERNELS) == set(calibration.KERNEL_OPS)
+
+
+def test_the_reference_widens_rows():
+    found = ledger(tiny_model(F=256), tiny_plan(weights=WeightPlan(default="bf16"), linear="reference"), cpu())
+    assert found.line("reference tile").bytes.value == 1024 * 256 * 4  # rows · columns of down · fp32
+    assert ledger(tiny_model(), tiny_plan(linear="reference"), cpu()).line("reference tile").bytes.value == 0  # fp32 is as wide already
 
 
 def test_only_scattered_keys_are_gathered():

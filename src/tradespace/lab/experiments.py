@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from tradespace.lab import batching, memory, paging, quality, speed
+from tradespace.lab import agreement, batching, commands, memory, paging, quality, speed
 from tradespace.measure.record import Record
 
 
@@ -39,5 +39,8 @@ EXPERIMENTS: dict[str, Experiment] = {
         Experiment(name="paging", question="what do pages waste, and what do they cost?", minutes=3, run=paging.run, markdown=paging.markdown),
         Experiment(name="batching", question="what does continuous batching gain over fixed batches?", minutes=4, run=batching.run, markdown=batching.markdown),
         Experiment(name="quality", question="what does each weight format cost in KL divergence?", minutes=6, run=quality.run, markdown=quality.markdown),
+        Experiment(name="agreement", question="does it compute what llama.cpp computes?", minutes=4, run=agreement.run, markdown=agreement.markdown),
+        Experiment(name="demo", question="what does make demo print here?", minutes=1, run=commands.run_demo, markdown=commands.markdown),
+        Experiment(name="tests", question="how do the tests end here, and in what time?", minutes=15, run=commands.run_tests, markdown=commands.markdown),
     )
 }

@@ -1,11 +1,12 @@
 """KL divergence and perplexity of token predictions: the unit of quality everywhere is KL(reference ‖ other) in nats per token.
 
 Protocol: the text is cut into windows of `context` tokens that do not overlap, each starts afresh (with the model's BOS if it has one), and every position but
-a window's first predicts the next token. The columns are those that llama.cpp's users know: mean KL, its 99th percentile, share of equal top tokens.
+a window's last predicts the next token. The columns are those that llama.cpp's users know: mean KL, its 99th percentile, share of equal top tokens.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from tradespace.kernels.view import StepBatch, positions_of
 from tradespace.model.transformer import Transformer
 
 ROWS = 64  # rows of logits held at a time: 64 × 262k × fp32 = 64 MiB for the largest vocabulary in use
+DOUBLE_ROWS = 8  # of these, in double at a time: 16 MiB a tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,8 @@ class Divergence:
 
 def windows(ids: Sequence[int], context: int, *, bos_id: int | None = None, count: int | None = None) -> list[list[int]]:
     """`ids` in windows of `context` tokens (BOS included), the incomplete last one left out. Raises InputError where not even one fills up."""
+    if context < 2 or (count is not None and count < 1):
+        raise InputError(f"windows of {context} tokens, {count} of them, predict nothing. Ask for at least one of at least 2")
     body = context - (bos_id is not None)
     full = [[*([] if bos_id is None else [bos_id]), *ids[start : start + body]] for start in range(0, len(ids) - body + 1, body)]
     if not full:
@@ -51,14 +55,25 @@ def next_token_logprobs(transformer: Transformer, window: Sequence[int], *, rows
 
 
 def kl_rows(reference_RV: Tensor, other_RV: Tensor) -> Tensor:
-    """KL(reference ‖ other) per row, in nats, of log-probabilities."""
-    return (reference_RV.exp() * (reference_RV - other_RV)).sum(-1).clamp_min(0)
+    """KL(reference ‖ other) per row, in nats (fp64), of finite log-probabilities or logits."""
+
+    def rows(reference_RV: Tensor, other_RV: Tensor) -> Tensor:
+        # normalized again: in fp32 a row's logarithms are all off by up to 1e-6 together, and between two close models one would see that and little else
+        reference_RV, other_RV = reference_RV.double().log_softmax(-1), other_RV.double().log_softmax(-1)
+        return (reference_RV.exp() * (reference_RV - other_RV)).sum(-1).clamp_min(0)
+
+    return torch.cat([rows(*pair) for pair in zip(reference_RV.split(DOUBLE_ROWS), other_RV.split(DOUBLE_ROWS), strict=True)])
 
 
 def compare(
     reference: Callable[[Sequence[int]], Iterator[Tensor]], other: Callable[[Sequence[int]], Iterator[Tensor]], texts: Sequence[Sequence[int]]
 ) -> Divergence:
-    """Divergence of `other` from `reference` over windows of token ids; both yield log-probabilities in equal pieces of rows."""
+    """Divergence of `other` from `reference` over windows of token ids; both yield log-probabilities in equal pieces of rows.
+
+    Raises InputError where no window has the two tokens that it takes to predict one.
+    """
+    if not any(len(window) > 1 for window in texts):
+        raise InputError(f"{len(texts)} windows without a token to predict. Give at least one of at least 2 tokens")
     kl: list[Tensor] = []
     agree, reference_nats, other_nats, predicted = 0, 0.0, 0.0, 0
     for window in texts:
@@ -73,12 +88,12 @@ def compare(
             reference_nats -= float(reference_RV.gather(1, targets[:, None]).double().sum())
             other_nats -= float(other_RV.gather(1, targets[:, None]).double().sum())
             predicted += len(targets)
-    values = torch.cat(kl).double()
+    values = torch.cat(kl)
     return Divergence(
         num_tokens=predicted,
         mean_kl=float(values.mean()),
         p99_kl=float(values.quantile(0.99)),
         top1_agreement=agree / predicted,
-        reference_perplexity=float(torch.tensor(reference_nats / predicted).exp()),
-        perplexity=float(torch.tensor(other_nats / predicted).exp()),
+        reference_perplexity=math.exp(reference_nats / predicted),
+        perplexity=math.exp(other_nats / predicted),
     )

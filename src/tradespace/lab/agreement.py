@@ -1,0 +1,234 @@
+"""Do we compute what llama.cpp computes on real weights? Its logits on the same weights in F32, and on the file as it is stored, against ours in fp32.
+
+The F32 file is written here from the same blocks, dequantized, so that what remains is arithmetic: the order of sums, its table of GELU values in half
+precision. On the stored file llama.cpp rounds activations to int8 as well; that distance is its own choice, shown beside the other. Keys and values are kept
+in F32 on both sides (its default is F16), and its fused attention is off. Both get the very same token ids.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tradespace.errors import InputError
+from tradespace.lab.common import command_line, markdown_table, read_text
+from tradespace.loading.dequantize import iter_rows
+from tradespace.loading.gguf import read_gguf, write_gguf
+from tradespace.loading.pull import home_dir
+from tradespace.loading.resolve import resolve
+from tradespace.loading.tokenizer import Tokenizer
+from tradespace.measure.machine import this_machine
+from tradespace.measure.record import Record, new_record
+from tradespace.quality.divergence import ROWS, compare, next_token_logprobs, windows
+from tradespace.units import MiB
+
+if TYPE_CHECKING:
+    from tradespace.llm import LLM
+
+MODELS = ("smollm2-135m", "gemma3-270m")
+KERNELS = ("sdpa", "chunked", "reference")
+TEXTS = {"WikiText-2": ("wikitext2", "wiki.test.raw"), "books": ("pd-books", "valid.txt")}
+POSITIONS, CONTEXT = 256, 512
+GREEDY_PROMPT, GREEDY_TOKENS = 32, 64
+F32, STORED = "F32", "as stored"
+# what must hold: mean KL in nats and share of equal top tokens on the F32 file, mean KL on the stored one; and a tie that decides nothing
+KL_BAR = {F32: 1e-4, STORED: 1e-2}
+TOP1_BAR = 0.99
+TIE = 1e-3
+STAGING_BYTES = 16 * MiB
+
+
+def require_llama_cpp() -> Any:
+    """The module llama_cpp, or InputError saying how to get it."""
+    try:
+        return importlib.import_module("llama_cpp")
+    except ImportError as error:
+        raise InputError(f"this comparison needs llama-cpp-python, which is not here ({error}). It is compiled in minutes: make oracles") from error
+
+
+def write_f32_copy(source: Path, target: Path) -> None:
+    """The GGUF file `source` with every tensor dequantized to F32 and all else as it is, tokenizer included. Holds a few rows at a time."""
+    stored = read_gguf(source)
+
+    def rows(name: str) -> Iterator[memoryview]:
+        for _, rows_RC in iter_rows(stored, name, staging_bytes=STAGING_BYTES):
+            yield rows_RC.numpy().data.cast("B")
+
+    tensors = [(name, tensor.shape, "F32", partial(rows, name)) for name, tensor in stored.tensors.items()]
+    write_gguf(target, stored.metadata | {"general.file_type": 0}, tensors, types=stored.metadata_types)
+
+
+class LlamaCpp:
+    """A GGUF file in llama.cpp on the CPU, keys and values in F32, one sequence of at most `context` tokens. A context manager."""
+
+    def __init__(self, path: Path, *, context: int = CONTEXT, threads: int = 1):
+        library = require_llama_cpp()
+        element = library.GGML_TYPE_F32
+        self._model = library.Llama(
+            str(path), n_ctx=context, n_batch=ROWS, n_threads=threads, n_threads_batch=threads, logits_all=True, type_k=element, type_v=element, verbose=False
+        )
+
+    def __enter__(self) -> LlamaCpp:
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        self._model.close()
+
+    def logprobs(self, window: Sequence[int]) -> Iterator[Tensor]:
+        """As `quality.divergence.next_token_logprobs`: (rows, V) in fp32, ROWS at a time."""
+        self._model.reset()
+        for start in range(0, len(window), ROWS):
+            yield self._eval(window[start : start + ROWS]).log_softmax(-1)
+
+    def greedy(self, prompt: Sequence[int], count: int) -> tuple[list[int], list[float]]:
+        """The `count` likeliest tokens after `prompt` one by one, ends of text included, and how far the best logit was above the second at each."""
+        self._model.reset()
+        tokens, gaps = [], []
+        logits_RV = self._eval(prompt)
+        for _ in range(count):
+            best = logits_RV[-1].topk(2)
+            tokens.append(int(best.indices[0]))
+            gaps.append(float(best.values[0] - best.values[1]))
+            logits_RV = self._eval(tokens[-1:])
+        return tokens, gaps
+
+    def _eval(self, tokens: Sequence[int]) -> Tensor:
+        """Logits (len(tokens), V) after each of these tokens, which follow those evaluated before."""
+        start = self._model.n_tokens
+        self._model.eval(list(tokens))
+        return torch.from_numpy(self._model.scores[start : start + len(tokens)].copy())
+
+
+@dataclass(frozen=True, slots=True)
+class Greedy:
+    """equal: tokens in agreement from the start. decided: tokens before the first position where the oracle's two best logits lie within TIE."""
+
+    tokens: int
+    equal: int
+    decided: int
+
+    @property
+    def holds(self) -> bool:
+        return self.equal >= self.decided
+
+
+def compare_greedy(ours: Sequence[int], theirs: Sequence[int], gaps: Sequence[float]) -> Greedy:
+    """Two greedy continuations of one prompt; `gaps` are the oracle's, best logit minus second.
+
+    >>> compare_greedy([5, 6, 9], [5, 6, 7], [0.3, 0.2, 0.0004])
+    Greedy(tokens=3, equal=2, decided=2)
+    """
+    equal = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), len(theirs))
+    return Greedy(len(theirs), equal, next((i for i, gap in enumerate(gaps) if gap <= TIE), len(gaps)))
+
+
+def token_window(tokenizer: Tokenizer, text: str, positions: int) -> list[int]:
+    """One window that predicts `positions` tokens of `text`, with a BOS in front where the model's tokenizer puts one."""
+    bos_id = tokenizer.bos_id if tokenizer.encode("a")[0] == tokenizer.bos_id else None
+    # eight characters a token are plenty in any of these texts
+    return windows(tokenizer.encode(text[: 8 * positions + 64], add_special_tokens=False), positions + 1, bos_id=bos_id, count=1)[0]
+
+
+def open_fp32(model: str, attention: str, context: int = CONTEXT) -> LLM:
+    """Our engine on `model` in fp32, through the public API."""
+    import tradespace as ts
+
+    return ts.open(model, memory="6GiB", weights="fp32", attention=attention, concurrency=1, context=context)
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """What llama.cpp said to one window: log-probabilities in pieces of ROWS, its greedy tokens after the window's first GREEDY_PROMPT and their gaps."""
+
+    logprobs: list[Tensor]
+    greedy: tuple[list[int], list[float]]
+
+
+def listen(path: Path, texts: Mapping[str, list[int]]) -> dict[str, Heard]:
+    """llama.cpp's answers to all texts, held in memory (256 rows of a vocabulary of 262,144: 256 MiB), so that our kernels can be compared in turn."""
+    with LlamaCpp(path) as oracle:
+        return {name: Heard(list(oracle.logprobs(window)), oracle.greedy(window[:GREEDY_PROMPT], GREEDY_TOKENS)) for name, window in texts.items()}
+
+
+def run(*, quick: bool, say: Callable[[str], None]) -> Record:
+    """Every model, text and attention kernel against both files (quick: the first of each); and greedy continuations through the engine and its cache."""
+    version = require_llama_cpp().__version__
+    rows: list[dict[str, Any]] = []
+    for model in MODELS[:1] if quick else MODELS:
+        files = resolve(model)
+        path, tokenizer = files.weights[0], Tokenizer.from_files(files)
+        texts = {name: token_window(tokenizer, read_text(*parts), POSITIONS) for name, parts in list(TEXTS.items())[: 1 if quick else None]}
+        home_dir().mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix="f32-", dir=home_dir()) as folder:
+            copy = Path(folder) / f"{model}.gguf"
+            write_f32_copy(path, copy)
+            heard = {F32: listen(copy, texts), STORED: listen(path, texts)}
+        for kernel in KERNELS[:1] if quick else KERNELS:
+            with open_fp32(model, kernel) as llm:
+                for weights in heard if kernel == KERNELS[0] else (F32,):
+                    for text, window in texts.items():
+                        row = {"model": model, "file": weights, "attention": kernel, "text": text} | _row(llm, weights, window, heard[weights][text])
+                        say(f"{model}, {weights}, {kernel}, {text}: KL {row['mean_kl']:.1e} nats a token, top token {row['top1_agreement']:.2%}")
+                        rows.append(row)
+    notes = f"llama-cpp-python {version}; ours in fp32; windows of {POSITIONS} predicted tokens; greedy: {GREEDY_TOKENS} tokens after {GREEDY_PROMPT}"
+    return new_record("agreement", command=command_line(), device=this_machine(), repeats=1, rows=rows, notes=notes)
+
+
+def _row(llm: LLM, weights: str, window: list[int], heard: Heard) -> dict[str, Any]:
+    import tradespace as ts
+
+    found = compare(lambda _: iter(heard.logprobs), partial(next_token_logprobs, llm.transformer), [window])
+    row = {key: getattr(found, key) for key in found.__dataclass_fields__}
+    row["holds"] = found.mean_kl <= KL_BAR[weights] and (weights != F32 or found.top1_agreement >= TOP1_BAR)
+    if weights == F32:
+        params = ts.SamplingParams(max_tokens=GREEDY_TOKENS, temperature=0, ignore_eos=True)
+        greedy = compare_greedy(llm.generate([window[:GREEDY_PROMPT]], params)[0].output_ids, *heard.greedy)
+        row |= {"greedy_tokens": greedy.tokens, "greedy_equal": greedy.equal, "greedy_decided": greedy.decided}
+        row["holds"] = row["holds"] and greedy.holds
+    return row
+
+
+def markdown(record: Record) -> str:
+    header = (
+        "model",
+        "llama.cpp's weights",
+        "our attention",
+        "text",
+        "mean KL, nats",
+        "99%",
+        "same top token",
+        "perplexity, ours (theirs)",
+        "greedy tokens equal",
+    )
+    rows = [
+        (
+            r["model"],
+            r["file"],
+            r["attention"],
+            r["text"],
+            f"{r['mean_kl']:.1e}",
+            f"{r['p99_kl']:.1e}",
+            f"{r['top1_agreement']:.2%}",
+            f"{r['perplexity']:.3f} ({r['reference_perplexity']:.3f})",
+            f"{r['greedy_equal']} of {r['greedy_tokens']}" if "greedy_equal" in r else "",
+        )
+        for r in record.rows
+    ]
+    worst = {name: max((r["mean_kl"] for r in record.rows if r["file"] == name), default=math.nan) for name in KL_BAR}
+    held = "hold everywhere" if all(r["holds"] for r in record.rows) else "DO NOT hold everywhere"
+    bars = (
+        f"Bars: mean KL at most {KL_BAR[F32]:g} on F32 and {KL_BAR[STORED]:g} on the stored file, top token equal at {TOP1_BAR:.0%} on F32, greedy tokens equal"
+    )
+    return (
+        f"{markdown_table(header, rows, left=4)}\n\n{bars} up to the first near-tie of {TIE:g}: they {held} "
+        f"(worst mean KL {worst[F32]:.1e} and {worst[STORED]:.1e})."
+    )
