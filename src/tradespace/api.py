@@ -166,7 +166,10 @@ def what_if(model: str | ModelSpec, changes: str, *, equal_parameters: bool = Fa
     >>> what_if("llama-2-7b", "layers=40").L
     40
     """
-    return what_if_spec(find_spec(model), **(parse_what_if(changes) | ({"equal_parameters": True} if equal_parameters else {})))
+    parsed = parse_what_if(changes)
+    if equal_parameters:
+        parsed["equal_parameters"] = True
+    return what_if_spec(find_spec(model), **parsed)
 
 
 def pull(model: str, *, revision: str | None = None, offline: bool = False, progress: bool = True) -> Path:

@@ -24,7 +24,7 @@ from tradespace.engine.sampler import Sampler, SampleRow
 from tradespace.engine.scheduler import Policy, Scheduler
 from tradespace.engine.step import Step
 from tradespace.errors import BudgetError, UnsupportedError
-from tradespace.formats import DTYPES
+from tradespace.formats import DTYPES, DenseWeight, Int8Weight
 from tradespace.kernels.attention.dispatch import Choice, resolve_kernels
 from tradespace.kernels.view import Span, StepBatch, positions_of
 from tradespace.kv.cache import KVCache
@@ -129,8 +129,8 @@ def weight_bytes(transformer: Transformer) -> dict[str, int]:
         stem, kind = tensor.name.rsplit(".", 1)
         module = transformer.get_submodule(stem)
         # a format's module counts its codes and scales itself; norms and biases are plain tensors
-        size = module.nbytes if kind == "weight" and hasattr(module, "nbytes") else getattr(module, kind).nbytes
-        found[tensor.role] = found.get(tensor.role, 0) + int(size)
+        held = module if kind == "weight" and isinstance(module, DenseWeight | Int8Weight) else module.get_parameter(kind)
+        found[tensor.role] = found.get(tensor.role, 0) + held.nbytes
     return found
 
 

@@ -12,7 +12,7 @@ import yaml
 
 from tradespace import api
 from tradespace.build import STAGING_BYTES, Built, build_engine, weight_bytes
-from tradespace.cost.memory import Ledger, LedgerLine, ledger
+from tradespace.cost.memory import Ledger, ledger
 from tradespace.cost.time import decode_time, prefill_time
 from tradespace.engine.engine import Engine, Prompt, TextStream
 from tradespace.engine.request import Completion, SamplingParams
@@ -59,8 +59,11 @@ class Defaults:
                 stated = {name: value for name, value in stated.items() if name == "repetition_penalty"}
             elif stated.get("temperature") is None:
                 stated["temperature"] = 1.0
-        known = {name: value for name, value in stated.items() if name in cls.__dataclass_fields__}
-        return cls(**{name: value for name, value in known.items() if isinstance(value, int | float) and not isinstance(value, bool)})
+        found = cls()
+        for name, value in stated.items():
+            if name in cls.__dataclass_fields__ and isinstance(value, int | float) and not isinstance(value, bool):
+                found = replace(found, **{name: type(getattr(found, name))(value)})
+        return found
 
 
 @dataclass

@@ -7,6 +7,7 @@ import re
 
 import pytest
 import yaml
+
 from cli.conftest import ROOMY
 
 PROMPT = "why is the sky blue?"
@@ -49,6 +50,7 @@ def test_folder_and_gguf_answer_alike(cli, folder, gguf_file):
 
 def test_tokens_are_those_of_transformers(run):
     import torch
+
     from cli.tiny_model import oracle
 
     alone = answers(run(PROMPT, "-n", 24, "--weights", "fp32", "--json"))[0]

@@ -18,7 +18,11 @@ from tradespace.measure import machine
 CONTEXT = 8192
 SPECIAL = ("<unk>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|system|>")
 TEMPLATE = "{{ bos_token }}{% for message in messages %}<|{{ message.role }}|>{{ message.content }}</s>{% endfor %}<|assistant|>"
-TEXTS = ["the quick brown fox jumps over the lazy dog", "a budget is stated, a plan is made, the plan is run", "why is the sky blue? because light is scattered"]
+TEXTS = [
+    "the quick brown fox jumps over the lazy dog",
+    "a budget is stated, a plan is made, the plan is run",
+    "why is the sky blue? because light is scattered",
+]
 SHAPE = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
     "max_position_embeddings": CONTEXT, "rms_norm_eps": 1e-5, "bos_token_id": 1, "eos_token_id": 2,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from tradespace.cli.options import Attention, Context, Json, Memory, Model, Offline, PlanFile, Revision, WeightFormat, console, print_json
+from tradespace.cli.options import Attention, Context, Json, Memory, Model, Offline, PlanFile, Revision, WeightFormat, console, print_json, write_file
 from tradespace.cli.run import MaxTokens, MinP, RepetitionPenalty, Seed, Temperature, TopK, TopP, report_table
 from tradespace.errors import InputError, TradespaceError
 
@@ -197,9 +197,7 @@ class Conversation:
     def _save(self, name: str) -> None:
         import json
 
-        from tradespace.measure.record import write_atomically
-
         if not name:
             raise InputError("/save needs a file name")
-        write_atomically(Path(name), json.dumps(self.messages, indent=2, ensure_ascii=False) + "\n")
+        write_file(Path(name).expanduser(), json.dumps(self.messages, indent=2, ensure_ascii=False) + "\n", "/save")
         self.notes.print(f"saved {len(self.messages)} messages to {name}", style="dim")

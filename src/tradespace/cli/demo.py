@@ -42,7 +42,7 @@ def demo(model: str = "smollm2-135m", memory: Memory = "900MiB", json: Json = Fa
         prompt = llm.render(PROMPT)
         if json:
             completion = llm.generate([prompt], params)[0]
-            print_json({"machine": machine, "plan": llm.plan.to_dict(), "completion": completion.to_dict(), "report": llm.report().to_dict()})
+            print_json({"machine": machine, "plan": llm.plan.to_dict(), "completion": completion, "report": llm.report().to_dict()})
             return
         out.print(Rule(f"> {PROMPT}", align="left"))
         stream_to_terminal(llm, prompt, params)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import traceback
@@ -12,7 +11,8 @@ import typer
 
 import tradespace
 from tradespace.cli import chat, demo, doctor, lab, plan, pull, run
-from tradespace.errors import BudgetError, TradespaceError
+from tradespace.cli.options import error_dict, print_json
+from tradespace.errors import TradespaceError
 
 EXIT_FAILURE, EXIT_INTERRUPTED = 1, 130
 
@@ -45,10 +45,7 @@ for part in (doctor, pull, plan, run, chat, demo, lab):
 
 def _say(error: BaseException, exit_code: int, *, as_json: bool) -> None:
     if as_json:
-        body: dict[str, object] = {"error": type(error).__name__, "message": str(error), "exit_code": exit_code}
-        if isinstance(error, BudgetError):
-            body |= {"need_bytes": error.need_bytes, "have_bytes": error.have_bytes}
-        print(json.dumps(body))
+        print_json(error_dict(error, exit_code))
     print(f"error: {error}", file=sys.stderr)
 
 
@@ -75,6 +72,10 @@ def main() -> None:
         sys.exit(EXIT_FAILURE)
     except MemoryError as error:
         _say(TradespaceError(f"the system refused memory ({error or 'no detail'}): state a smaller --memory"), EXIT_FAILURE, as_json=as_json)
+        sys.exit(EXIT_FAILURE)
+    except OSError as error:
+        refused = TradespaceError(f"the system refused: {error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+        _say(refused, EXIT_FAILURE, as_json=as_json)
         sys.exit(EXIT_FAILURE)
     except Exception as error:
         traceback.print_exc()

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict, is_dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
+
+from tradespace.errors import BudgetError, InputError
 
 WIDTH = 100  # every table fits this many columns
 
@@ -44,9 +47,30 @@ def print_json(value: Any) -> None:
     sys.stdout.write("\n")
 
 
+def error_dict(error: BaseException, exit_code: int) -> dict[str, Any]:
+    """An error as --json shows it; a budget that cannot be met with need and have."""
+    body: dict[str, Any] = {"error": type(error).__name__, "message": str(error), "exit_code": exit_code}
+    if isinstance(error, BudgetError):
+        body |= {"need_bytes": error.need_bytes, "have_bytes": error.have_bytes}
+    return body
+
+
+def write_file(path: Path, text: str, flag: str) -> None:
+    """Writes `text` where the user said, whole or not at all. Raises InputError naming `flag` where that is not a place for a file."""
+    from tradespace.measure.record import write_atomically
+
+    if path.is_dir():
+        raise InputError(f"{flag} {path} is a folder. Give a file name in it")
+    try:
+        write_atomically(path, text)
+    except OSError as error:
+        raise InputError(f"{flag}: cannot write {path}: {error.strerror}. Give a path that you may write to") from error
+
+
 def _plain(value: Any) -> Any:
+    own = getattr(value, "to_dict", None)
+    if own is not None:
+        return own()
     if is_dataclass(value) and not isinstance(value, type):
         return asdict(value)
-    if hasattr(value, "to_dict"):
-        return value.to_dict()
     return str(value)

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 import yaml
+from rich.markup import escape
 
-from tradespace.cli.options import Context, Goal, Json, Memory, Offline, PlannedModel, Revision, console, print_json
-from tradespace.errors import InputError
+from tradespace.cli.options import Context, Goal, Json, Memory, Offline, PlannedModel, Revision, console, error_dict, print_json, write_file
 from tradespace.spec.workload import Workload
 
 
@@ -49,6 +49,7 @@ def plan(
     from tradespace import api
     from tradespace.cli.plan_view import alternatives_view, frontier_view, ledger_view, rejections_view, what_if_view
     from tradespace.planner.explain import alternatives, compare_shapes
+    from tradespace.planner.search import budget_error
 
     spec = api.find_spec(model, revision=revision, offline=offline)
     machine = api.find_machine(device)
@@ -76,8 +77,12 @@ def plan(
     others = alternatives(spec, machine, work, budget)
     if save is not None:
         save_plan(save, frontier)
+    error = None if frontier.best is not None else budget_error(frontier)
     if json:
-        print_json(frontier.to_dict() | {"alternatives": others})
+        print_json(frontier.to_dict() | {"alternatives": others} | (error_dict(error, error.exit_code) if error else {}))
+        if error is not None:  # it is in the document: `main` would write a second one
+            console(stderr=True).print(f"error: {escape(str(error))}", soft_wrap=True)
+            raise typer.Exit(error.exit_code)
     else:
         out = console()
         out.print(headline(spec.name, machine.name, budget, work), soft_wrap=True)
@@ -91,10 +96,8 @@ def plan(
             out.print(alternatives_view(others))
         if save is not None:
             out.print(f"saved {save}; obey it with: tradespace run {model} --plan {save} 'prompt'", soft_wrap=True)
-    if frontier.best is None:
-        from tradespace.planner.search import budget_error
-
-        raise budget_error(frontier)
+    if error is not None:
+        raise error
 
 
 def headline(model: str, device: str, budget: int, work: Workload) -> str:
@@ -109,10 +112,6 @@ def headline(model: str, device: str, budget: int, work: Workload) -> str:
 
 def save_plan(path: Path, frontier) -> None:
     """The best plan as YAML, whole or not at all."""
-    from tradespace.measure.record import write_atomically
-
     if frontier.best is None:
         return  # the budget error that follows says why there is nothing to save
-    if path.is_dir():
-        raise InputError(f"--save {path} is a folder. Give a file name, for example {path / 'plan.yaml'}")
-    write_atomically(path, yaml.safe_dump(frontier.best.plan.to_dict(), sort_keys=False))
+    write_file(path, yaml.safe_dump(frontier.best.plan.to_dict(), sort_keys=False), "--save")

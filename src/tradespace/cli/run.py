@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from tradespace.cli.options import Attention, Context, Json, Memory, Model, Offline, PlanFile, Revision, WeightFormat, console, print_json
-from tradespace.errors import InputError
+from tradespace.errors import InputError, TradespaceError
 
 if TYPE_CHECKING:
     from tradespace.engine.request import SamplingParams
@@ -90,7 +91,7 @@ def run(
         prepared = texts if raw else [llm.render(text, system=system) for text in texts]
         if json:
             completions = llm.generate(prepared, params)
-            print_json({"model": model, "completions": [completion.to_dict() for completion in completions], "report": llm.report().to_dict()})
+            print_json({"model": model, "completions": completions, "report": llm.report().to_dict()})
             return
         if len(prepared) == 1:
             stream_to_terminal(llm, prepared[0], params)
@@ -102,19 +103,26 @@ def run(
 
 
 def stream_to_terminal(llm: LLM, prompt: str | list[int], params: SamplingParams) -> None:
-    """Text as it is generated, then a line end."""
+    """Text as it is generated, then a line end; one, too, after an answer that was cut short."""
+    has_begun = False
     try:
         for piece in llm.stream(prompt, params):
+            has_begun = True
             sys.stdout.write(piece)
             sys.stdout.flush()
-    finally:
-        sys.stdout.write("\n")
-        sys.stdout.flush()
+    except (KeyboardInterrupt, TradespaceError):
+        if has_begun:
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+        raise
+    sys.stdout.write("\n")
+    sys.stdout.flush()
 
 
 def read_prompts(arguments: list[str], files: list[Path]) -> list[str]:
     """The prompts of the command line, of files, or of standard input. Raises InputError for what is empty, missing or not UTF-8."""
-    texts = [_read_stdin() if argument == "-" else argument for argument in arguments]
+    # an argument's bytes as they were typed: Python has made surrogates of those that are not UTF-8
+    texts = [_read_stdin() if argument == "-" else _decoded(os.fsencode(argument), "the prompt") for argument in arguments]
     for path in files:
         try:
             texts.append(_decoded(path.read_bytes(), str(path)))

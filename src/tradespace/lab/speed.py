@@ -32,6 +32,7 @@ def run(*, quick: bool, say: Callable[[str], None]) -> Record:
                         measured = report.line(phase).measured
                         assert measured is not None, f"{phase} ran and was timed"
                         values.append(measured)
+            report = llm.report()
             name = f"{weights}, {sequences} × {prompt}"
             row: dict[str, object] = {"weights": weights, "sequences": sequences, "prompt": prompt, "output": OUTPUT}
             for phase, values in speeds.items():

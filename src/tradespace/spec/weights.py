@@ -79,7 +79,7 @@ def find_format(name: str) -> WeightFormat:
 class WeightPlan:
     """Which format holds which tensor: `default` for every quantizable role, exceptions by role ("lm_head") or "layer:role" ("0:down").
 
-    Norms and sinks are held in fp32, other biases, position tables and routers in `dense` (the dtype of the activations).
+    Norms are held in fp32; biases, sinks, position tables and routers in `dense` (the dtype of the activations).
     """
 
     default: str = "bf16"

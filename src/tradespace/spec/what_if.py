@@ -7,6 +7,7 @@ the KV heads along at the same group size unless those are named too. Learned po
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TypedDict, cast
 
 from tradespace.errors import InputError
 from tradespace.spec.families.reader import MAX_CONTEXT, MAX_HEADS, MAX_LAYERS, MAX_WIDTH
@@ -19,7 +20,19 @@ CHANGES = (*_LIMITS, "ffn_ratio", "equal_parameters")
 MAX_RATIO = 256.0
 
 
-def parse_what_if(text: str) -> dict[str, int | float | bool]:
+class Changes(TypedDict, total=False):
+    """The keyword arguments of `what_if`."""
+
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    ffn_ratio: float
+    context: int
+    equal_parameters: bool
+
+
+def parse_what_if(text: str) -> Changes:
     """The arguments of `what_if` out of "layers=40,width=8192,ffn_ratio=3.5"; `equal_parameters` alone means true.
 
     >>> parse_what_if("layers=40, width=8192, equal_parameters")
@@ -43,7 +56,7 @@ def parse_what_if(text: str) -> dict[str, int | float | bool]:
             raise InputError(f"what-if: '{key}' needs a number, as in {key}={'3.5' if key == 'ffn_ratio' else '8'}; got '{value if given else part}'") from None
     if not found:
         raise InputError(f"what-if: no change given. Write for example layers=40,width=8192. Known: {', '.join(CHANGES)}")
-    return found
+    return cast(Changes, found)
 
 
 def what_if(

@@ -49,7 +49,13 @@ def gpt2(config: ConfigReader) -> ModelSpec:
 
 
 def gpt_bigcode(config: ConfigReader) -> ModelSpec:
+    """Multi-query by `multi_query`; transformers 5 writes the resulting number of KV heads beside it, which must then agree."""
     model = _learned_positions(config, act="gelu_pytorch_tanh", shared_head=config.flag("multi_query", default=True))
+    mixer = model.layers[0].mixer
+    assert isinstance(mixer, Attention), "a GPT layer attends"
+    stated = config.optional_integer("num_key_value_heads", high=MAX_HEADS)
+    if stated not in (None, mixer.K):
+        raise config.wrong("num_key_value_heads", f"is {stated}, but multi_query says {mixer.K}")
     harmless = ("attention_softmax_in_fp32", "scale_attention_softmax_in_fp32", "inference_runner", "max_batch_size", "max_sequence_length", "pad_key_length")
     config.finish(harmless=("n_ctx", "pre_allocate_kv_cache", "validate_runner_input", *harmless, *_GPT2_SUMMARY))
     return model
