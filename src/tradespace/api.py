@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from tradespace.errors import InputError
+from tradespace.errors import InputError, TradespaceError, UnsupportedError
 from tradespace.loading.gguf import GGUFFile, read_floats, read_gguf
 from tradespace.loading.hub import fetch_config, parse_hub_name
 from tradespace.loading.packages import PACKAGED
@@ -14,7 +14,7 @@ from tradespace.loading.pull import ModelEntry, find_fetched, is_local, list_mod
 from tradespace.loading.pull import pull as _pull
 from tradespace.loading.resolve import ModelFiles, read_json_object, resolve
 from tradespace.measure.machine import this_machine
-from tradespace.planner.search import Frontier, plan_frontier
+from tradespace.planner.search import Frontier, budget_error, plan_frontier
 from tradespace.spec.device import DeviceSpec
 from tradespace.spec.device_zoo import find_device
 from tradespace.spec.families import model_spec_from_config
@@ -123,7 +123,7 @@ def plan(
 
     >>> frontier = plan("llama-2-7b", memory="16GB", device="rtx-4090")
     >>> frontier.best.plan.weights.default
-    'bf16'
+    'int8'
     """
     spec = find_spec(model, revision=revision, offline=offline)
     machine = find_machine(device)
@@ -137,6 +137,15 @@ def plan(
         runnable_only=runnable_only,
         pins=dict(pins or {}),
     )
+
+
+def no_plan(frontier: Frontier) -> TradespaceError:
+    """Why a frontier has no best plan: UnsupportedError where nothing that was asked for runs yet, else BudgetError with need, have and the nearest plan."""
+    if frontier.runnable_only and all(candidate.runs for candidate in frontier.candidates):
+        missing = min((candidate.runs for candidate in frontier.candidates), key=len)
+        name = frontier.question.model.name
+        return UnsupportedError(f"what was asked for is priced but cannot run yet: {'; '.join(missing)}. What runs: tradespace plan {name} --runnable")
+    return budget_error(frontier)
 
 
 def workload(

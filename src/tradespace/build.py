@@ -84,9 +84,7 @@ def build_engine(
 
     Raises UnsupportedError for a plan with parts that nothing implements, BudgetError (need, have, remedy) where the measured process leaves too little.
     """
-    reasons = [*plan.cannot_run(), *([spec.plan_only] if spec.plan_only else [])]
-    if reasons:
-        raise UnsupportedError(f"this plan is priced but cannot run yet: {'; '.join(reasons)}. Run: tradespace plan {spec.name} --runnable")
+    check_runs(plan, spec)
     if spec.quantization and files.kind == "safetensors":
         stored = f"{spec.name} is stored as {spec.quantization}, which this version plans but does not read"
         raise UnsupportedError(f"{stored}. Use the model's bf16 weights, or a GGUF file")
@@ -120,6 +118,13 @@ def build_engine(
     peak_bytes("build")
     engine = Engine(Runner(transformer, cache, plan), Scheduler.from_plan(plan, policy=scheduling), sampler, tokenizer, on_step=on_step)
     return Built(engine, tokenizer, transformer, cache, spec, plan, kernels, measured, notes)
+
+
+def check_runs(plan: Plan, spec: ModelSpec) -> None:
+    """Raises UnsupportedError naming every part of the plan, or of the model, that nothing implements yet."""
+    reasons = [*plan.cannot_run(), *([spec.plan_only] if spec.plan_only else [])]
+    if reasons:
+        raise UnsupportedError(f"this plan is priced but cannot run yet: {'; '.join(reasons)}. Run: tradespace plan {spec.name} --runnable")
 
 
 def weight_bytes(transformer: Transformer) -> dict[str, int]:

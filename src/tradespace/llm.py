@@ -11,14 +11,14 @@ from typing import Any
 import yaml
 
 from tradespace import api
-from tradespace.build import STAGING_BYTES, Built, build_engine, weight_bytes
+from tradespace.build import STAGING_BYTES, Built, build_engine, check_runs, weight_bytes
 from tradespace.cost.memory import Ledger, ledger
 from tradespace.cost.time import decode_time, prefill_time
 from tradespace.engine.engine import Engine, Prompt, TextStream
 from tradespace.engine.request import Completion, SamplingParams
 from tradespace.engine.scheduler import Policy
 from tradespace.engine.step import Step
-from tradespace.errors import BudgetError, InputError
+from tradespace.errors import BudgetError, InputError, UnsupportedError
 from tradespace.formats import DTYPES
 from tradespace.loading.gguf import read_gguf
 from tradespace.loading.resolve import ModelFiles, resolve
@@ -26,8 +26,8 @@ from tradespace.loading.tokenizer import Tokenizer
 from tradespace.measure.memory import MemoryMeter, limit_heap_growth, peak_rss_bytes, process_bytes, return_freed_memory
 from tradespace.measure.report import Report, ReportLine
 from tradespace.model.transformer import Transformer
-from tradespace.planner.search import budget_error
 from tradespace.spec.device import DeviceSpec
+from tradespace.spec.device_zoo import DEVICES
 from tradespace.spec.estimate import Estimate
 from tradespace.spec.model import ModelSpec
 from tradespace.spec.plan import Plan, plan_from_dict
@@ -325,12 +325,14 @@ def _open(
 ) -> LLM:
     chosen = read_plan(plan) if plan is not None else None
     budget = api.budget_bytes(memory, device) if memory is not None or chosen is None or not chosen.memory_bytes else chosen.memory_bytes
-    share = " (80% of what is free)" if memory is None and chosen is None else ""
+    share = " (80% of what is free)" if memory is None and (chosen is None or not chosen.memory_bytes) else ""
     say(f"budget: {format_bytes(budget)}{share} of {format_bytes(device.free_bytes)} free")
     files = resolve(model, revision=revision, offline=offline, progress=progress)
     spec = api.spec_of_files(files)
     if chosen is None:
         chosen = choose_plan(spec, device, budget, context, concurrency, goal, weights, attention)
+    else:
+        check_plan(chosen, spec, {"context": context, "weights": weights, "attention": attention})
     chosen = replace(chosen, memory_bytes=budget)
     predicted = ledger(spec, chosen, device, staging_bytes=STAGING_BYTES)
     need = round(predicted.total_bytes().require())
@@ -377,7 +379,7 @@ def choose_plan(
         pins=pins,
     )
     if frontier.best is None:
-        raise budget_error(frontier)
+        raise api.no_plan(frontier)
     return frontier.best.plan
 
 
@@ -395,6 +397,20 @@ def read_plan(plan: Plan | str | Path) -> Plan:
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
     return plan_from_dict(values)
+
+
+def check_plan(plan: Plan, spec: ModelSpec, flags: Mapping[str, object]) -> None:
+    """Whether a plan from outside can be obeyed to the letter here. Raises InputError for a flag that contradicts it, UnsupportedError for what cannot run."""
+    stated = [name for name, value in flags.items() if value is not None]
+    if stated:
+        raise InputError(
+            f"--plan is obeyed to the letter, and it states its own {', '.join(stated)}. Leave --{' and --'.join(stated)} away, or change the plan"
+        )
+    if plan.device in DEVICES and DEVICES[plan.device].kind != "cpu":
+        raise UnsupportedError(f"this plan is for {plan.device}; this version runs on the CPU alone. Plan without --device: tradespace plan {spec.name}")
+    check_runs(plan, spec)
+    if plan.max_context > spec.max_context:
+        raise InputError(f"plan: max_context {plan.max_context} exceeds the {spec.max_context} tokens that {spec.name} was made for")
 
 
 def warm_runtime(dtype) -> None:

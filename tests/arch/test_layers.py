@@ -50,9 +50,8 @@ def test_planning_works_without_torch():
 
 
 def test_the_command_line_plans_without_torch():
-    result = run_blocked(
-        "import sys\nsys.argv = ['tradespace', 'plan', 'llama-2-70b', '--memory', '40GB', '--device', 'a100-40gb']\nfrom tradespace.cli.main import main\nmain()\n"
-    )
+    arguments = ["tradespace", "plan", "llama-2-70b", "--memory", "40GB", "--device", "a100-40gb"]
+    result = run_blocked(f"import sys\nsys.argv = {arguments!r}\nfrom tradespace.cli.main import main\nmain()\n")
     assert result.returncode == 0, result.stderr
 
 

@@ -16,8 +16,6 @@ from typing import Any
 import pytest
 
 SOURCE = Path(__file__).resolve().parents[2] / "src"
-# enough for this process with pytest, torch and transformers in it; budgets that matter are tested in processes of their own
-ROOMY = "8GiB"
 
 
 @dataclass(frozen=True)

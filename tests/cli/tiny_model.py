@@ -16,6 +16,8 @@ from tradespace.loading.gguf import write_gguf
 from tradespace.measure import machine
 
 CONTEXT = 8192
+# enough for this process with pytest, torch and transformers in it; budgets that matter are tested in processes of their own
+ROOMY = "8GiB"
 SPECIAL = ("<unk>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|system|>")
 TEMPLATE = "{{ bos_token }}{% for message in messages %}<|{{ message.role }}|>{{ message.content }}</s>{% endfor %}<|assistant|>"
 TEXTS = [

@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tradespace.errors import EngineError, InputError, UnsupportedError
-from tradespace.formats import DTYPES, FORMATS, DenseWeight, Int8Weight, Workspace, build_weight, workspace_shape
+from tradespace.formats import DTYPES, FORMATS, DenseWeight, Int8Weight, Workspace, build_weight
 from tradespace.formats.int8 import FUSED_ROWS
 from tradespace.quantize.rtn import fill_rtn
 from tradespace.spec.weights import FORMATS as SPECS
+from tradespace.spec.weights import workspace_shape
 
 SHAPES = st.one_of(st.tuples(st.integers(1, 40), st.integers(1, 70)), st.tuples(st.integers(1, 3), st.integers(1, 20), st.integers(1, 40)))
 NAMES = sorted(FORMATS)
@@ -120,7 +121,7 @@ def test_int8_tiles_of_a_large_matrix(monkeypatch):
     """A matrix larger than the workspace's tile is dequantized piece by piece: same result, for all dtypes of activations."""
     values_RC, x_TC = torch.randn(37, 11), torch.randn(20, 11)
     expected_TR = {dtype: _filled("int8", values_RC, dense=dtype).linear(x_TC.to(dtype)) for dtype in DTYPES.values()}
-    monkeypatch.setattr("tradespace.formats.workspace.TILE_ELEMENTS", 50)
+    monkeypatch.setattr("tradespace.spec.weights.TILE_ELEMENTS", 50)
     for dtype, expected in expected_TR.items():
         weight = _filled("int8", values_RC, dense=dtype)
         assert weight.workspace is not None and weight.workspace.flat.numel() == 44

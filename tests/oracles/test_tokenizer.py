@@ -19,6 +19,10 @@ ALIASES = ("smollm2-135m", "gemma3-270m")  # in the order in which the recorder 
 @pytest.mark.weights
 def test_tokens_are_those_of_llama_cpp(tmp_path, monkeypatch):
     fresh, committed = tmp_path / "tokenizer_reference.json", recorder.RECORD
+    before = json.loads(committed.read_text(encoding="utf-8"))
+    if before["texts"] == recorder.TEXTS:  # training breaks ties as it likes: new vocabularies would only be noise in the record
+        for kind, vocabulary in before["vocabularies"].items():
+            monkeypatch.setattr(recorder, f"{kind}_vocabulary", lambda vocabulary=vocabulary: vocabulary)
     for alias in ALIASES:
         pull(alias, progress=False)
     monkeypatch.setattr(recorder, "RECORD", fresh)

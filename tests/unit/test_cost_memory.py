@@ -50,7 +50,7 @@ def test_workspace_by_hand():
     feed_forward = 3 * 32 * 64 * 4 + 32 * 2 * 128 * 4 + 2 * 32 * 128 * 4
     attention = 3 * 32 * 64 * 4 + 32 * (8 * 16 + 6 * 16) * 4 + (4 * 32 * 32 * 4 + 2 * 64 * 4) + 32 * 64 * 4
     assert found.line("workspace").bytes.value == max(feed_forward, attention) == feed_forward
-    assert found.line("logits").bytes.value == 2 * 32 * 64 * 4 + 2 * 128 * (4 + 20)
+    assert found.line("logits").bytes.value == 2 * 32 * 64 * 4 + 2 * 128 * (4 + 48)
 
 
 def test_peak_is_a_maximum_over_moments():
@@ -91,9 +91,9 @@ def test_pools_of_a_device():
     assert found.line("tokenizer").pool == "host"
 
 
-def test_quantized_plans_widen_their_largest_matrix():
+def test_quantized_plans_dequantize_into_a_tile():
     found = ledger(tiny_model(F=256), tiny_plan(weights=WeightPlan(default="int8")), cpu())
-    assert found.line("dequantized matrix").bytes.value == 2 * 256 * 64 * 2  # gate_up, into bf16
+    assert found.line("dequantized matrix").bytes.value == (2 * 256 * 64 + 2 * 256) * 2  # gate_up and a row of ones, in bf16
     assert found.line("weights: down").bytes.value == 2 * FORMATS["int8"].nbytes((64, 256))
     mixed = ledger(tiny_model(), tiny_plan(weights=WeightPlan(default="int8", exceptions={"0:down": "bf16"})), cpu())
     assert mixed.line("weights: down (bf16)").bytes.value == 64 * 128 * 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import typer
 from rich.markup import escape
 
 from tradespace.cli.options import Attention, Context, Json, Memory, Model, Offline, PlanFile, Revision, WeightFormat, console, print_json, write_file
-from tradespace.cli.run import MaxTokens, MinP, RepetitionPenalty, Seed, Temperature, TopK, TopP, report_table
+from tradespace.cli.run import MaxTokens, MinP, RepetitionPenalty, Seed, Temperature, TopK, TopP, decoded, report_table
 from tradespace.errors import InputError, TradespaceError
 
 if TYPE_CHECKING:
@@ -106,7 +107,12 @@ class Conversation:
             try:
                 line = self._read()
             except EOFError:
+                if sys.stdin.isatty():
+                    self.notes.print()  # the shell's prompt begins a line of its own
                 break
+            except InputError as error:
+                self._complain(error)
+                continue
             except KeyboardInterrupt:
                 self.notes.print("\n(Ctrl-D or /exit leaves)", style="dim")
                 continue
@@ -118,15 +124,23 @@ class Conversation:
                 elif not self.command(line):
                     break
             except TradespaceError as error:  # a wrong command or a full context ends neither the program nor the conversation
-                self.notes.print(f"error: {escape(str(error))}", style="red", soft_wrap=True)
+                self._complain(error)
+
+    def _complain(self, error: TradespaceError) -> None:
+        self.notes.print(f"error: {escape(str(error))}", style="red", soft_wrap=True)
 
     def _read(self) -> str:
         if sys.stdin.isatty() and not self.quiet:
-            return input("> ")
-        line = sys.stdin.readline()
-        if not line:
+            with contextlib.suppress(ImportError):
+                import readline  # noqa: F401 - gives `input` line editing and the lines typed before
+            try:
+                return input("> ")
+            except UnicodeDecodeError as error:
+                raise InputError(f"that line is not UTF-8 ({error.reason})") from error
+        raw = sys.stdin.buffer.readline()
+        if not raw:
             raise EOFError
-        return line.rstrip("\n")
+        return decoded(raw, "that line").rstrip("\r\n")
 
     def answer(self, text: str) -> None:
         """One turn. An interrupted answer is kept as far as it came; one that fails leaves the conversation as it was."""

@@ -49,7 +49,6 @@ def plan(
     from tradespace import api
     from tradespace.cli.plan_view import alternatives_view, frontier_view, ledger_view, rejections_view, what_if_view
     from tradespace.planner.explain import alternatives, compare_shapes
-    from tradespace.planner.search import budget_error
 
     spec = api.find_spec(model, revision=revision, offline=offline)
     machine = api.find_machine(device)
@@ -77,7 +76,7 @@ def plan(
     others = alternatives(spec, machine, work, budget)
     if save is not None:
         save_plan(save, frontier)
-    error = None if frontier.best is not None else budget_error(frontier)
+    error = None if frontier.best is not None else api.no_plan(frontier)
     if json:
         print_json(frontier.to_dict() | {"alternatives": others} | (error_dict(error, error.exit_code) if error else {}))
         if error is not None:  # it is in the document: `main` would write a second one

@@ -122,10 +122,10 @@ def stream_to_terminal(llm: LLM, prompt: str | list[int], params: SamplingParams
 def read_prompts(arguments: list[str], files: list[Path]) -> list[str]:
     """The prompts of the command line, of files, or of standard input. Raises InputError for what is empty, missing or not UTF-8."""
     # an argument's bytes as they were typed: Python has made surrogates of those that are not UTF-8
-    texts = [_read_stdin() if argument == "-" else _decoded(os.fsencode(argument), "the prompt") for argument in arguments]
+    texts = [_read_stdin() if argument == "-" else decoded(os.fsencode(argument), "the prompt") for argument in arguments]
     for path in files:
         try:
-            texts.append(_decoded(path.read_bytes(), str(path)))
+            texts.append(decoded(path.read_bytes(), str(path)))
         except OSError as error:
             raise InputError(f"cannot read the prompt file {path}: {error.strerror}") from error
     if not texts:
@@ -139,10 +139,11 @@ def read_prompts(arguments: list[str], files: list[Path]) -> list[str]:
 
 
 def _read_stdin() -> str:
-    return _decoded(sys.stdin.buffer.read(), "standard input")
+    return decoded(sys.stdin.buffer.read(), "standard input")
 
 
-def _decoded(raw: bytes, where: str) -> str:
+def decoded(raw: bytes, where: str) -> str:
+    """Bytes as text. Raises InputError that says where they are not UTF-8."""
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:

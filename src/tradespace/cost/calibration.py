@@ -53,7 +53,8 @@ QUERY_BLOCK: dict[str, Constant] = {
 }
 SCORE_COPIES = Constant(3, "set: in the kernels, scores, masked scores, their exponentials")
 REFERENCE_WEIGHT_ROWS = Constant(1024, "set: kernels/linear/reference.py: rows of a matrix that are widened to fp32 at a time")
-SAMPLER_BYTES_PER_LOGIT = Constant(20, "assumed: probabilities and sorted values (fp32), their indices (int64) and running sums (fp32)")
+SAMPLER_BYTES_PER_LOGIT = Constant(48, "set: engine/sampler.py: adjusted logits, probabilities, sorted values and their indices, noise")
+SAMPLER_LOGITS_AT_ONCE = Constant(2**18, "set: engine/sampler.py: rows are sampled in chunks of so many logits")
 
 # ---------------------------------------------------------------------------------------------------------------- seconds
 

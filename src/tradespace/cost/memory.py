@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tradespace.cost import calibration, workspace
-from tradespace.cost.summary import Summary, WeightShare, cache_token_bytes, largest_quantized_matrix, summarize, weight_share, widest_columns
+from tradespace.cost.summary import Summary, WeightShare, cache_token_bytes, dequantize_elements, summarize, weight_share, widest_columns
 from tradespace.spec.device import DeviceSpec
 from tradespace.spec.estimate import Estimate
 from tradespace.spec.model import ModelSpec
@@ -203,16 +203,16 @@ def _step_lines(summary: Summary, plan: Plan, pool: str) -> list[LedgerLine]:
     shape, model, dense = workspace.step_shape(plan), summary.model, plan.weights.dense
     rows = plan.max_sequences * (1 + plan.speculation)
     lines: list[tuple[str, float, str, Phase]] = []
-    widened = largest_quantized_matrix(summary, plan.weights, plan.tensor_parallel)
+    widened = dequantize_elements(summary, plan.weights, plan.tensor_parallel)
     if widened:
         size = workspace.dequantize_bytes(widened, dense)
-        lines.append(("dequantized matrix", size, f"largest: {widened} elements × {size // widened} B", "running"))
+        lines.append(("dequantized matrix", size, f"largest tile and a row of ones: {widened} × {size // widened} B", "running"))
     if plan.linear == "reference":
         size = workspace.reference_tile_bytes(widest_columns(summary), dense)
         lines.append(("reference tile", size, "rows of a matrix widened to fp32", "running"))
     formula = f"worst moment of a layer: {shape.T} tokens, {plan.attention} over {shape.S} keys"
     lines.append(("workspace", workspace.activation_bytes(summary, shape), formula, "layers"))
-    formula = f"{rows} rows × {model.V} × (logits + {calibration.SAMPLER_BYTES_PER_LOGIT.value:.0f} B to sample)"
+    formula = f"{rows} rows × {model.V} logits; {calibration.SAMPLER_BYTES_PER_LOGIT.value:.0f} B each where sampled"
     lines.append(("logits", workspace.head_bytes(rows, model.V, model.D, shape), formula, "head"))
     return [LedgerLine(name, pool, Estimate(size, MODELLED), formula, phase) for name, size, formula, phase in lines]
 

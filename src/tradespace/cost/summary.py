@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from math import ceil, prod
+from math import ceil
 
 from tradespace.spec.kv import STORES
 from tradespace.spec.mixers import Attention
 from tradespace.spec.model import LayerSpec, ModelSpec, RoutedFFN
 from tradespace.spec.tensors import TensorSpec, active_parameters, layer_tensors, model_tensors
-from tradespace.spec.weights import WeightPlan
+from tradespace.spec.weights import WeightPlan, workspace_shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,15 +179,12 @@ def cache_token_bytes(summary: Summary, store: str, degree: int = 1) -> tuple[tu
     return tuple(found)
 
 
-def largest_quantized_matrix(summary: Summary, weights: WeightPlan, degree: int = 1) -> int:
-    """Elements of a device's largest matrix that is held in groups or rows with scales; of a stack of experts one counts. 0 where all are dense."""
-    largest = 0
+def dequantize_elements(summary: Summary, weights: WeightPlan, degree: int = 1) -> int:
+    """Elements of the workspace that a device's matrices with scales are dequantized into: the largest tile, and a one per row. 0 where all are dense."""
     outside = (tensor for tensor in model_tensors(summary.model) if tensor.layer < 0)
     inside = (tensor for group in summary.groups for tensor in layer_tensors(summary.model, group.first))
-    for tensor in (*outside, *inside):
-        if len(tensor.shape) >= 2 and weights.format_of(tensor).group is not None:
-            largest = max(largest, prod(shard_shape(summary.model, tensor, degree)[-2:]))
-    return largest
+    quantized = (tensor for tensor in (*outside, *inside) if len(tensor.shape) >= 2 and weights.format_of(tensor).group is not None)
+    return sum(workspace_shape(shard_shape(summary.model, tensor, degree) for tensor in quantized))
 
 
 def widest_columns(summary: Summary) -> int:

@@ -134,9 +134,9 @@ def activation_bytes(summary: Summary, shape: StepShape) -> float:
     return worst
 
 
-def dequantize_bytes(largest_elements: int, dense: str) -> int:
-    """The shared workspace that one quantized matrix is widened into for steps with many rows, in the activations' dtype."""
-    return largest_elements * ELEMENT_BYTES[dense]
+def dequantize_bytes(elements: int, dense: str) -> int:
+    """The shared workspace that quantized matrices are dequantized into, tile by tile, for steps with many rows: in the activations' dtype."""
+    return elements * ELEMENT_BYTES[dense]
 
 
 def reference_tile_bytes(columns: int, dense: str) -> float:
@@ -150,8 +150,9 @@ def logits_bytes(rows: int, V: int, e: int) -> int:
 
 
 def sampler_bytes(rows: int, V: int) -> float:
-    """Copies that sampling makes of the logits."""
-    return rows * V * calibration.SAMPLER_BYTES_PER_LOGIT.value
+    """Copies that sampling makes of the logits, of so many at a time."""
+    at_once = max(calibration.SAMPLER_LOGITS_AT_ONCE.value, V)
+    return min(rows * V, at_once) * calibration.SAMPLER_BYTES_PER_LOGIT.value
 
 
 def head_bytes(rows: int, V: int, D: int, shape: StepShape) -> float:

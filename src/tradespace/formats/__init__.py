@@ -11,9 +11,9 @@ import torch
 from tradespace.errors import UnsupportedError
 from tradespace.formats.dense import DenseWeight
 from tradespace.formats.int8 import Int8Weight
-from tradespace.formats.workspace import Workspace, tile_rows, workspace_shape
+from tradespace.formats.workspace import Workspace
 
-__all__ = ["DTYPES", "FORMATS", "DenseWeight", "Int8Weight", "Weight", "Workspace", "build_weight", "tile_rows", "workspace_shape"]
+__all__ = ["DTYPES", "FORMATS", "DenseWeight", "Int8Weight", "Weight", "Workspace", "build_weight"]
 
 Weight = DenseWeight | Int8Weight
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from tradespace.errors import EngineError
-from tradespace.formats.workspace import Workspace, tile_rows
+from tradespace.formats.workspace import Workspace
 from tradespace.kernels.linear import LINEAR, Linear
+from tradespace.spec.weights import tile_rows
 
 # rows of x up to which the fused kernel wins over dequantizing: measured with 2 threads on an AVX-512 CPU, where they meet at about 16
 FUSED_ROWS = 12

@@ -8,11 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tradespace.formats import DTYPES, FORMATS, Weight, Workspace, build_weight, workspace_shape
+from tradespace.formats import DTYPES, FORMATS, Weight, Workspace, build_weight
 from tradespace.kernels.norm import NORMS
 from tradespace.spec.model import ModelSpec
 from tradespace.spec.tensors import TensorSpec, model_tensors
-from tradespace.spec.weights import WeightPlan
+from tradespace.spec.weights import WeightPlan, workspace_shape
 
 
 class Norm(nn.Module):

@@ -15,7 +15,7 @@ from math import ceil
 
 from tradespace.cost import calibration, memory, workspace
 from tradespace.cost.quality import combine, kv_quality, weight_quality
-from tradespace.cost.summary import Summary, WeightShare, cache_token_bytes, largest_quantized_matrix, summarize, weight_share, widest_columns
+from tradespace.cost.summary import Summary, WeightShare, cache_token_bytes, dequantize_elements, summarize, weight_share, widest_columns
 from tradespace.cost.time import Rates, StepTime, decode_tokens_per_s, prefill_tokens_per_s, rates_for, request_seconds, step_time
 from tradespace.cost.traffic import Axes, decode_work, prefill_work
 from tradespace.planner.candidate import Candidate, Question
@@ -81,9 +81,9 @@ class Pricer:
         return self._stepped[key]
 
     def widened_elements(self, weights: WeightPlan, share: WeightShare, degree: int) -> int:
-        """Elements of the largest quantized matrix of a share."""
+        """Elements of the workspace that the quantized matrices of a share are dequantized into."""
         if id(share) not in self._widened:
-            self._widened[id(share)] = largest_quantized_matrix(self.summary, weights, degree)
+            self._widened[id(share)] = dequantize_elements(self.summary, weights, degree)
         return self._widened[id(share)]
 
     def always_bytes(self, max_sequences: int, step_tokens: int, block_size: int) -> float:
@@ -100,10 +100,10 @@ class Pricer:
             self._fixed[key] = self.runtime_bytes + held + (self.tokenizer_bytes if self.pool == "host" else 0)
         return self._fixed[key]
 
-    def row_bytes(self, dense: str) -> float:
-        """Logits and sampling of one sequence."""
+    def rows_bytes(self, sequences: int, dense: str) -> float:
+        """Logits and sampling of `sequences`."""
         V = self.question.model.V
-        return workspace.logits_bytes(1, V, ELEMENT_BYTES[dense]) + workspace.sampler_bytes(1, V)
+        return workspace.logits_bytes(sequences, V, ELEMENT_BYTES[dense]) + workspace.sampler_bytes(sequences, V)
 
     def room(self, kv: KVPlan, slot_bytes: int, dense: str, step_tokens: int, resident_bytes: float, step_bytes: StepBytes) -> Room:
         """The cache under what the budget leaves. With nothing left, the smallest cache there is, which does not fit."""
@@ -112,12 +112,12 @@ class Pricer:
         block = kv.block_size if paged else workload.context_tokens
         sequence_slots = ceil(workload.context_tokens / block) * block
         loading = self.staging_bytes if self.pool == "host" else 0
-        row, state = self.row_bytes(dense), self.summary.state_bytes_per_sequence
+        state = self.summary.state_bytes_per_sequence
 
         def total(sequences: int, slots: int) -> float:
             always = self.always_bytes(sequences, step_tokens, block) + resident_bytes
             running = step_bytes.widened + slots * slot_bytes + sequences * state
-            return memory.peak_bytes(always, loading, running, step_bytes.layers, step_bytes.head + sequences * row)
+            return memory.peak_bytes(always, loading, running, step_bytes.layers, step_bytes.head + self.rows_bytes(sequences, dense))
 
         wanted = workload.concurrency
         if (size := total(wanted, wanted * sequence_slots)) <= budget:
@@ -231,7 +231,7 @@ class Pricer:
         block = kv.block_size if kv.layout == "paged" else workload.context_tokens
         slots = workload.concurrency * ceil(workload.context_tokens / block) * block
         running = step_bytes.widened + slots * slot_bytes + workload.concurrency * self.summary.state_bytes_per_sequence
-        head = step_bytes.head + workload.concurrency * self.row_bytes(dense)
+        head = step_bytes.head + self.rows_bytes(workload.concurrency, dense)
         loading = self.staging_bytes if self.pool == "host" else 0
         return memory.peak_bytes(self.always_bytes(workload.concurrency, step_tokens, block), loading, running, step_bytes.layers, head)
 

@@ -6,7 +6,7 @@ A group never crosses a row: a row of 576 in groups of 128 has five groups, the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import ceil, prod
 
@@ -119,6 +119,29 @@ class WeightPlan:
 
     def describe(self) -> str:
         return self.default + "".join(f", {key} {name}" for key, name in self.exceptions.items())
+
+
+# a quantized matrix is dequantized in tiles of rows of about this many elements: a tile stays in the cache between dequantizing and multiplying
+TILE_ELEMENTS = 2**21
+
+
+def tile_rows(rows: int, columns: int) -> int:
+    """Rows of the tile in which a (rows, columns) matrix is dequantized: at most TILE_ELEMENTS elements, at least one row.
+
+    >>> tile_rows(960, 576), tile_rows(49152, 576), tile_rows(2, 2**22)
+    (960, 3640, 1)
+    """
+    return min(rows, max(1, TILE_ELEMENTS // columns))
+
+
+def workspace_shape(shapes: Iterable[tuple[int, ...]]) -> tuple[int, int]:
+    """(elements of the largest tile, most rows) over the shapes of all quantized matrices: what `formats.Workspace` holds. (0, 0) for none.
+
+    >>> workspace_shape([(960, 576), (49152, 576)])
+    (2096640, 49152)
+    """
+    matrices = [shape[-2:] for shape in shapes]
+    return max((tile_rows(R, C) * C for R, C in matrices), default=0), max((R for R, _ in matrices), default=0)
 
 
 def weight_bytes(model: ModelSpec, plan: WeightPlan) -> int:

@@ -1,0 +1,12 @@
+"""Two test workers on two cores: threads of torch that spin while they wait would only take the other worker's time."""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+try:
+    import torch
+except ModuleNotFoundError:  # the pure half's tests run without it
+    pass
+else:
+    torch.set_num_threads(1)
