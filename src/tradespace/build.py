@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from tradespace.cost import calibration
 from tradespace.engine.engine import Engine
 from tradespace.engine.request import Request, SamplingParams
 from tradespace.engine.runner import Runner
@@ -35,16 +36,16 @@ from tradespace.loading.tokenizer import Tokenizer
 from tradespace.loading.weights import load_weights
 from tradespace.model.transformer import Transformer
 from tradespace.quantize.rtn import fill_rtn
+from tradespace.spec.buckets import buckets_up_to
 from tradespace.spec.device import DeviceSpec
 from tradespace.spec.kv import token_bytes
 from tradespace.spec.model import ModelSpec
 from tradespace.spec.plan import Plan
 from tradespace.spec.tensors import model_tensors
-from tradespace.units import MiB, format_bytes
+from tradespace.units import format_bytes
 
-STAGING_BYTES = 16 * MiB
-# what a sampled peak may miss, and what the allocator may keep between steps of unlike shapes
-SAFETY_BYTES = 12 * MiB
+STAGING_BYTES = int(calibration.STAGING_BYTES.value)
+RESERVE_BYTES = int(calibration.RESERVE_BYTES.value)
 
 
 @dataclass
@@ -105,6 +106,7 @@ def build_engine(
 
     sampler = Sampler(num_tokens=min(tokenizer.vocab_size, spec.V))
     with _rehearsal_cache(spec, plan) as cache:
+        compile_products(transformer, plan)
         rehearse(transformer, cache, sampler, plan)
         rehearsal_peak = max(peak_bytes("rehearsal") - cache.nbytes, after_load)
     del cache
@@ -112,7 +114,7 @@ def build_engine(
     measured["workspace"] = rehearsal_peak - after_load
 
     notes = [f"layer {index}: {choice.kernel} instead of {plan.attention}: {choice.reason}" for index, choice in enumerate(kernels) if choice.reason]
-    plan = fit_cache(spec, plan, left_bytes=plan.memory_bytes - rehearsal_peak - SAFETY_BYTES, notes=notes)
+    plan = fit_cache(spec, plan, left_bytes=plan.memory_bytes - rehearsal_peak - RESERVE_BYTES, notes=notes)
     cache = _cache(spec, plan, plan.num_blocks)
     measured["kv cache"] = cache.nbytes
     peak_bytes("build")
@@ -151,6 +153,22 @@ def _cache(spec: ModelSpec, plan: Plan, num_blocks: int) -> KVCache:
 def _rehearsal_cache(spec: ModelSpec, plan: Plan) -> Iterator[KVCache]:
     """A cache for the rehearsal: a few blocks that every table entry points at in turn, so that reading gathers as a scattered sequence does."""
     yield _cache(spec, plan, 1 if plan.kv.layout == "contiguous" else min(2, plan.num_blocks))
+
+
+@torch.inference_mode()
+def compile_products(transformer: Transformer, plan: Plan) -> None:
+    """One product of every shape and bucket of rows that a step can meet: what the library compiles for them is then there, and counted."""
+    head = transformer.embed if transformer.spec.tied else transformer.lm_head
+    weights = {}
+    for module in transformer.layers.modules():
+        if isinstance(module, DenseWeight | Int8Weight):
+            weights[type(module), module.rows_RC.shape] = (module, plan.step_tokens)
+    if isinstance(head, DenseWeight | Int8Weight):
+        weights["head"] = (head, min(plan.max_sequences, plan.step_tokens))
+    for module, most_rows in weights.values():
+        if len(module.shape) == 2:
+            for rows in buckets_up_to(most_rows):
+                module.linear(torch.zeros(rows, module.shape[-1], dtype=transformer.dtype))
 
 
 @torch.inference_mode()

@@ -36,7 +36,7 @@ RUNTIME_BYTES: dict[str, Constant] = {
 HOST_PROCESS_BYTES = Constant(1536 * MiB, "assumed: interpreter with torch for CUDA, libraries mapped and touched")
 TOKENIZER_BYTES_PER_ENTRY = Constant(400, "assumed: merges, two maps and strings of a byte-pair tokenizer per vocabulary entry")
 STAGING_BYTES = Constant(16 * MiB, "set: build.py, the loader's one bounded buffer")
-RESERVE_BYTES = Constant(12 * MiB, "set: build.py, what sampling may miss and an allocator may keep; the planner leaves it free on a CPU")
+RESERVE_BYTES = Constant(32 * MiB, "set: what sampling may miss and an allocator may keep under load; planner and builder leave it free on a CPU")
 STREAM_BUFFERS = Constant(2, "assumed: one streamed layer computes while the next one arrives")
 
 # tensors of one kind that are live at once in a step (see cost/workspace.py for the formulas they stand in)
@@ -54,6 +54,8 @@ QUERY_BLOCK: dict[str, Constant] = {
 SCORE_COPIES = Constant(3, "set: in the kernels, scores, masked scores, their exponentials")
 REFERENCE_WEIGHT_ROWS = Constant(1024, "set: kernels/linear/reference.py: rows of a matrix that are widened to fp32 at a time")
 SAMPLER_BYTES_PER_LOGIT = Constant(48, "set: engine/sampler.py: adjusted logits, probabilities, sorted values and their indices, noise")
+# what torch's CPU library keeps for each shape of a 16-bit product: compiled code and its descriptors
+PRODUCT_KERNEL_BYTES = Constant(0.64 * MiB, "measured: growth of the process over 4 matrices × 120 numbers of rows, torch 2.13, AVX-512")
 SAMPLER_LOGITS_AT_ONCE = Constant(2**18, "set: engine/sampler.py: rows are sampled in chunks of so many logits")
 
 # ---------------------------------------------------------------------------------------------------------------- seconds

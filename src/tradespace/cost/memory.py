@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tradespace.cost import calibration, workspace
-from tradespace.cost.summary import Summary, WeightShare, cache_token_bytes, dequantize_elements, summarize, weight_share, widest_columns
+from tradespace.cost.summary import Summary, WeightShare, cache_token_bytes, dequantize_elements, num_matrix_shapes, summarize, weight_share, widest_columns
+from tradespace.spec.buckets import buckets_up_to
 from tradespace.spec.device import DeviceSpec
 from tradespace.spec.estimate import Estimate
 from tradespace.spec.model import ModelSpec
@@ -150,7 +151,7 @@ def ledger(model: ModelSpec, plan: Plan, device: DeviceSpec, *, staging_bytes: i
         lines.append(LedgerLine("host process", "host", Estimate(host.value, f"{host.source} ({host.date})"), "before any model"))
     lines += _weight_lines(plan, share, pool)
     lines.append(_kv_line(summary, plan, pool))
-    lines += _step_lines(summary, plan, pool)
+    lines += _step_lines(summary, plan, pool, device.kind)
     held = workspace.engine_bytes(
         max_context=plan.max_context,
         max_sequences=plan.max_sequences,
@@ -199,7 +200,7 @@ def _kv_line(summary: Summary, plan: Plan, pool: str) -> LedgerLine:
     return LedgerLine("kv cache", pool, Estimate(total, EXACT), formula, "running")
 
 
-def _step_lines(summary: Summary, plan: Plan, pool: str) -> list[LedgerLine]:
+def _step_lines(summary: Summary, plan: Plan, pool: str, kind: str) -> list[LedgerLine]:
     shape, model, dense = workspace.step_shape(plan), summary.model, plan.weights.dense
     rows = plan.max_sequences * (1 + plan.speculation)
     lines: list[tuple[str, float, str, Phase]] = []
@@ -207,6 +208,11 @@ def _step_lines(summary: Summary, plan: Plan, pool: str) -> list[LedgerLine]:
     if widened:
         size = workspace.dequantize_bytes(widened, dense)
         lines.append(("dequantized matrix", size, f"largest tile and a row of ones: {widened} × {size // widened} B", "running"))
+    shapes = num_matrix_shapes(summary)
+    compiled = workspace.product_kernels_bytes(shapes, plan.step_tokens, plan.max_sequences, kind=kind, dense=dense, linear=plan.linear)
+    if compiled:
+        formula = f"compiled by the library: {shapes} shapes × {len(buckets_up_to(plan.step_tokens))} numbers of rows"
+        lines.append(("product kernels", compiled, formula, "running"))
     if plan.linear == "reference":
         size = workspace.reference_tile_bytes(widest_columns(summary), dense)
         lines.append(("reference tile", size, "rows of a matrix widened to fp32", "running"))

@@ -187,6 +187,12 @@ def dequantize_elements(summary: Summary, weights: WeightPlan, degree: int = 1) 
     return sum(workspace_shape(shard_shape(summary.model, tensor, degree) for tensor in quantized))
 
 
+def num_matrix_shapes(summary: Summary) -> int:
+    """Different shapes among the matrices of the layers; of a stack of experts one counts."""
+    tensors = (tensor for group in summary.groups for tensor in layer_tensors(summary.model, group.first))
+    return len({tensor.shape[-2:] for tensor in tensors if len(tensor.shape) >= 2})
+
+
 def widest_columns(summary: Summary) -> int:
     """Columns of the widest matrix of the layers: the most inputs that a product sums over."""
     shapes = (tensor.shape for group in summary.groups for tensor in layer_tensors(summary.model, group.first) if len(tensor.shape) >= 2)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from tradespace.cost import calibration
 from tradespace.cost.summary import Summary, heads_per_device
 from tradespace.spec.attention import chunk_size
+from tradespace.spec.buckets import buckets_up_to
 from tradespace.spec.mixers import Attention
 from tradespace.spec.model import DenseFFN, LayerSpec, RoutedFFN
 from tradespace.spec.plan import Plan
@@ -137,6 +138,14 @@ def activation_bytes(summary: Summary, shape: StepShape) -> float:
 def dequantize_bytes(elements: int, dense: str) -> int:
     """The shared workspace that quantized matrices are dequantized into, tile by tile, for steps with many rows: in the activations' dtype."""
     return elements * ELEMENT_BYTES[dense]
+
+
+def product_kernels_bytes(num_shapes: int, step_tokens: int, rows: int, *, kind: str, dense: str, linear: str) -> float:
+    """What torch's CPU library compiles for 16-bit products: one kernel for each matrix shape of the layers and bucket of rows, and for the head."""
+    if kind != "cpu" or linear != "torch" or ELEMENT_BYTES[dense] != 2:
+        return 0.0
+    kernels = num_shapes * len(buckets_up_to(step_tokens)) + len(buckets_up_to(min(rows, step_tokens)))
+    return kernels * calibration.PRODUCT_KERNEL_BYTES.value
 
 
 def reference_tile_bytes(columns: int, dense: str) -> float:

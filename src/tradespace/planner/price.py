@@ -15,7 +15,7 @@ from math import ceil
 
 from tradespace.cost import calibration, memory, workspace
 from tradespace.cost.quality import combine, kv_quality, weight_quality
-from tradespace.cost.summary import Summary, WeightShare, cache_token_bytes, dequantize_elements, summarize, weight_share, widest_columns
+from tradespace.cost.summary import Summary, WeightShare, cache_token_bytes, dequantize_elements, num_matrix_shapes, summarize, weight_share, widest_columns
 from tradespace.cost.time import Rates, StepTime, decode_tokens_per_s, prefill_tokens_per_s, rates_for, request_seconds, step_time
 from tradespace.cost.traffic import Axes, decode_work, prefill_work
 from tradespace.planner.candidate import Candidate, Question
@@ -100,6 +100,14 @@ class Pricer:
             self._fixed[key] = self.runtime_bytes + held + (self.tokenizer_bytes if self.pool == "host" else 0)
         return self._fixed[key]
 
+    def kernels_bytes(self, sequences: int, step_tokens: int, dense: str) -> float:
+        """Products that the library compiles, for `sequences` rows at the head."""
+        key = ("kernels", sequences, step_tokens, dense)
+        if key not in self._fixed:
+            shapes, kind = num_matrix_shapes(self.summary), self.question.device.kind
+            self._fixed[key] = workspace.product_kernels_bytes(shapes, step_tokens, sequences, kind=kind, dense=dense, linear=self.question.linear)
+        return self._fixed[key]
+
     def rows_bytes(self, sequences: int, dense: str) -> float:
         """Logits and sampling of `sequences`."""
         V = self.question.model.V
@@ -116,7 +124,7 @@ class Pricer:
 
         def total(sequences: int, slots: int) -> float:
             always = self.always_bytes(sequences, step_tokens, block) + resident_bytes
-            running = step_bytes.widened + slots * slot_bytes + sequences * state
+            running = step_bytes.widened + self.kernels_bytes(sequences, step_tokens, dense) + slots * slot_bytes + sequences * state
             return memory.peak_bytes(always, loading, running, step_bytes.layers, step_bytes.head + self.rows_bytes(sequences, dense))
 
         wanted = workload.concurrency
@@ -231,6 +239,7 @@ class Pricer:
         block = kv.block_size if kv.layout == "paged" else workload.context_tokens
         slots = workload.concurrency * ceil(workload.context_tokens / block) * block
         running = step_bytes.widened + slots * slot_bytes + workload.concurrency * self.summary.state_bytes_per_sequence
+        running += self.kernels_bytes(workload.concurrency, step_tokens, dense)
         head = step_bytes.head + self.rows_bytes(workload.concurrency, dense)
         loading = self.staging_bytes if self.pool == "host" else 0
         return memory.peak_bytes(self.always_bytes(workload.concurrency, step_tokens, block), loading, running, step_bytes.layers, head)
