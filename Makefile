@@ -41,7 +41,7 @@ test: lint ## ruff, pyright, import-linter, pytest
 
 oracles: $(VENV)/.test ## compare with llama.cpp (compiles it: minutes) and refresh the recorded references
 	@$(PIP) install -q 'llama-cpp-python>=0.3.16'
-	@$(BIN)/python -m pytest tests/oracles -p no:xdist
+	@$(BIN)/python -m pytest tests/oracles tests/model/test_recorded_references.py -p no:xdist
 
 readme: $(VENV)/.engine ## render the README's tables from results/
 	@$(BIN)/python -m tradespace.lab.readme

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from tradespace.cost import calibration
 from tradespace.cost.quality import quality
 from tradespace.cost.summary import summarize, weight_share
 from tradespace.cost.time import decode_time, prefill_time
@@ -155,7 +156,8 @@ def test_the_nearest_plan_fits():
     model = tiny_model(L=8, K=4, H=64)
     long = Workload(context_tokens=4096, prompt_tokens=2048, output_tokens=512)
     need = plan_frontier(model, cpu(), long, memory_bytes=1, pins={"kv_store": "bf16"}).smallest.bytes_each
-    found = plan_frontier(model, cpu(), long, memory_bytes=need - MiB, pins={"kv_store": "bf16"})
+    short = need + int(calibration.RESERVE_BYTES.value) - MiB  # the reserve is left free
+    found = plan_frontier(model, cpu(), long, memory_bytes=short, pins={"kv_store": "bf16"})
     assert found.best is None and found.nearest is not None
     assert found.nearest.fits and found.nearest.bytes_each <= need - MiB
     assert found.nearest.plan.max_context < 4096

@@ -69,7 +69,7 @@ def rates_for(device: DeviceSpec, format_name: str, phase: str) -> Rates:
     """The device's rates for weights of `format_name` in "decode" or "prefill"."""
     efficiency = calibration.find_calibration(device.kind, format_name, phase)
     bandwidth = calibration.find_calibration(device.kind, format_name, "decode")  # how well a format streams, whatever the phase
-    compute = calibration.find_calibration(device.kind, format_name, "prefill")
+    compute = calibration.find_calibration(device.kind, format_name, "few rows" if phase == "decode" else "prefill")
     rate, note = _matmul_rate(device, FORMATS[format_name].compute)
     host, peer, disk = device.host_link_bytes_per_s, device.peer_link_bytes_per_s, device.disk_bytes_per_s
     figures = {
@@ -112,7 +112,7 @@ def step_time(work: StepWork, rates: Rates) -> StepTime:
         terms[name] = amount / per_second if amount and per_second else 0.0
     if rates.op_s is None:
         return StepTime(Estimate.unknown(rates.missing["overhead"]), "overhead", (), work.arithmetic_intensity)
-    terms["overhead"] = work.num_ops * rates.op_s
+    terms["overhead"] = work.num_ops * rates.op_s * calibration.OP_STARTS[rates.device.kind].value
     terms["peer"] += work.peer_transfers * calibration.ALL_REDUCE_LATENCY_S.value
     seconds = max(terms["bandwidth"], terms["compute"], terms[link_name]) + terms["overhead"] + terms["peer"]
     found = tuple((name, value) for name, value in terms.items() if value)

@@ -24,7 +24,7 @@ def run(*, quick: bool, say: Callable[[str], None], cache_requests: int = 16) ->
     """Both policies in turn over the same requests. `cache_requests`: longest requests that the cache holds at once, the memory of both."""
     import tradespace as ts
 
-    rounds = 1 if quick else 3
+    rounds = 1 if quick else 2
     lengths = trace_lengths(16 if quick else REQUESTS, max_prompt=MAX_PROMPT, max_output=MAX_OUTPUT)
     prompts = [[(31 * row + 7 * column) % 4000 + 20 for column in range(length.prompt)] for row, length in enumerate(lengths)]
     params = [ts.SamplingParams(max_tokens=length.output, temperature=0, ignore_eos=True) for length in lengths]
@@ -35,7 +35,9 @@ def run(*, quick: bool, say: Callable[[str], None], cache_requests: int = 16) ->
     steps: dict[str, int] = {}
     answers: dict[str, list[tuple[int, ...]]] = {}
     opened = {policy: ts.open(MODEL, plan=plan, scheduling=policy) for policy in POLICIES}
-    for turn in range(rounds + 1):
+    for llm in opened.values():  # warms up
+        llm.generate(prompts[:4], ts.SamplingParams(max_tokens=4, temperature=0, ignore_eos=True))
+    for _ in range(rounds):
         for policy, llm in opened.items():
             before = llm.engine.counters.steps
             start = time.perf_counter()
@@ -43,9 +45,8 @@ def run(*, quick: bool, say: Callable[[str], None], cache_requests: int = 16) ->
             elapsed = time.perf_counter() - start
             steps[policy] = llm.engine.counters.steps - before
             answers[policy] = [completion.output_ids for completion in done]
-            if turn:
-                speeds[policy].append(tokens / elapsed)
-                say(f"{policy}: {tokens / elapsed:.0f} tok/s in {steps[policy]} steps")
+            speeds[policy].append(tokens / elapsed)
+            say(f"{policy}: {tokens / elapsed:.0f} tok/s in {steps[policy]} steps")
     cache_bytes = opened["continuous"].report().line("kv cache").measured
     for llm in opened.values():
         llm.close()

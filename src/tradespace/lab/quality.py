@@ -12,7 +12,7 @@ from tradespace.spec.weights import FORMATS
 from tradespace.units import format_bytes
 
 MODELS = ("smollm2-135m", "gemma3-270m")
-CONTEXT, WINDOWS = 512, 16
+CONTEXT, WINDOWS = 512, 8
 REFERENCE = "fp32"
 
 
@@ -25,7 +25,8 @@ def run(*, quick: bool, say: Callable[[str], None]) -> Record:
     for model in MODELS[:1] if quick else MODELS:
         with ts.open(model, memory="8GiB", weights=REFERENCE, concurrency=1, context=CONTEXT) as reference:
             ids = reference.tokenizer.encode(text[: 200_000 if quick else 600_000], add_special_tokens=False)
-            texts = windows(ids, CONTEXT, bos_id=reference.tokenizer.bos_id, count=2 if quick else WINDOWS)
+            begins = reference.tokenizer.encode("a")[0] == reference.tokenizer.bos_id  # only where the model itself begins its texts so
+            texts = windows(ids, CONTEXT, bos_id=reference.tokenizer.bos_id if begins else None, count=2 if quick else WINDOWS)
             base = partial(next_token_logprobs, reference.transformer)
             for name in (name for name, fmt in FORMATS.items() if fmt.runs_since and name != REFERENCE):
                 with ts.open(model, memory="8GiB", weights=name, concurrency=1, context=CONTEXT) as llm:

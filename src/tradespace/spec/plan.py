@@ -68,6 +68,9 @@ class Plan:
         for name in ("max_sequences", "max_context", "step_tokens", "kv_tokens", "tensor_parallel"):
             if getattr(self, name) < 1:
                 raise InputError(f"plan: {name} is {getattr(self, name)}; at least 1 is needed")
+        for name in ("speculation", "threads", "memory_bytes"):
+            if getattr(self, name) < 0:
+                raise InputError(f"plan: {name} is {getattr(self, name)}; it cannot be negative")
         if self.kv.layout == "paged" and self.kv_tokens % self.kv.block_size:
             raise InputError(f"plan: kv_tokens {self.kv_tokens} is not a multiple of the block size {self.kv.block_size}")
 
