@@ -102,12 +102,11 @@ def build_engine(
     after_load = now_bytes()
     measured["weights"] = sum(weight_bytes(transformer).values())
     measured["staging"] = max(0, peak_bytes("loading") - after_load)
-    measured["engine tensors"] = transformer.rope_nbytes
 
     sampler = Sampler(num_tokens=min(tokenizer.vocab_size, spec.V))
     with _rehearsal_cache(spec, plan) as cache:
         compile_products(transformer, plan)
-        rehearse(transformer, cache, sampler, plan)
+        measured["engine tensors"] = transformer.rope_nbytes + rehearse(transformer, cache, sampler, plan)
         rehearsal_peak = max(peak_bytes("rehearsal") - cache.nbytes, after_load)
     del cache
     now_bytes()
@@ -172,8 +171,11 @@ def compile_products(transformer: Transformer, plan: Plan) -> None:
 
 
 @torch.inference_mode()
-def rehearse(transformer: Transformer, cache: KVCache, sampler: Sampler, plan: Plan) -> None:
-    """Runs the largest steps that the plan allows: a full prefill chunk at the end of the longest context, and a decode step of every sequence there."""
+def rehearse(transformer: Transformer, cache: KVCache, sampler: Sampler, plan: Plan) -> int:
+    """Runs the largest steps that the plan allows: a full prefill chunk at the end of the longest context, and a decode step of every sequence there.
+
+    Returns the bytes of the steps' own tensors (ids, positions, slots, block tables), each at its largest.
+    """
     size = _block_size(plan)
     last = cache.num_blocks - 1
     # descending, so that the table is not one run of consecutive blocks and the gather is rehearsed, too
@@ -182,12 +184,16 @@ def rehearse(transformer: Transformer, cache: KVCache, sampler: Sampler, plan: P
     sequences = min(plan.max_sequences, plan.step_tokens)
     drawn = SamplingParams(temperature=1.0, top_k=50, top_p=0.95, seed=0)
     request = Request(id="rehearsal", prompt_ids=(0,) * max(1, plan.max_context - 1), params=drawn)
+    largest = [0] * 6
     for spans in ([Span(0, chunk, plan.max_context, table)], [Span(row, 1, plan.max_context, table) for row in range(sequences)]):
         batch = StepBatch.from_spans(spans, block_size=size)
-        tokens_T = torch.zeros(batch.num_tokens, dtype=torch.int64)
-        hidden_TD = transformer(tokens_T, positions_of(spans), batch, cache)
+        tokens_T, positions_T = torch.zeros(batch.num_tokens, dtype=torch.int64), positions_of(spans)
+        held = (tokens_T, positions_T, batch.query_starts_B1, batch.lengths_B, batch.block_tables_BM, batch.slots_T)
+        largest = [max(size, tensor.nbytes) for size, tensor in zip(largest, held, strict=True)]
+        hidden_TD = transformer(tokens_T, positions_T, batch, cache)
         rows = torch.arange(min(sequences, batch.num_tokens))
         sampler.sample(transformer.logits(hidden_TD, rows), [SampleRow(request, ())] * len(rows))
+    return sum(largest)
 
 
 def fit_cache(spec: ModelSpec, plan: Plan, *, left_bytes: int, notes: list[str]) -> Plan:

@@ -201,12 +201,13 @@ class LLM:
     def report(self) -> Report:
         """Predicted against measured: each ledger line, the process's peak, and the speed of the last generation."""
         built, plan = self._open(), self.plan
+        self._meter.mark("running")
+        peak = self._meter.peak_bytes
         measured: dict[str, float] = {**self._measured_bytes, **built.measured_bytes}
+        measured["heap"] = max(0, peak - sum(size for name, size in measured.items() if name != "staging"))  # staging is gone before the peak
         lines = [ReportLine(name, predicted, measured.get(name), "bytes", formula) for name, predicted, formula in grouped(self._predicted)]
         assert all(line.measured is not None for line in lines), f"a ledger line nobody measured: {[line.name for line in lines if line.measured is None]}"
         pool = self._predicted.compute_pool
-        self._meter.mark("running")
-        peak = self._meter.peak_bytes
         how = f"sampled {self._meter.method} of the process tree"
         lines.append(ReportLine("peak of the process", self._predicted.total_bytes(pool), peak, "bytes", how))
         lines.append(
@@ -327,6 +328,9 @@ def _open(
     budget = api.budget_bytes(memory, device) if memory is not None or chosen is None or not chosen.memory_bytes else chosen.memory_bytes
     share = " (80% of what is free)" if memory is None and (chosen is None or not chosen.memory_bytes) else ""
     say(f"budget: {format_bytes(budget)}{share} of {format_bytes(device.free_bytes)} free")
+    if budget > device.free_bytes:  # what is not there cannot be kept to
+        budget = device.free_bytes
+        say(f"note: planned within the {format_bytes(budget)} that are free now")
     files = resolve(model, revision=revision, offline=offline, progress=progress)
     spec = api.spec_of_files(files)
     if chosen is None:

@@ -34,6 +34,7 @@ def test_lines_by_hand():
         "weights: down": 2 * 64 * 128 * 4,
         "kv cache": 2 * 64 * (2 * 2 * 2 * 16 * 4),  # sequences · context · (layers · k and v · heads · size · fp32)
         "engine tensors": 64 * 16 * 2 * 4 + 2 * 4 + 2 * 4 * 3 + 3 * 8 * 32,
+        "heap": calibration.HEAP_BYTES.value,
         "tokenizer": 700,
         "staging": 5000,
     }

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from tradespace.cli.options import Attention, Context, Json, Memory, Model, Offline, PlanFile, Revision, WeightFormat, console, print_json
 from tradespace.errors import InputError, TradespaceError
@@ -150,11 +152,11 @@ def decoded(raw: bytes, where: str) -> str:
         raise InputError(f"{where} is not UTF-8: byte {raw[error.start]:#04x} at offset {error.start}. Convert it first, e.g. with iconv -t utf-8") from error
 
 
-def report_table(report: Report) -> Table:
-    """The table predicted | measured."""
-    table = Table("", title=report.title, title_justify="left", caption="\n".join(f"{name}: {value}" for name, value in report.facts), caption_justify="left")
+def report_table(report: Report) -> Group:
+    """The table predicted | measured, and the facts that it holds for."""
+    table = Table("", title=escape(report.title), title_justify="left")
     for column in ("predicted", "measured", "difference"):
         table.add_column(column, justify="right")
     for row in report.rows():
         table.add_row(*row)
-    return table
+    return Group(table, *(Text(f"{name}: {value}") for name, value in report.facts))

@@ -37,6 +37,8 @@ HOST_PROCESS_BYTES = Constant(1536 * MiB, "assumed: interpreter with torch for C
 TOKENIZER_BYTES_PER_ENTRY = Constant(400, "assumed: merges, two maps and strings of a byte-pair tokenizer per vocabulary entry")
 STAGING_BYTES = Constant(16 * MiB, "set: build.py, the loader's one bounded buffer")
 RESERVE_BYTES = Constant(32 * MiB, "set: what sampling may miss and an allocator may keep under load; planner and builder leave it free on a CPU")
+# what is in no tensor: modules, file headers, and what the allocator keeps between steps of unlike shapes
+HEAP_BYTES = Constant(16 * MiB, "measured: peak of the process less all other lines, SmolLM2, 1 to 64 requests")
 STREAM_BUFFERS = Constant(2, "assumed: one streamed layer computes while the next one arrives")
 
 # tensors of one kind that are live at once in a step (see cost/workspace.py for the formulas they stand in)

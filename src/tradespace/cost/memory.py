@@ -160,6 +160,9 @@ def ledger(model: ModelSpec, plan: Plan, device: DeviceSpec, *, staging_bytes: i
         rope_dims=summary.rope_dims,
     )
     lines.append(LedgerLine("engine tensors", pool, Estimate(held, EXACT), "rotary and block tables, ids, slots"))
+    if pool == "host":
+        heap = calibration.HEAP_BYTES
+        lines.append(LedgerLine("heap", pool, Estimate(heap.value, f"{heap.source} ({heap.date})"), "objects, headers, what the allocator keeps"))
     lines.append(LedgerLine("tokenizer", "host", tokenizer_estimate(model.V, tokenizer_bytes), f"V = {model.V} entries"))
     staging = calibration.STAGING_BYTES
     staged = Estimate(staging.value, f"{staging.source} ({staging.date})") if staging_bytes is None else Estimate(staging_bytes, "given")

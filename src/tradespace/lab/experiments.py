@@ -4,43 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from importlib import import_module
 
-from tradespace.lab import agreement, batching, commands, memory, paging, quality, speed
 from tradespace.measure.record import Record
-
-
-class Run(Protocol):
-    def __call__(self, *, quick: bool, say: Callable[[str], None]) -> Record: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """name: of the record, too. markdown(record): the table that the documentation shows."""
+    """name: of the record, too. `module` has the functions `run` and `markdown` under these names, or under those given.
+
+    A module is imported when its experiment runs: a parent that had loaded torch would share its pages with the processes that "memory" measures.
+    """
 
     name: str
     question: str
     minutes: float
-    run: Run
-    markdown: Callable[[Record], str]
+    module: str
+    runner: str = "run"
 
+    def run(self, *, quick: bool, say: Callable[[str], None]) -> Record:
+        """Measures, and returns the record."""
+        return getattr(import_module(f"tradespace.lab.{self.module}"), self.runner)(quick=quick, say=say)
+
+    def markdown(self, record: Record) -> str:
+        """The table that the documentation shows."""
+        return import_module(f"tradespace.lab.{self.module}").markdown(record)
+
+
+_BUDGET = "does the process stay inside its budget, and is its peak what was predicted?"
 
 EXPERIMENTS: dict[str, Experiment] = {
     experiment.name: experiment
     for experiment in (
-        Experiment(
-            name="memory",
-            question="does the process stay inside its budget, and is its peak what was predicted?",
-            minutes=5,
-            run=memory.run,
-            markdown=memory.markdown,
-        ),
-        Experiment(name="speed", question="how fast are prefill and decode, against the prediction?", minutes=2, run=speed.run, markdown=speed.markdown),
-        Experiment(name="paging", question="what do pages waste, and what do they cost?", minutes=3, run=paging.run, markdown=paging.markdown),
-        Experiment(name="batching", question="what does continuous batching gain over fixed batches?", minutes=4, run=batching.run, markdown=batching.markdown),
-        Experiment(name="quality", question="what does each weight format cost in KL divergence?", minutes=6, run=quality.run, markdown=quality.markdown),
-        Experiment(name="agreement", question="does it compute what llama.cpp computes?", minutes=4, run=agreement.run, markdown=agreement.markdown),
-        Experiment(name="demo", question="what does make demo print here?", minutes=1, run=commands.run_demo, markdown=commands.markdown),
-        Experiment(name="tests", question="how do the tests end here, and in what time?", minutes=15, run=commands.run_tests, markdown=commands.markdown),
+        Experiment(name="memory", question=_BUDGET, minutes=7, module="memory"),
+        Experiment(name="speed", question="how fast are prefill and decode, against the prediction?", minutes=4, module="speed"),
+        Experiment(name="paging", question="what do pages waste, and what do they cost?", minutes=4, module="paging"),
+        Experiment(name="batching", question="what does continuous batching gain over fixed batches?", minutes=6, module="batching"),
+        Experiment(name="quality", question="what does each weight format cost in KL divergence?", minutes=5, module="quality"),
+        Experiment(name="agreement", question="does it compute what llama.cpp computes?", minutes=6, module="agreement"),
+        Experiment(name="demo", question="what does make demo print here?", minutes=1, module="commands", runner="run_demo"),
+        Experiment(name="tests", question="how do the tests end here, and in what time?", minutes=9, module="commands", runner="run_tests"),
     )
 }

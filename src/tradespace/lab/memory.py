@@ -61,7 +61,7 @@ def run_case(model: str, memory: str, requests: int, max_prompt: int, max_output
 
 
 def run(*, quick: bool, say: Callable[[str], None]) -> Record:
-    repeats = 1 if quick else 3
+    repeats = 1
     rows, figures = [], {}
     for memory in BUDGETS:
         for workload in WORKLOADS:

@@ -17,7 +17,7 @@ OUTPUT = 48
 def run(*, quick: bool, say: Callable[[str], None]) -> Record:
     import tradespace as ts
 
-    rounds = 2 if quick else 7
+    rounds = 2 if quick else 3
     figures: dict[str, Figure] = {}
     rows = []
     for weights, sequences, prompt in CASES:

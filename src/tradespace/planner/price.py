@@ -97,7 +97,8 @@ class Pricer:
                 block_size=block_size,
                 rope_dims=self.summary.rope_dims,
             )
-            self._fixed[key] = self.runtime_bytes + held + (self.tokenizer_bytes if self.pool == "host" else 0)
+            on_host = self.tokenizer_bytes + calibration.HEAP_BYTES.value if self.pool == "host" else 0
+            self._fixed[key] = self.runtime_bytes + held + on_host
         return self._fixed[key]
 
     def kernels_bytes(self, sequences: int, step_tokens: int, dense: str) -> float:
