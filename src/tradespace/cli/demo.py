@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 from rich.rule import Rule
 
@@ -17,10 +19,14 @@ def register(app: typer.Typer) -> None:
     app.command("demo")(demo)
 
 
-def demo(model: str = "smollm2-135m", memory: Memory = "900MiB", json: Json = False) -> None:
+def demo(
+    model: Annotated[str, typer.Argument(metavar="[MODEL]", help="As `tradespace run` takes it.")] = "smollm2-135m",
+    memory: Memory = "900MiB",
+    json: Json = False,
+) -> None:
     """Show the machine, the plan, the text as it is generated, and predicted against measured.
 
-    Example: tradespace demo --memory 900MiB
+    Example: tradespace demo smollm2-135m --memory 900MiB
     """
     import tradespace as ts
 
