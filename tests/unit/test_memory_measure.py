@@ -192,7 +192,8 @@ with MemoryMeter() as meter:
     meter.mark("low")
 print(json.dumps({"before": before, "peak": meter.peak_bytes, "samples": meter.samples, **meter.marks}))
 """)
-    assert found["before"] + 96 * MiB <= found["high"] <= found["before"] + 100 * MiB
+    # a page shared with a process that starts or ends meanwhile changes its share: hence the tolerance below
+    assert found["before"] + 95 * MiB <= found["high"] <= found["before"] + 100 * MiB
     assert found["peak"] >= found["high"]
     assert found["low"] <= found["before"] + 4 * MiB
     assert found["samples"] >= 5

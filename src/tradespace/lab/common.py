@@ -57,8 +57,15 @@ def read_text(*parts: str) -> str:
 
 
 def command_line() -> str:
-    """The command that this process runs under, without the folder it lies in."""
-    return shlex.join(["tradespace", *sys.argv[1:]]) if "tradespace" in Path(sys.argv[0]).name else shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    """The command that this process runs under, without folders: where the record goes is not part of what was measured."""
+    words = [Path(sys.argv[0]).name]
+    arguments = iter(sys.argv[1:])
+    for word in arguments:
+        if word in ("--output", "-o"):
+            next(arguments, None)
+        elif not word.startswith("--output="):
+            words.append(word)
+    return shlex.join(words)
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
