@@ -19,7 +19,8 @@ from tradespace.spec.weights import WeightPlan
 
 FOLDER = Path(__file__).resolve().parents[2] / "shared" / "data" / "stories260k"
 BOS = 1
-# what llama2.c's own program prints for an empty prompt, greedily: the text that its test suite expects
+# what llama2.c's own program prints for an empty prompt, greedily: `expected_stdout` of its test_all.py, and the few words more that its doc/stories260K.md
+# shows (github.com/karpathy/llama2.c at 350e04f, where both were compared with this text)
 GREEDY_TEXT = (
     "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she saw a big, red ball. "
     "She wanted to play with it, but it was too high.\n"

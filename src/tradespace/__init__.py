@@ -11,15 +11,19 @@
 What `__all__` names is the public interface; all else may change. Names load on first use, so that planning never imports torch.
 """
 
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tradespace.api import models, plan, pull, what_if
     from tradespace.engine.request import Completion, SamplingParams
     from tradespace.errors import BudgetError, CorruptFileError, DownloadError, EngineError, InputError, TradespaceError, UnsupportedError
+    from tradespace.evaluating import Evaluation, evaluate
     from tradespace.llm import LLM, open
     from tradespace.measure.machine import this_machine
     from tradespace.planner.search import Frontier
+    from tradespace.quantizing import Quantized, quantize
     from tradespace.spec.device import DeviceSpec
     from tradespace.spec.estimate import Estimate
     from tradespace.spec.model import ModelSpec
@@ -37,29 +41,35 @@ __all__ = [
     "DownloadError",
     "EngineError",
     "Estimate",
+    "Evaluation",
     "Frontier",
     "InputError",
     "ModelSpec",
     "Plan",
+    "Quantized",
     "SamplingParams",
     "TradespaceError",
     "UnsupportedError",
     "Workload",
+    "evaluate",
     "models",
     "open",
     "plan",
     "pull",
+    "quantize",
     "this_machine",
     "what_if",
 ]
 
 _HOMES = {
     "tradespace.api": ("models", "plan", "pull", "what_if"),
+    "tradespace.evaluating": ("Evaluation", "evaluate"),
     "tradespace.llm": ("LLM", "open"),
     "tradespace.engine.request": ("Completion", "SamplingParams"),
     "tradespace.errors": ("BudgetError", "CorruptFileError", "DownloadError", "EngineError", "InputError", "TradespaceError", "UnsupportedError"),
     "tradespace.measure.machine": ("this_machine",),
     "tradespace.planner.search": ("Frontier",),
+    "tradespace.quantizing": ("Quantized", "quantize"),
     "tradespace.spec.device": ("DeviceSpec",),
     "tradespace.spec.estimate": ("Estimate",),
     "tradespace.spec.model": ("ModelSpec",),
@@ -77,6 +87,17 @@ def __getattr__(name: str):
     value = getattr(import_module(_HOME_OF[name]), name)
     globals()[name] = value
     return value
+
+
+class _Interface(ModuleType):
+    """This module. A part of the package never takes the place of a public name: `ts.quantize` stays the function, whoever imports tradespace.quantize."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _HOME_OF and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Interface
 
 
 def __dir__() -> list[str]:

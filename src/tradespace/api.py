@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +14,7 @@ from tradespace.loading.packages import PACKAGED
 from tradespace.loading.pull import ModelEntry, find_fetched, is_local, list_models
 from tradespace.loading.pull import pull as _pull
 from tradespace.loading.resolve import ModelFiles, read_json_object, resolve
+from tradespace.loading.safetensors import read_sharded
 from tradespace.measure.machine import this_machine
 from tradespace.planner.search import Frontier, budget_error, plan_frontier
 from tradespace.spec.device import DeviceSpec
@@ -20,6 +22,7 @@ from tradespace.spec.device_zoo import find_device
 from tradespace.spec.families import model_spec_from_config
 from tradespace.spec.gguf_config import model_spec_from_gguf
 from tradespace.spec.model import ModelSpec
+from tradespace.spec.weights import WeightPlan
 from tradespace.spec.what_if import parse_what_if
 from tradespace.spec.what_if import what_if as what_if_spec
 from tradespace.spec.workload import Workload
@@ -44,12 +47,19 @@ def find_spec(model: str | ModelSpec | Path, *, revision: str | None = None, off
     if name in PACKAGED or hub_name is None or (hub_name.gguf_file is None and find_fetched(name, revision=revision) is None):
         try:
             return find_model(name)
-        except InputError:
+        except InputError as error:
             if hub_name is None:
-                raise
+                near = get_close_matches(name[:200], _names_at_hand(), n=3, cutoff=0.5)
+                raise InputError(f"{error}. Near it at hand: {', '.join(near)}" if near else str(error)) from None
     if hub_name.gguf_file is None and find_fetched(name, revision=revision) is None:
         return _config_spec(fetch_config(hub_name, revision=revision, offline=offline), name)
     return spec_of_files(resolve(name, revision=revision, offline=offline, download=False))
+
+
+def _names_at_hand() -> list[str]:
+    """What `models()` lists, and the model files and folders here."""
+    here = [path for path in Path().iterdir() if path.suffix == ".gguf" or (path / "config.json").is_file()]
+    return [*(entry.name for entry in list_models()), *map(str, here)]
 
 
 def _local_spec(path: Path, name: str) -> ModelSpec:
@@ -77,6 +87,25 @@ def spec_of_gguf(file: GGUFFile, name: str) -> ModelSpec:
     """The ModelSpec that a GGUF file's metadata and tensor table state."""
     shapes = {tensor.name: tensor.shape for tensor in file.tensors.values()}
     return model_spec_from_gguf(file.metadata, shapes, name, read_factors=lambda tensor: read_floats(file, tensor))
+
+
+def stored_weights(files: ModelFiles, spec: ModelSpec) -> WeightPlan | None:
+    """The formats that a model's files hold its weights in, where those are quantized; None where they are floats."""
+    if files.kind == "gguf":
+        return _stored_plan(files.weights[0], spec)
+    if not spec.quantization or files.config is None:
+        return None
+    from tradespace.loading.quantized import stored_formats  # knows torch, which planning by name does without
+
+    return stored_formats(files.config, spec, read_sharded(files.folder))
+
+
+def _stored_plan(path: Path, spec: ModelSpec) -> WeightPlan | None:
+    try:
+        from tradespace.loading.stored import stored_plan
+    except ImportError:  # without torch plans are made, not run: the formats stand for what the file holds
+        return None
+    return stored_plan(read_gguf(path), spec)
 
 
 def find_machine(device: str | DeviceSpec | None) -> DeviceSpec:
@@ -107,6 +136,7 @@ def plan(
     goal: Literal["latency", "throughput"] = "latency",
     runnable_only: bool = False,
     pins: Mapping[str, str] | None = None,
+    stored: WeightPlan | None = None,
     revision: str | None = None,
     offline: bool = False,
 ) -> Frontier:
@@ -116,6 +146,7 @@ def plan(
     device_memory  the same for a device, when `memory` is left to mean the host; host_memory: what the host may hold for streamed layers
     device         a name of the zoo ("a100-40gb", "2x h100-80gb"), or None for this machine
     context        tokens a sequence may reach; default: prompt + output, at least 2,048, at most what the model takes
+    stored         how the checkpoint holds its weights, where that is quantized: run as they are, they lose nothing (a local GGUF file states it itself)
     pins           fixes an axis: {"weights": "int4", "kv_store": "bf16", "attention": "sdpa", "layout": "paged"}
 
     Raises InputError for names and numbers that make no sense. A budget that nothing fits is not an error here: `.best` is then None, and `.nearest`
@@ -127,6 +158,8 @@ def plan(
     """
     spec = find_spec(model, revision=revision, offline=offline)
     machine = find_machine(device)
+    if stored is None and not isinstance(model, ModelSpec) and is_local(str(model)) and Path(model).suffix == ".gguf":
+        stored = _stored_plan(Path(model).expanduser(), spec)
     work = workload(spec, context=context, concurrency=concurrency, prompt=prompt, output=output, goal=goal)
     return plan_frontier(
         spec,
@@ -136,6 +169,7 @@ def plan(
         host_memory_bytes=None if host_memory is None else parse_bytes(host_memory),
         runnable_only=runnable_only,
         pins=dict(pins or {}),
+        stored=stored,
     )
 
 

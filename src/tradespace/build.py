@@ -25,15 +25,17 @@ from tradespace.engine.sampler import Sampler, SampleRow
 from tradespace.engine.scheduler import Policy, Scheduler
 from tradespace.engine.step import Step
 from tradespace.errors import BudgetError, UnsupportedError
-from tradespace.formats import DTYPES, DenseWeight, Int8Weight
+from tradespace.formats import DTYPES, Weight
 from tradespace.kernels.attention.dispatch import Choice, resolve_kernels
 from tradespace.kernels.view import Span, StepBatch, positions_of
 from tradespace.kv.cache import KVCache
 from tradespace.loading.gguf import read_gguf
+from tradespace.loading.quantized import load_quantized
 from tradespace.loading.resolve import ModelFiles
 from tradespace.loading.safetensors import read_sharded
 from tradespace.loading.tokenizer import Tokenizer
 from tradespace.loading.weights import load_weights
+from tradespace.model.recorded import Recorded
 from tradespace.model.transformer import Transformer
 from tradespace.quantize.rtn import fill_rtn
 from tradespace.spec.buckets import buckets_up_to
@@ -86,39 +88,56 @@ def build_engine(
     Raises UnsupportedError for a plan with parts that nothing implements, BudgetError (need, have, remedy) where the measured process leaves too little.
     """
     check_runs(plan, spec)
-    if spec.quantization and files.kind == "safetensors":
-        stored = f"{spec.name} is stored as {spec.quantization}, which this version plans but does not read"
-        raise UnsupportedError(f"{stored}. Use the model's bf16 weights, or a GGUF file")
     threads = plan.threads or device.cores or 1
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
     measured: dict[str, int] = {}
     peak_bytes("start")
     kernels = resolve_kernels(spec, plan.attention, DTYPES[plan.weights.dense], "cpu")
-    transformer = Transformer(spec, plan.weights, attention=plan.attention, linear=plan.linear, max_context=plan.max_context, device="cpu")
-    source = read_gguf(files.weights[0]) if files.kind == "gguf" else read_sharded(files.folder)
-    load_weights(transformer, source, spec, fill=fill_rtn, staging_bytes=STAGING_BYTES, progress=on_load)
-    del source
+    transformer = Transformer(
+        spec, plan.weights, attention=plan.attention, linear=plan.linear, activations=plan.activations, max_context=plan.max_context, device="cpu"
+    )
+    notes = list(_load(transformer, files, spec, on_load))
     after_load = now_bytes()
     measured["weights"] = sum(weight_bytes(transformer).values())
     measured["staging"] = max(0, peak_bytes("loading") - after_load)
 
     sampler = Sampler(num_tokens=min(tokenizer.vocab_size, spec.V))
+    model = Recorded(transformer, step_tokens=plan.step_tokens, logit_rows=plan.logit_rows, threads=threads) if plan.linear == "native" else transformer
     with _rehearsal_cache(spec, plan) as cache:
-        compile_products(transformer, plan)
-        measured["engine tensors"] = transformer.rope_nbytes + rehearse(transformer, cache, sampler, plan)
+        if isinstance(model, Recorded):
+            model.record(cache)
+        else:
+            compile_products(transformer, plan)
+        measured["engine tensors"] = transformer.rope_nbytes + rehearse(model, cache, sampler, plan)
         rehearsal_peak = max(peak_bytes("rehearsal") - cache.nbytes, after_load)
+        if isinstance(model, Recorded):
+            model.forget()
     del cache
     now_bytes()
     measured["workspace"] = rehearsal_peak - after_load
 
-    notes = [f"layer {index}: {choice.kernel} instead of {plan.attention}: {choice.reason}" for index, choice in enumerate(kernels) if choice.reason]
+    notes += [f"layer {index}: {choice.kernel} instead of {plan.attention}: {choice.reason}" for index, choice in enumerate(kernels) if choice.reason]
     plan = fit_cache(spec, plan, left_bytes=plan.memory_bytes - rehearsal_peak - RESERVE_BYTES, notes=notes)
     cache = _cache(spec, plan, plan.num_blocks)
     measured["kv cache"] = cache.nbytes
+    if isinstance(model, Recorded):
+        model.record(cache)
     peak_bytes("build")
-    engine = Engine(Runner(transformer, cache, plan), Scheduler.from_plan(plan, policy=scheduling), sampler, tokenizer, on_step=on_step)
+    engine = Engine(Runner(model, cache, plan), Scheduler.from_plan(plan, policy=scheduling), sampler, tokenizer, on_step=on_step)
     return Built(engine, tokenizer, transformer, cache, spec, plan, kernels, measured, notes)
+
+
+def _load(transformer: Transformer, files: ModelFiles, spec: ModelSpec, on_load: Callable[[int, int], None] | None) -> tuple[str, ...]:
+    """Fills the model from its files; notes on what is not held as it was stored."""
+    if files.kind == "gguf":
+        load_weights(transformer, read_gguf(files.weights[0]), spec, fill=fill_rtn, staging_bytes=STAGING_BYTES, progress=on_load)
+        return ()
+    source = read_sharded(files.folder)
+    if spec.quantization and files.config is not None:
+        return load_quantized(transformer, source, spec, config=files.config, fill=fill_rtn, staging_bytes=STAGING_BYTES, progress=on_load)
+    load_weights(transformer, source, spec, fill=fill_rtn, staging_bytes=STAGING_BYTES, progress=on_load)
+    return ()
 
 
 def check_runs(plan: Plan, spec: ModelSpec) -> None:
@@ -135,7 +154,7 @@ def weight_bytes(transformer: Transformer) -> dict[str, int]:
         stem, kind = tensor.name.rsplit(".", 1)
         module = transformer.get_submodule(stem)
         # a format's module counts its codes and scales itself; norms and biases are plain tensors
-        held = module if kind == "weight" and isinstance(module, DenseWeight | Int8Weight) else module.get_parameter(kind)
+        held = module if kind == "weight" and isinstance(module, Weight) else module.get_parameter(kind)
         found[tensor.role] = found.get(tensor.role, 0) + held.nbytes
     return found
 
@@ -145,7 +164,8 @@ def _block_size(plan: Plan) -> int:
 
 
 def _cache(spec: ModelSpec, plan: Plan, num_blocks: int) -> KVCache:
-    return KVCache(spec, plan.kv, num_blocks=num_blocks, block_size=_block_size(plan), dtype=DTYPES[plan.weights.dense], device="cpu")
+    order = "tiles" if plan.linear == "native" else "slots"
+    return KVCache(spec, plan.kv, num_blocks=num_blocks, block_size=_block_size(plan), dtype=DTYPES[plan.weights.dense], device="cpu", order=order)
 
 
 @contextmanager
@@ -160,9 +180,9 @@ def compile_products(transformer: Transformer, plan: Plan) -> None:
     head = transformer.embed if transformer.spec.tied else transformer.lm_head
     weights = {}
     for module in transformer.layers.modules():
-        if isinstance(module, DenseWeight | Int8Weight):
-            weights[type(module), module.rows_RC.shape] = (module, plan.step_tokens)
-    if isinstance(head, DenseWeight | Int8Weight):
+        if isinstance(module, Weight):
+            weights[module.format_name, module.shape] = (module, plan.step_tokens)
+    if isinstance(head, Weight):
         weights["head"] = (head, min(plan.max_sequences, plan.step_tokens))
     for module, most_rows in weights.values():
         if len(module.shape) == 2:
@@ -171,7 +191,7 @@ def compile_products(transformer: Transformer, plan: Plan) -> None:
 
 
 @torch.inference_mode()
-def rehearse(transformer: Transformer, cache: KVCache, sampler: Sampler, plan: Plan) -> int:
+def rehearse(model: Transformer | Recorded, cache: KVCache, sampler: Sampler, plan: Plan) -> int:
     """Runs the largest steps that the plan allows: a full prefill chunk at the end of the longest context, and a decode step of every sequence there.
 
     Returns the bytes of the steps' own tensors (ids, positions, slots, block tables), each at its largest.
@@ -180,19 +200,20 @@ def rehearse(transformer: Transformer, cache: KVCache, sampler: Sampler, plan: P
     last = cache.num_blocks - 1
     # descending, so that the table is not one run of consecutive blocks and the gather is rehearsed, too
     table = tuple((last - index) % (last + 1) for index in range(-(-plan.max_context // size)))
-    chunk = min(plan.step_tokens, plan.max_context)
     sequences = min(plan.max_sequences, plan.step_tokens)
     drawn = SamplingParams(temperature=1.0, top_k=50, top_p=0.95, seed=0)
     request = Request(id="rehearsal", prompt_ids=(0,) * max(1, plan.max_context - 1), params=drawn)
     largest = [0] * 6
-    for spans in ([Span(0, chunk, plan.max_context, table)], [Span(row, 1, plan.max_context, table) for row in range(sequences)]):
+    starts = range(0, plan.step_tokens, plan.max_context)  # a step may be larger than a context: then several sequences fill it
+    prefill = [Span(start, min(plan.max_context, plan.step_tokens - start), plan.max_context, table) for start in starts]
+    for spans in (prefill, [Span(row, 1, plan.max_context, table) for row in range(sequences)]):
         batch = StepBatch.from_spans(spans, block_size=size)
         tokens_T, positions_T = torch.zeros(batch.num_tokens, dtype=torch.int64), positions_of(spans)
         held = (tokens_T, positions_T, batch.query_starts_B1, batch.lengths_B, batch.block_tables_BM, batch.slots_T)
         largest = [max(size, tensor.nbytes) for size, tensor in zip(largest, held, strict=True)]
-        hidden_TD = transformer(tokens_T, positions_T, batch, cache)
+        hidden_TD = model.forward(tokens_T, positions_T, batch, cache)
         rows = torch.arange(min(sequences, batch.num_tokens))
-        sampler.sample(transformer.logits(hidden_TD, rows), [SampleRow(request, ())] * len(rows))
+        sampler.sample(model.logits(hidden_TD, rows), [SampleRow(request, ())] * len(rows))
     return sum(largest)
 
 

@@ -4,92 +4,36 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from tradespace import api
-from tradespace.build import STAGING_BYTES, Built, build_engine, check_runs, weight_bytes
-from tradespace.cost.memory import Ledger, ledger
+from tradespace.build import STAGING_BYTES, Built, build_engine, weight_bytes
+from tradespace.choosing import check_plan, choose_plan, read_plan
+from tradespace.cost.memory import Ledger, ledger, measurable_lines
 from tradespace.cost.time import decode_time, prefill_time
+from tradespace.defaults import Defaults
 from tradespace.engine.engine import Engine, Prompt, TextStream
 from tradespace.engine.request import Completion, SamplingParams
 from tradespace.engine.scheduler import Policy
-from tradespace.engine.step import Step
-from tradespace.errors import BudgetError, InputError, UnsupportedError
+from tradespace.errors import BudgetError, InputError
 from tradespace.formats import DTYPES
-from tradespace.loading.gguf import read_gguf
-from tradespace.loading.resolve import ModelFiles, resolve
+from tradespace.kernels.native import is_compiled, unavailable
+from tradespace.loading.resolve import resolve
 from tradespace.loading.tokenizer import Tokenizer
 from tradespace.measure.memory import MemoryMeter, limit_heap_growth, peak_rss_bytes, process_bytes, return_freed_memory
 from tradespace.measure.report import Report, ReportLine
 from tradespace.model.transformer import Transformer
+from tradespace.progress import StepClock, loading_bar
 from tradespace.spec.device import DeviceSpec
-from tradespace.spec.device_zoo import DEVICES
 from tradespace.spec.estimate import Estimate
 from tradespace.spec.model import ModelSpec
-from tradespace.spec.plan import Plan, plan_from_dict
+from tradespace.spec.plan import Plan
 from tradespace.spec.workload import Workload
 from tradespace.units import format_bytes
 
 Messages = Sequence[Mapping[str, str]]
-MAX_PLAN_BYTES = 1 << 20
-
-
-@dataclass(frozen=True)
-class Defaults:
-    """What the model's own generation_config (or GGUF metadata) asks for; a caller's value always wins. Without one: greedy."""
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-
-    @classmethod
-    def of(cls, files: ModelFiles) -> Defaults:
-        if files.kind == "gguf":
-            metadata = read_gguf(files.weights[0]).metadata
-            stated = {name: metadata.get(f"general.sampling.{key}") for name, key in (("temperature", "temp"), ("top_k", "top_k"), ("top_p", "top_p"))}
-        else:
-            stated = dict(files.generation_config or {})
-            if not stated.get("do_sample", False):  # as transformers reads it: without do_sample the rest does not apply
-                stated = {name: value for name, value in stated.items() if name == "repetition_penalty"}
-            elif stated.get("temperature") is None:
-                stated["temperature"] = 1.0
-        found = cls()
-        for name, value in stated.items():
-            if name in cls.__dataclass_fields__ and isinstance(value, int | float) and not isinstance(value, bool):
-                found = replace(found, **{name: type(getattr(found, name))(value)})
-        return found
-
-
-@dataclass
-class StepClock:
-    """Seconds and tokens of the steps of one generation: those that only decode, and those that hold part of a prompt."""
-
-    decode_tokens: int = 0
-    decode_s: float = 0.0
-    prefill_tokens: int = 0
-    prefill_s: float = 0.0
-
-    def take(self, step: Step, seconds: float) -> None:
-        if all(item.num_tokens == 1 and item.start >= item.request.num_prompt for item in step.sequences):
-            self.decode_tokens += step.num_tokens
-            self.decode_s += seconds
-        else:
-            self.prefill_tokens += step.num_tokens
-            self.prefill_s += seconds
-
-    @property
-    def decode_tokens_per_s(self) -> float | None:
-        return self.decode_tokens / self.decode_s if self.decode_s else None
-
-    @property
-    def prefill_tokens_per_s(self) -> float | None:
-        return self.prefill_tokens / self.prefill_s if self.prefill_s else None
 
 
 class LLM:
@@ -205,7 +149,7 @@ class LLM:
         peak = self._meter.peak_bytes
         measured: dict[str, float] = {**self._measured_bytes, **built.measured_bytes}
         measured["heap"] = max(0, peak - sum(size for name, size in measured.items() if name != "staging"))  # staging is gone before the peak
-        lines = [ReportLine(name, predicted, measured.get(name), "bytes", formula) for name, predicted, formula in grouped(self._predicted)]
+        lines = [ReportLine(name, predicted, measured.get(name), "bytes", formula) for name, predicted, formula in measurable_lines(self._predicted)]
         assert all(line.measured is not None for line in lines), f"a ledger line nobody measured: {[line.name for line in lines if line.measured is None]}"
         pool = self._predicted.compute_pool
         how = f"sampled {self._meter.method} of the process tree"
@@ -253,22 +197,6 @@ class LLM:
         self.close()
 
 
-def grouped(predicted: Ledger) -> Iterator[tuple[str, Estimate, str]]:
-    """The ledger's lines as a run can measure them: (name, bytes, formula). All weights are one line, and so is what a step holds at its worst moment."""
-    pool = predicted.compute_pool
-    weights = [line for line in predicted.lines if line.name.startswith("weights")]
-    step = [line for line in predicted.lines if line.phase in ("layers", "head") or (line.phase == "running" and line.name != "kv cache")]
-    for line in predicted.lines:
-        if line in weights:
-            if line is weights[0]:
-                yield "weights", Estimate(sum(part.bytes.require() for part in weights), line.bytes.source), "codes, scales and norms of all tensors"
-        elif line not in step:
-            yield line.name, line.bytes, line.formula
-    total = predicted.total_bytes(pool).require()
-    at_worst = total - predicted.phase_bytes(pool, "always") - predicted.line("kv cache").bytes.require()
-    yield "workspace", Estimate(at_worst, step[0].bytes.source), "worst moment of the largest step: " + ", ".join(line.name for line in step)
-
-
 def open(
     model: str | Path,
     *,
@@ -279,6 +207,7 @@ def open(
     goal: str = "latency",
     weights: str | None = None,
     attention: str | None = None,
+    activations: str | None = None,
     scheduling: Policy = "continuous",
     revision: str | None = None,
     offline: bool = False,
@@ -291,17 +220,26 @@ def open(
     plan         a Plan, or the file that `tradespace plan --save` wrote
     context      most tokens of one sequence; default min(the model's, 2,048)
     concurrency  sequences that the cache is sized for; more wait in the queue
-    weights, attention  fix these choices of the planner
+    weights, attention, activations  fix these choices of the planner; weights "stored" runs a GGUF file's blocks as they are, activations "fp32" asks the
+                 native kernels for exact products
     say          receives one line per decision (the default is silent); progress shows bars on a terminal
 
     Raises BudgetError (need, have, and the nearest plan that fits) where the budget cannot be met, InputError for a model or flag that makes no sense.
     """
-    # the first run on a machine measures it, in processes of their own that end before the budget begins to count
+    # the first run on a machine measures it and compiles the kernels, in processes of their own that end before the budget begins to count
     device = api.find_machine(None)
+    if not device.no_native:
+        if not is_compiled():
+            say("compiling the CPU kernels for this machine, once (about twenty seconds)")
+        if reason := unavailable():
+            device = replace(device, no_native=reason)
+            say(f"note: {reason}; torch's kernels run instead")
     limit_heap_growth()
     meter = MemoryMeter().__enter__()
     try:
-        return _open(meter, device, str(model), memory, plan, context, concurrency, goal, weights, attention, scheduling, revision, offline, progress, say)
+        return _open(
+            meter, device, str(model), memory, plan, context, concurrency, goal, weights, attention, activations, scheduling, revision, offline, progress, say
+        )
     except BaseException:
         meter.__exit__(*sys.exc_info())
         raise
@@ -318,6 +256,7 @@ def _open(
     goal: str,
     weights: str | None,
     attention: str | None,
+    activations: str | None,
     scheduling: Policy,
     revision: str | None,
     offline: bool,
@@ -334,9 +273,9 @@ def _open(
     files = resolve(model, revision=revision, offline=offline, progress=progress)
     spec = api.spec_of_files(files)
     if chosen is None:
-        chosen = choose_plan(spec, device, budget, context, concurrency, goal, weights, attention)
+        chosen = choose_plan(spec, device, budget, context, concurrency, goal, weights, attention, activations, stored=api.stored_weights(files, spec))
     else:
-        check_plan(chosen, spec, {"context": context, "weights": weights, "attention": attention})
+        check_plan(chosen, spec, {"context": context, "weights": weights, "attention": attention, "activations": activations})
     chosen = replace(chosen, memory_bytes=budget)
     predicted = ledger(spec, chosen, device, staging_bytes=STAGING_BYTES)
     need = round(predicted.total_bytes().require())
@@ -367,56 +306,6 @@ def settled_bytes() -> int:
     return process_bytes()
 
 
-def choose_plan(
-    spec: ModelSpec, device: DeviceSpec, budget: int, context: int | None, concurrency: int, goal: str, weights: str | None, attention: str | None
-) -> Plan:
-    """The planner's best plan that runs; BudgetError with the nearest one where nothing fits."""
-    pins = {axis: value for axis, value in (("weights", weights), ("attention", attention)) if value}
-    frontier = api.plan(
-        spec,
-        memory=budget,
-        device=device,
-        context=min(2048, spec.max_context) if context is None else context,
-        concurrency=concurrency,
-        goal="throughput" if goal == "throughput" else "latency",
-        runnable_only=True,
-        pins=pins,
-    )
-    if frontier.best is None:
-        raise api.no_plan(frontier)
-    return frontier.best.plan
-
-
-def read_plan(plan: Plan | str | Path) -> Plan:
-    """A Plan as it is, or out of the YAML file that `tradespace plan --save` wrote. Raises InputError naming what is wrong."""
-    if isinstance(plan, Plan):
-        return plan
-    path = Path(plan)
-    try:
-        if path.stat().st_size > MAX_PLAN_BYTES:
-            raise InputError(f"{path} is {format_bytes(path.stat().st_size)}; a plan has at most {format_bytes(MAX_PLAN_BYTES)}. Is it another file?")
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read the plan {path}: {error.strerror}. Write one with: tradespace plan MODEL --save {path}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
-    return plan_from_dict(values)
-
-
-def check_plan(plan: Plan, spec: ModelSpec, flags: Mapping[str, object]) -> None:
-    """Whether a plan from outside can be obeyed to the letter here. Raises InputError for a flag that contradicts it, UnsupportedError for what cannot run."""
-    stated = [name for name, value in flags.items() if value is not None]
-    if stated:
-        raise InputError(
-            f"--plan is obeyed to the letter, and it states its own {', '.join(stated)}. Leave --{' and --'.join(stated)} away, or change the plan"
-        )
-    if plan.device in DEVICES and DEVICES[plan.device].kind != "cpu":
-        raise UnsupportedError(f"this plan is for {plan.device}; this version runs on the CPU alone. Plan without --device: tradespace plan {spec.name}")
-    check_runs(plan, spec)
-    if plan.max_context > spec.max_context:
-        raise InputError(f"plan: max_context {plan.max_context} exceeds the {spec.max_context} tokens that {spec.name} was made for")
-
-
 def warm_runtime(dtype) -> None:
     """One tiny product and one tiny attention: what the libraries set up on first use is then counted as theirs and not as the model's."""
     import torch
@@ -429,27 +318,4 @@ def warm_runtime(dtype) -> None:
         torch.nn.functional.silu(rows).float().softmax(-1).topk(4)
 
 
-class loading_bar:
-    """A progress bar of the bytes loaded, on standard error, where that is a terminal."""
-
-    def __init__(self, *, show: bool):
-        self.show = show and sys.stderr.isatty()
-
-    def __enter__(self) -> Callable[[int, int], None]:
-        if not self.show:
-            return lambda done, total: None
-        from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (TextColumn("loading"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
-        self.bar = Progress(*columns, console=Console(stderr=True), transient=True)
-        self.bar.__enter__()
-        self.task = self.bar.add_task("loading", total=None)
-        return lambda done, total: self.bar.update(self.task, completed=done, total=total)
-
-    def __exit__(self, *details: object) -> None:
-        if self.show:
-            self.bar.__exit__(None, None, None)
-
-
-__all__ = ["LLM", "Defaults", "Estimate", "choose_plan", "open", "read_plan"]
+__all__ = ["LLM", "open"]

@@ -1,14 +1,20 @@
 """A technique has two homes, a spec entry and an implementation; what the spec says runs is there, and what it does not say is not."""
 
+from dataclasses import replace
+
+import torch
+
 from tradespace.formats import FORMATS as HELD
 from tradespace.kernels.attention import KERNELS as ATTENDS
+from tradespace.kernels.attention import supports
 from tradespace.kernels.linear import LINEAR
 from tradespace.kv.cache import LAYOUTS, RETAIN
 from tradespace.kv.cache import STORES as STORED
-from tradespace.spec.attention import KERNELS
+from tradespace.spec.attention import KERNELS, refusal
+from tradespace.spec.formats import FORMATS
 from tradespace.spec.kv import STORES, KVPlan, Retain
+from tradespace.spec.mixers import Attention
 from tradespace.spec.plan import LINEAR_KERNELS
-from tradespace.spec.weights import FORMATS
 
 
 def runs(entries) -> set[str]:
@@ -27,10 +33,20 @@ def test_cache_axes():
 
 def test_attention_and_linear_kernels():
     assert set(ATTENDS) == runs(KERNELS)
-    assert set(LINEAR) == set(LINEAR_KERNELS)
+    # the native product belongs to its packed weights (formats.native)
+    assert set(LINEAR) | {"native"} == set(LINEAR_KERNELS)
+
+
+def test_planner_and_kernels_refuse_the_same_layers():
+    """The planner prices a kernel for a layer if and only if the kernel takes it (on a CPU, in fp32)."""
+    plain = Attention(N=4, K=2, H=16)
+    mixers = [plain, replace(plain, logit_softcap=30.0), replace(plain, sinks=True), replace(plain, alibi=True), replace(plain, window=8)]
+    for kernel in ATTENDS:
+        for mixer in mixers:
+            assert (refusal(kernel, mixer) is None) == (supports(kernel, mixer, torch.float32) is None), (kernel, mixer)
 
 
 def test_something_is_priced_that_does_not_run_yet():
-    """The check above would say nothing if every entry ran or none did."""
-    assert 0 < len(runs(FORMATS)) < len(FORMATS)
+    """The check above would say nothing if every entry ran or none did. (Of the weight formats every one does.)"""
+    assert len(runs(FORMATS)) == len(FORMATS) > 40
     assert 0 < len(runs(STORES)) < len(STORES)

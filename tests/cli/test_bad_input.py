@@ -275,7 +275,7 @@ def test_a_prompt_over_the_context(run, folder):
         (("--seed", str(2**70)), ("seed",)),
         (("--stop", ""), ("stop",)),
         (("--weights", "int5"), ("int5", "int8")),
-        (("--weights", "int4"), ("int4", "cannot run yet")),
+        (("--weights", "int5"), ("unknown weight format", "int5")),
         (("--attention", "flash"), ("flash", "CUDA")),
         (("--plan", "no-such.yaml"), ("no-such.yaml", "--save")),
     ],

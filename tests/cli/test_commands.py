@@ -137,7 +137,7 @@ def test_that_error_as_json_is_one_document(cli):
 
 
 def test_save_writes_a_plan_that_reads_back(cli, tmp_path):
-    from tradespace.llm import read_plan
+    from tradespace.choosing import read_plan
 
     path = tmp_path / "plan.yaml"
     done = cli("plan", "gpt-2", "--memory", "16GB", "--device", "rtx-4090", "--save", path)
@@ -145,6 +145,23 @@ def test_save_writes_a_plan_that_reads_back(cli, tmp_path):
     assert str(path) in done.out.replace("\n", "")
     assert read_plan(path).device == "rtx-4090"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_unknown_names_suggest_what_is_at_hand(cli, folder, monkeypatch):
+    cli("plan", "smolm2-135", "--memory", "1GiB", "--device", "rtx-4090").failed(2, "smollm2-135m")
+    monkeypatch.chdir(folder.parent)
+    cli("plan", f"{folder.name}x", "--memory", "1GiB", "--device", "rtx-4090").failed(2, folder.name)
+    cli("run", f"{folder.name}x", "why", "--memory", "1GiB").failed(2, f"Did you mean {folder.name}?")
+
+
+def test_one_need_everywhere(cli):
+    """The error, the document and the rejections name one least budget: what the engine leaves free is in it."""
+    done = cli("plan", "gpt-2", "--memory", "20MiB", "--device", "xeon-platinum-8480", "--json")
+    if done.code == 2:  # no such processor in the zoo: any other will do
+        done = cli("plan", "gpt-2", "--memory", "20MiB", "--json")
+    done.failed(3, "needs at least")
+    needs = [row["need_bytes"] for row in done.json["why_not"] if row["family"].startswith("weights ") and row["need_bytes"]]
+    assert min(needs) == done.json["need_bytes"]
 
 
 def test_save_to_a_folder_or_an_unwritable_path(cli, tmp_path):

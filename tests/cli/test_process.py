@@ -80,7 +80,23 @@ def test_ctrl_c_at_any_moment(folder, environment, at, after_s):
     code, _, err = interrupted(command, environment, at, after_s)
     assert code == 130, err
     assert "Traceback" not in err
+    assert err.rstrip().endswith("interrupted")
     assert (sorted(folder.iterdir()), sorted(Path(environment["TRADESPACE_HOME"]).rglob("*"))) == before
+
+
+@pytest.mark.parametrize("after_s", [0.1, 0.2, 0.4, 0.8])
+def test_ctrl_c_while_the_program_itself_loads(environment, after_s):
+    """Not within the interpreter's own start, which answers by itself."""
+    child = subprocess.Popen(
+        [sys.executable, "-c", "import sys; print('up', flush=True); sys.argv[0] = 'tradespace'; from tradespace.__main__ import main; main()",
+         "plan", "llama-2-70b", "--memory", "1MiB", "--device", "a100-40gb"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment,
+    )  # fmt: skip
+    assert child.stdout and child.stdout.readline() == b"up\n"
+    time.sleep(after_s)
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=60)
+    assert (child.returncode, err.decode().strip()) == (130, "interrupted")
 
 
 def test_ctrl_c_while_many_prompts_are_answered(folder, environment):

@@ -169,6 +169,7 @@ def test_a_saved_plan_is_obeyed(cli, folder, saved):
         ({"attention": "flesh"}, ("flesh", "sdpa")),
         ({"linear": "fast"}, ("fast", "torch")),
         ({"device": "rtx-4090"}, ("rtx-4090", "cpu")),
+        ({"device": "banana"}, ("banana", "cpu")),
         ({"kv_tokens": 17}, ("kv_tokens", "17")),
         ({"kv": {"block_size": 0}}, ("block size 0",)),
         ({"step_tokens": -4}, ("step_tokens",)),
@@ -193,7 +194,6 @@ def test_a_plan_file_that_is_no_plan(cli, folder, tmp_path, text):
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
-        ({"weights": {"default": "int4"}}, "int4"),
         ({"kv": {"store": "int4"}}, "int4"),
         ({"attention": "flash"}, "flash"),
         ({"placement": {"streamed_layers": 1}}, "streamed"),

@@ -45,7 +45,8 @@ def test_sdpa_declares_what_it_cannot_do(mixer, word):
 def test_when_nothing_fits_every_reason_is_listed():
     with pytest.raises(UnsupportedError) as caught:
         choose("sdpa", Attention(N=4, K=2, H=16, alibi=True), torch.float32)
-    assert all(name in str(caught.value) for name in KERNELS)
+    # the native kernel comes with its own weights and cache: it stands in for nobody
+    assert all(name in str(caught.value) for name in KERNELS if name != "native")
 
 
 def test_a_kernel_that_nobody_wrote_is_never_replaced():

@@ -14,7 +14,8 @@ import pytest
 
 import tradespace as ts
 from cli.tiny_model import ROOMY, make_home, make_tokenizer, oracle, save_folder
-from tradespace.llm import LLM, Defaults
+from tradespace.defaults import Defaults
+from tradespace.llm import LLM
 from tradespace.loading.resolve import resolve
 
 PROMPTS = ["why is the sky blue?", "a", "the plan is made. " * 12, "0123456789 und Größe ✓"]
@@ -233,8 +234,8 @@ def test_a_plan_object_is_obeyed(home, folder):
     with ts.open(folder, plan=best.plan) as opened:
         assert opened.plan.memory_bytes == best.plan.memory_bytes
         assert dataclasses.replace(opened.plan, threads=best.plan.threads) == best.plan
-    with pytest.raises(ts.UnsupportedError, match="cannot run yet: weight format int4"):
-        ts.open(folder, plan=dataclasses.replace(best.plan, weights=dataclasses.replace(best.plan.weights, default="int4")))
+    with pytest.raises(ts.UnsupportedError, match="cannot run yet: KV store int8"):
+        ts.open(folder, plan=dataclasses.replace(best.plan, kv=dataclasses.replace(best.plan.kv, store="int8")))
     with pytest.raises(ts.InputError, match="exceeds the 8192"):
         ts.open(folder, plan=dataclasses.replace(best.plan, max_context=16384))
     with pytest.raises(ts.InputError, match="obeyed to the letter"):
@@ -242,8 +243,8 @@ def test_a_plan_object_is_obeyed(home, folder):
 
 
 def test_what_runs_is_not_confused_with_what_fits(home, folder):
-    with pytest.raises(ts.UnsupportedError, match="cannot run yet: weight format int4"):
-        ts.open(folder, memory=ROOMY, weights="int4")
+    with pytest.raises(ts.InputError, match="flash is a kernel for CUDA devices"):
+        ts.open(folder, memory=ROOMY, attention="flash")
 
 
 def test_say_gets_the_budget_first(home, folder):

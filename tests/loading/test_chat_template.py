@@ -1,11 +1,13 @@
 """Chat templates against transformers' own rendering, and templates that are hostile, broken or boundless."""
 
+import time
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tradespace.errors import InputError
-from tradespace.loading import chat_template
+from tradespace.loading import template_sandbox
 from tradespace.loading.chat_template import render_chat
 
 # written for these tests in the manner of each family: what its published template does, by our own hand
@@ -196,9 +198,47 @@ def test_hostile_templates_get_nowhere(template):
     ],
 )
 def test_boundless_templates_are_stopped(template, monkeypatch):
-    monkeypatch.setattr(chat_template, "MAX_OUTPUT_CHARS", 1_000_000)
+    monkeypatch.setattr(template_sandbox, "MAX_CHARS", 1_000_000)
     with pytest.raises(InputError):
         render_chat(template, [{"role": "user", "content": "hi"}])
+
+
+NESTED = "{% for a in messages[0].content %}" * 9 + "x" + "{% endfor %}" * 9
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        NESTED,
+        "{% for i in range(3000) %}{% for j in range(3000) %}{% endfor %}{% endfor %}",
+        "{% set l = [1] * 1000 %}{% for a in l %}{% for b in l %}{% for c in l %}{% endfor %}{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(40) }}",
+        "{% for item in messages recursive %}{{ loop(messages) }}{{ loop(messages) }}{% endfor %}",
+        "{% set ns = namespace(s='ab') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
+        "{% set ns = namespace(s='ab') %}{% for i in range(60) %}{% set ns.s = ns.s | replace('a', ns.s) %}{% endfor %}",
+        "{% set ns = namespace(s='ab') %}{% for i in range(60) %}{% set ns.s = ns.s.replace('a', ns.s) %}{% endfor %}",
+        "{% set ns = namespace(s='ab') %}{% for i in range(60) %}{% set ns.s = ns.s.join(ns.s) %}{% endfor %}",
+        "{% set ns = namespace(s='ab') %}{% for i in range(60) %}{% set ns.s = [ns.s, ns.s] | join %}{% endfor %}",
+        "{% set ns = namespace(n=9) %}{% for i in range(60) %}{% set ns.n = ns.n * ns.n %}{% endfor %}{{ ns.n }}",
+        "{% set x %}{% for i in range(900000) %}" + "y" * 1000 + "{% endfor %}{% endset %}{{ x | length }}",
+        "{% set x = 'a' * 60000000 %}{% for i in range(900000) %}{% if 'b' in x %}{% endif %}{% endfor %}",
+        "{% set x = 'a' * 60000000 %}" + "{% if 'b' in x %}{% endif %}" * 4500,
+        "{% set x = 'a' * 6000000 %}{% for i in range(900000) %}{{ x[1:] | length }}{% endfor %}",
+        "{{ range(199999) | list | sort | unique | list | length }}" * 200,
+    ],
+)
+def test_templates_that_would_not_end_are_stopped_within_two_seconds(template):
+    start_s = time.thread_time()
+    with pytest.raises(InputError, match=r"was stopped|RecursionError|recursion"):
+        render_chat(template, [{"role": "user", "content": "0123456789"}])
+    assert time.thread_time() - start_s < 2
+
+
+def test_long_conversations_are_left_alone():
+    messages = [{"role": "user" if turn % 2 == 0 else "assistant", "content": "word " * 4000} for turn in range(400)]  # 8 MB of text
+    for template in (CHATML, LLAMA3, QWEN):
+        ours = render_chat(template, messages, add_generation_prompt=False, special_tokens={"bos_token": "<bos>"})
+        assert ours == by_transformers(template, messages)
 
 
 def test_ordinary_arithmetic_and_formats_are_left_alone():
@@ -210,7 +250,7 @@ def test_ordinary_arithmetic_and_formats_are_left_alone():
 
 
 def test_output_has_a_limit(monkeypatch):
-    monkeypatch.setattr(chat_template, "MAX_OUTPUT_CHARS", 100)
+    monkeypatch.setattr(template_sandbox, "MAX_CHARS", 100)
     with pytest.raises(InputError, match="more than 100 characters"):
         render_chat("{% for i in range(1000) %}ab{{ i }}{% endfor %}", [{"role": "user"}])
     with pytest.raises(InputError, match="at most"):

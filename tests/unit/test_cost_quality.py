@@ -1,11 +1,27 @@
 """Loss: exact is exact, figures name their source, and what nobody measured is unknown."""
 
+from pathlib import Path
+
 import pytest
 
-from tradespace.cost.quality import FIGURES, NEAREST, REFERENCE_TEXT, Figure, combine, find_figure, kv_quality, quality, weight_quality
+from tradespace.cost.quality import (
+    CITED,
+    FIGURES,
+    MEASURED,
+    MEASURED_FILE,
+    NEAREST,
+    REFERENCE_TEXT,
+    Figure,
+    combine,
+    find_figure,
+    kv_quality,
+    quality,
+    weight_quality,
+)
 from tradespace.spec.estimate import Estimate
+from tradespace.spec.formats import FORMATS
 from tradespace.spec.kv import STORES, KVPlan, Retain
-from tradespace.spec.weights import FORMATS, WeightPlan
+from tradespace.spec.weights import WeightPlan
 from tradespace.spec.zoo import find_model
 from unit.cost_examples import tiny_model, tiny_plan
 
@@ -18,8 +34,10 @@ def test_exact_choices_lose_nothing():
 
 def test_fp16_is_exact_only_for_what_was_stored_so():
     stored = find_model("llama-2-7b")
-    assert weight_quality(stored, "fp16").value == (0.0 if stored.stored_dtype in ("fp16", "float16") else 0.00002515)
-    assert weight_quality(tiny_model(), "fp16").value == 0.00002515
+    figure = find_figure("weights", "fp16", stored)
+    assert figure is not None
+    assert weight_quality(stored, "fp16").value == (0.0 if stored.stored_dtype in ("fp16", "float16") else figure.kl_nats)
+    assert (weight_quality(tiny_model(), "fp16").value or 0) > 0
 
 
 def test_unknown_is_never_zero():
@@ -38,7 +56,7 @@ def test_figures_are_cited_in_full():
         assert figure.model in figure.label and figure.text in figure.label and figure.date in figure.label
         assert figure.choice in (FORMATS if figure.kind == "weights" else STORES)
     for kind, choice in NEAREST:
-        assert find_figure(kind, choice, tiny_model()) is None, "a figure makes the hint moot"
+        assert find_figure(kind, choice, tiny_model(), CITED) is None, "a figure makes the hint moot"
 
 
 def test_the_nearest_model_speaks():
@@ -66,7 +84,9 @@ def test_a_narrower_exception_counts():
     wide = tiny_plan(weights=WeightPlan(default="int8", exceptions={"embed": "bf16"}))
     narrow = tiny_plan(weights=WeightPlan(default="int8", exceptions={"down": "int4"}))
     assert quality(tiny_model(), wide).known
-    assert not quality(tiny_model(), narrow).known
+    wide_loss, narrow_loss, cache_loss = weight_quality(tiny_model(), "int8"), weight_quality(tiny_model(), "int4"), kv_quality(tiny_model(), "bf16", "bf16")
+    assert quality(tiny_model(), narrow) == combine([wide_loss, narrow_loss, cache_loss])
+    assert quality(tiny_model(), narrow) != quality(tiny_model(), wide)
 
 
 def test_forgetting_is_exact_only_behind_the_window():
@@ -74,3 +94,29 @@ def test_forgetting_is_exact_only_behind_the_window():
     assert quality(tiny_model(window=32), forgetful).value == 0
     assert not quality(tiny_model(window=64), forgetful).known
     assert not quality(tiny_model(), forgetful).known
+
+
+def test_measured_figures_are_those_of_the_record():
+    """The planner's file holds what results/quality.json says, or nothing where there is no such record: no figure is typed by hand."""
+    from tradespace.lab.figures import RECORD, rendered
+    from tradespace.measure.record import read_record
+
+    path = Path(__file__).resolve().parents[2] / RECORD
+    assert MEASURED_FILE.read_text(encoding="utf-8") == rendered(read_record(path) if path.is_file() else None)
+    assert (*MEASURED, *CITED) == FIGURES
+
+
+def test_a_record_becomes_figures():
+    from tradespace.lab.figures import figures_of
+    from tradespace.measure.record import Record
+
+    row = {"model": "tiny", "family": "llama", "parameters": 1000, "format": "int8", "mean_kl": 0.5, "stored": "Q8_0"}
+    rows = (row, row | {"format": "a format of the past"})
+    record = Record(
+        experiment="quality", command="x", commit="y", dirty=False, date="2026-11-22T10:00:00", device={}, versions={}, repeats=1, rows=rows
+    )  # fmt: skip
+    (values,) = figures_of(record)
+    figure = Figure(**values)
+    assert (figure.choice, figure.kl_nats, figure.model, figure.date) == ("int8", 0.5, "tiny", "2026-11-22")
+    assert figure.label == "measured: results/quality.json, tiny rounded to nearest from Q8_0, to fp32 on wikitext-2 (2026-11-22)"
+    assert find_figure("weights", "int8", tiny_model(), (*CITED, figure)) is figure

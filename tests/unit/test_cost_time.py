@@ -23,9 +23,10 @@ from tradespace.cost.traffic import (
 )
 from tradespace.errors import InputError
 from tradespace.spec.estimate import Estimate
+from tradespace.spec.formats import FORMATS
 from tradespace.spec.kv import KVPlan
 from tradespace.spec.plan import Placement
-from tradespace.spec.weights import FORMATS, WeightPlan, weight_bytes
+from tradespace.spec.weights import WeightPlan, weight_bytes
 from tradespace.spec.workload import Workload
 from tradespace.spec.zoo import find_model
 from unit.cost_examples import cpu, gpu, tiny_model, tiny_plan
@@ -82,7 +83,7 @@ def test_all_reduces_by_hand():
 
 
 def test_each_term_can_bind():
-    rates = rates_for(gpu(disk_bytes_per_s=Estimate(1e8, "cited: test")), "bf16", "decode")
+    rates = rates_for(gpu(disk_bytes_per_s=Estimate(1e8, "cited: test")), WeightPlan(default="bf16"), "decode")
     assert rates.read_bytes_per_s is not None and rates.flops_per_s is not None
     cases = {
         "bandwidth": StepWork(read_bytes=rates.read_bytes_per_s, flops=1, num_ops=1),
@@ -100,7 +101,7 @@ def test_each_term_can_bind():
 
 
 def test_streaming_hides_behind_the_rest_but_overhead_does_not():
-    rates = rates_for(gpu(), "bf16", "decode")
+    rates = rates_for(gpu(), WeightPlan(default="bf16"), "decode")
     assert rates.read_bytes_per_s is not None
     work = StepWork(read_bytes=rates.read_bytes_per_s, flops=0, num_ops=500_000, link_bytes=0.5e9)
     assert step_time(work, rates).seconds.require() == pytest.approx(1.5)
@@ -117,8 +118,8 @@ def test_an_unknown_rate_is_unknown_only_where_it_matters():
 
 
 def test_no_bf16_instruction_is_said():
-    assert "no bf16 instruction" in rates_for(cpu(), "bf16", "decode").source
-    assert "instruction" not in rates_for(cpu(), "fp32", "decode").source
+    assert "no bf16 instruction" in rates_for(cpu(), WeightPlan(default="bf16"), "decode").source
+    assert "instruction" not in rates_for(cpu(), WeightPlan(default="fp32"), "decode").source
 
 
 def test_small_working_sets_use_the_curve():

@@ -11,7 +11,21 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from tradespace.cli.options import Attention, Context, Json, Memory, Model, Offline, PlanFile, Revision, WeightFormat, console, print_json, write_file
+from tradespace.cli.options import (
+    Activations,
+    Attention,
+    Context,
+    Json,
+    Memory,
+    Model,
+    Offline,
+    PlanFile,
+    Revision,
+    WeightFormat,
+    console,
+    print_json,
+    write_file,
+)
 from tradespace.cli.run import MaxTokens, MinP, RepetitionPenalty, Seed, Temperature, TopK, TopP, decoded, report_table
 from tradespace.errors import InputError, TradespaceError
 
@@ -50,6 +64,7 @@ def chat(
     plan: PlanFile = None,
     weights: WeightFormat = None,
     attention: Attention = None,
+    activations: Activations = None,
     revision: Revision = None,
     offline: Offline = False,
     json: Json = False,
@@ -69,6 +84,7 @@ def chat(
         concurrency=1,
         weights=weights,
         attention=attention,
+        activations=activations,
         revision=revision,
         offline=offline,
         progress=not json,

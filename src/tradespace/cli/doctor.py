@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from tradespace.cli.options import Json, console, print_json
+from tradespace.kernels.native.compiler import best_isa, find_compiler, library_path
 from tradespace.measure.machine import MachineReport, cache_folder, machine_report
 from tradespace.spec.device import DeviceSpec
 from tradespace.spec.estimate import Estimate
@@ -112,7 +113,18 @@ def surroundings_table(report: MachineReport) -> Table:
         table.add_row("accelerator", escape(f"{card.name}, {memory}, {card.driver}; {known}"))
     if not report.accelerators:
         table.add_row("accelerator", "none")
+    table.add_row("CPU kernels", escape(_kernels()))
     table.add_row("compiler", escape(report.compiler or _NO_COMPILER))
     table.add_row("torch", escape(report.torch_version or _INSTALL_TORCH))
     table.add_row("measured", escape(f"{report.measured_at}, kept in {cache_folder()}; --refresh measures again"))
     return table
+
+
+def _kernels() -> str:
+    """Which native kernels run here, or why torch does their work."""
+    compiler = find_compiler()
+    if compiler is None:
+        return "torch's own: without a compiler the native ones cannot be built, and plans fall back to sdpa"
+    isa = best_isa()
+    built = "compiled" if library_path(isa, compiler).exists() else "compiled when a model is first opened, in about twenty seconds"
+    return f"native for {isa}, {built}"

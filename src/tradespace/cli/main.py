@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 import tradespace
-from tradespace.cli import chat, demo, doctor, lab, plan, pull, run
+from tradespace.cli import chat, demo, doctor, evaluate, lab, plan, pull, quantize, run
 from tradespace.cli.options import error_dict, print_json
 from tradespace.errors import TradespaceError
 
@@ -39,7 +39,7 @@ def options(
     """State a memory budget; get the plan, the text, and the proof."""
 
 
-for part in (doctor, pull, plan, run, chat, demo, lab):
+for part in (doctor, pull, plan, run, quantize, evaluate, chat, demo, lab):
     part.register(app)
 
 
@@ -57,6 +57,10 @@ def main() -> None:
     except TradespaceError as error:
         _say(error, error.exit_code, as_json=as_json)
         sys.exit(error.exit_code)
+    except SystemExit as ended:
+        if ended.code == EXIT_INTERRUPTED:  # typer has caught the interrupt, and says nothing
+            print("interrupted", file=sys.stderr)
+        raise
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)

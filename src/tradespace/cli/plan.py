@@ -9,7 +9,7 @@ import typer
 import yaml
 from rich.markup import escape
 
-from tradespace.cli.options import Context, Goal, Json, Memory, Offline, PlannedModel, Revision, console, error_dict, print_json, write_file
+from tradespace.cli.options import Activations, Context, Goal, Json, Memory, Offline, PlannedModel, Revision, console, error_dict, print_json, write_file
 from tradespace.spec.workload import Workload
 
 
@@ -31,7 +31,8 @@ def plan(
     weights: Annotated[str | None, typer.Option("--weights", help="Fix the weight format (bf16, int8, int4, nf4 …).")] = None,
     kv_store: Annotated[str | None, typer.Option("--kv-store", help="Fix how the cache holds an element (bf16, int8, int4 …).")] = None,
     kv_layout: Annotated[str | None, typer.Option("--kv-layout", help="Fix the cache's layout (paged, contiguous).")] = None,
-    attention: Annotated[str | None, typer.Option("--attention", help="Fix the attention kernel (sdpa, chunked, reference).")] = None,
+    attention: Annotated[str | None, typer.Option("--attention", help="Fix the attention kernel (native, sdpa, chunked, reference).")] = None,
+    activations: Activations = None,
     runnable: Annotated[bool, typer.Option("--runnable", help="Only what this version can run; leave out what is priced for later.")] = False,
     save: Annotated[Path | None, typer.Option("--save", help="Write the best plan as YAML; `tradespace run --plan FILE` obeys it.")] = None,
     what_if: Annotated[
@@ -59,7 +60,7 @@ def plan(
         rows = compare_shapes([spec, other], machine, work)
         print_json(rows) if json else console().print(what_if_view(rows))
         return
-    pins = {"weights": weights, "kv_store": kv_store, "layout": kv_layout, "attention": attention}
+    pins = {"weights": weights, "kv_store": kv_store, "layout": kv_layout, "attention": attention, "activations": activations}
     frontier = api.plan(
         spec,
         memory=budget,
@@ -73,7 +74,8 @@ def plan(
         runnable_only=runnable,
         pins={axis: value for axis, value in pins.items() if value},
     )
-    others = alternatives(spec, machine, work, budget)
+    whole = not any(pins.values()) and not runnable and host_memory is None
+    others = alternatives(spec, machine, work, budget, frontier=frontier if whole else None)
     if save is not None:
         save_plan(save, frontier)
     error = None if frontier.best is not None else api.no_plan(frontier)

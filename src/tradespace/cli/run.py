@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from tradespace.cli.options import Attention, Context, Json, Memory, Model, Offline, PlanFile, Revision, WeightFormat, console, print_json
+from tradespace.cli.options import Activations, Attention, Context, Json, Memory, Model, Offline, PlanFile, Revision, WeightFormat, console, print_json
 from tradespace.errors import InputError, TradespaceError
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ def run(
     plan: PlanFile = None,
     weights: WeightFormat = None,
     attention: Attention = None,
+    activations: Activations = None,
     report: Annotated[bool, typer.Option("--report", help="End with the table predicted | measured.")] = False,
     revision: Revision = None,
     offline: Offline = False,
@@ -75,6 +76,7 @@ def run(
         concurrency=len(texts),
         weights=weights,
         attention=attention,
+        activations=activations,
         revision=revision,
         offline=offline,
         progress=not json,

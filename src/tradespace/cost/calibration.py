@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tradespace.errors import InputError
-from tradespace.spec.weights import FORMATS
+from tradespace.spec.formats import FORMATS
+from tradespace.spec.native import FORMAT_KINDS
 from tradespace.units import MiB
 
 ASSUMED_DATE = "2026-11-22"
@@ -34,31 +35,20 @@ RUNTIME_BYTES: dict[str, Constant] = {
 }
 # the host's process where the model computes on a device
 HOST_PROCESS_BYTES = Constant(1536 * MiB, "assumed: interpreter with torch for CUDA, libraries mapped and touched")
-TOKENIZER_BYTES_PER_ENTRY = Constant(400, "assumed: merges, two maps and strings of a byte-pair tokenizer per vocabulary entry")
+TOKENIZER_BYTES_PER_ENTRY = Constant(320, "measured: growth of the process by the tokenizers of SmolLM2 and Gemma 3, per vocabulary entry")
 STAGING_BYTES = Constant(16 * MiB, "set: build.py, the loader's one bounded buffer")
 RESERVE_BYTES = Constant(32 * MiB, "set: what sampling may miss and an allocator may keep under load; planner and builder leave it free on a CPU")
 # what is in no tensor: modules, file headers, and what the allocator keeps between steps of unlike shapes
 HEAP_BYTES = Constant(16 * MiB, "measured: peak of the process less all other lines, SmolLM2, 1 to 64 requests")
 STREAM_BUFFERS = Constant(2, "assumed: one streamed layer computes while the next one arrives")
 
-# tensors of one kind that are live at once in a step (see cost/workspace.py for the formulas they stand in)
-RESIDUAL_COPIES = Constant(3, "assumed: the stream, its norm and the sublayer's result, T·D each")
-ROTATED_COPIES = Constant(1, "assumed: rotated q and k beside the fused projection that they came from")
-ATTENTION_OUTPUT_COPIES = Constant(1, "assumed: the heads' outputs, T·N·Hv")
-HIDDEN_COPIES = Constant(2, "assumed: act(gate) and its product with up beside the fused projection, T·F each")
-# queries that a kernel takes at a time, and fp32 score tensors live at once there: as kernels/attention/*.py are written; flash keeps none
-QUERY_BLOCK: dict[str, Constant] = {
-    "reference": Constant(8, "set: kernels/attention/reference.py"),
-    "chunked": Constant(256, "set: kernels/attention/chunked.py"),
-    "sdpa": Constant(128, "set: kernels/attention/sdpa.py"),
-    "flash": Constant(1 << 62, "one launch for all queries"),
-}
-SCORE_COPIES = Constant(3, "set: in the kernels, scores, masked scores, their exponentials")
 REFERENCE_WEIGHT_ROWS = Constant(1024, "set: kernels/linear/reference.py: rows of a matrix that are widened to fp32 at a time")
-SAMPLER_BYTES_PER_LOGIT = Constant(48, "set: engine/sampler.py: adjusted logits, probabilities, sorted values and their indices, noise")
-# what torch's CPU library keeps for each shape of a 16-bit product: compiled code and its descriptors
-PRODUCT_KERNEL_BYTES = Constant(0.64 * MiB, "measured: growth of the process over 4 matrices × 120 numbers of rows, torch 2.13, AVX-512")
+# what sampling holds beside the logits where top-k or top-p cuts them; a whole row's sort, which hardly any row needs, takes up to 48 and is RESERVE's business
+SAMPLER_BYTES_PER_LOGIT = Constant(9, "measured: allocations of top-k and top-p sampling")
 SAMPLER_LOGITS_AT_ONCE = Constant(2**18, "set: engine/sampler.py: rows are sampled in chunks of so many logits")
+# what torch's CPU library keeps for each shape of a bf16 product: compiled code and its descriptors; and for all fp32 products: packing buffers
+PRODUCT_KERNEL_BYTES = Constant(0.60 * MiB, "measured: growth of the process over 4 matrices × 18 numbers of rows, torch 2.13, AVX-512")
+FP32_PRODUCT_BYTES = Constant(13 * MiB, "measured: growth of the process over 4 matrices × 18 numbers of rows, torch 2.13, two threads")
 
 # ---------------------------------------------------------------------------------------------------------------- seconds
 
@@ -76,6 +66,7 @@ KERNEL_OPS: dict[str, Constant] = {
     "chunked": Constant(10, "assumed: as reference plus the running maximum and sum, per block of keys"),
     "sdpa": Constant(4, "assumed: mask and one fused call, per sequence"),
     "flash": Constant(1, "assumed: one launch for the whole batch"),
+    "native": Constant(0, "set: one call runs all operations of all layers"),
 }
 ALL_REDUCE_LATENCY_S = Constant(15e-6, "assumed: one small all-reduce over a peer link")
 
@@ -123,6 +114,9 @@ MEASURED: dict[tuple[str, str, str], Calibration] = {
     for phase, efficiency in efficiencies.items()
 }
 EFFICIENCY.update(MEASURED)
+# the native kernels, of the rate of what they multiply by: int8, bf16 or fp32
+_NATIVE = {"decode": 0.85, "few rows": 0.45, "prefill": 0.5}
+EFFICIENCY.update({("native", name, phase): Calibration(efficiency, "assumed", ASSUMED_DATE) for name in FORMAT_KINDS for phase, efficiency in _NATIVE.items()})
 
 
 def find_calibration(kind: str, format_name: str, phase: str) -> Calibration:

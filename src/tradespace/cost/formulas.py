@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from tradespace.spec.attention import score_matrix_bytes
+from tradespace.spec.formats import ELEMENT_BYTES
 from tradespace.spec.kv import token_bytes
 from tradespace.spec.model import ModelSpec
 from tradespace.spec.tensors import num_parameters
-from tradespace.spec.weights import ELEMENT_BYTES
 
 
 def kv_cache_bytes(model: ModelSpec, tokens: int, batch: int = 1, store: str = "fp16") -> int:

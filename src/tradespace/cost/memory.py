@@ -13,11 +13,12 @@ never together.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from tradespace.cost import calibration, workspace
-from tradespace.cost.summary import Summary, WeightShare, cache_token_bytes, dequantize_elements, num_matrix_shapes, summarize, weight_share, widest_columns
+from tradespace.cost.summary import Summary, WeightShare, cache_token_bytes, dequantize_elements, product_shapes, summarize, weight_share, widest_columns
 from tradespace.spec.buckets import buckets_up_to
 from tradespace.spec.device import DeviceSpec
 from tradespace.spec.estimate import Estimate
@@ -151,7 +152,7 @@ def ledger(model: ModelSpec, plan: Plan, device: DeviceSpec, *, staging_bytes: i
         lines.append(LedgerLine("host process", "host", Estimate(host.value, f"{host.source} ({host.date})"), "before any model"))
     lines += _weight_lines(plan, share, pool)
     lines.append(_kv_line(summary, plan, pool))
-    lines += _step_lines(summary, plan, pool, device.kind)
+    lines += _step_lines(summary, plan, pool, device)
     held = workspace.engine_bytes(
         max_context=plan.max_context,
         max_sequences=plan.max_sequences,
@@ -203,29 +204,47 @@ def _kv_line(summary: Summary, plan: Plan, pool: str) -> LedgerLine:
     return LedgerLine("kv cache", pool, Estimate(total, EXACT), formula, "running")
 
 
-def _step_lines(summary: Summary, plan: Plan, pool: str, kind: str) -> list[LedgerLine]:
-    shape, model, dense = workspace.step_shape(plan), summary.model, plan.weights.dense
-    rows = plan.max_sequences * (1 + plan.speculation)
+def _step_lines(summary: Summary, plan: Plan, pool: str, device: DeviceSpec) -> list[LedgerLine]:
+    shape, model, weights, dense = workspace.step_shape(plan, device.cores or 1), summary.model, plan.weights, plan.weights.dense
     lines: list[tuple[str, float, str, Phase]] = []
-    widened = dequantize_elements(summary, plan.weights, plan.tensor_parallel)
+    widened = dequantize_elements(summary, weights, plan.tensor_parallel)
     if widened:
         size = workspace.dequantize_bytes(widened, dense)
         lines.append(("dequantized matrix", size, f"largest tile and a row of ones: {widened} × {size // widened} B", "running"))
-    shapes = num_matrix_shapes(summary)
-    compiled = workspace.product_kernels_bytes(shapes, plan.step_tokens, plan.max_sequences, kind=kind, dense=dense, linear=plan.linear)
+    if weights.layout == "native":
+        size = workspace.native_buffers_bytes(summary, weights, shape)
+        lines.append(("step buffers", size, f"{shape.T} tokens of the native step, logits included", "running"))
+    layers, head = product_shapes(summary, weights, plan.tensor_parallel)
+    compiled = workspace.product_kernels_bytes(layers, head, shape, kind=device.kind, dense=dense)
     if compiled:
-        formula = f"compiled by the library: {shapes} shapes × {len(buckets_up_to(plan.step_tokens))} numbers of rows"
+        formula = f"kept by the library: {len(layers | head)} shapes × up to {len(buckets_up_to(plan.step_tokens))} numbers of rows"
         lines.append(("product kernels", compiled, formula, "running"))
     if plan.linear == "reference":
         size = workspace.reference_tile_bytes(widest_columns(summary), dense)
         lines.append(("reference tile", size, "rows of a matrix widened to fp32", "running"))
     formula = f"worst moment of a layer: {shape.T} tokens, {plan.attention} over {shape.S} keys"
-    lines.append(("workspace", workspace.activation_bytes(summary, shape), formula, "layers"))
-    formula = f"{rows} rows × {model.V} logits; {calibration.SAMPLER_BYTES_PER_LOGIT.value:.0f} B each where sampled"
-    lines.append(("logits", workspace.head_bytes(rows, model.V, model.D, shape), formula, "head"))
+    lines.append(("workspace", workspace.activation_bytes(summary, weights, shape), formula, "layers"))
+    formula = f"{min(shape.rows, shape.T)} rows × {model.V} logits; {calibration.SAMPLER_BYTES_PER_LOGIT.value:.0f} B each where sampled"
+    lines.append(("logits", workspace.head_bytes(summary, weights, shape), formula, "head"))
     return [LedgerLine(name, pool, Estimate(size, MODELLED), formula, phase) for name, size, formula, phase in lines]
 
 
 def describe_total(found: Ledger) -> str:
     """One phrase per pool: "host 612 MiB"."""
     return ", ".join(f"{pool} {format_bytes(found.total_bytes(pool).require())}" for pool in found.pools)
+
+
+def measurable_lines(predicted: Ledger) -> Iterator[tuple[str, Estimate, str]]:
+    """The ledger's lines as a run can measure them: (name, bytes, formula). All weights are one line, and so is what a step holds at its worst moment."""
+    pool = predicted.compute_pool
+    weights = [line for line in predicted.lines if line.name.startswith("weights")]
+    step = [line for line in predicted.lines if line.phase in ("layers", "head") or (line.phase == "running" and line.name != "kv cache")]
+    for line in predicted.lines:
+        if line in weights:
+            if line is weights[0]:
+                yield "weights", Estimate(sum(part.bytes.require() for part in weights), line.bytes.source), "codes, scales and norms of all tensors"
+        elif line not in step:
+            yield line.name, line.bytes, line.formula
+    total = predicted.total_bytes(pool).require()
+    at_worst = total - predicted.phase_bytes(pool, "always") - predicted.line("kv cache").bytes.require()
+    yield "workspace", Estimate(at_worst, step[0].bytes.source), "worst moment of the largest step: " + ", ".join(line.name for line in step)

@@ -7,16 +7,20 @@ what comes nearest. Loss adds up over techniques only as an approximation, and t
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from math import log
+from pathlib import Path
 
+from tradespace.spec import native
 from tradespace.spec.estimate import Estimate
+from tradespace.spec.formats import FORMATS
 from tradespace.spec.kv import STORES
 from tradespace.spec.mixers import Attention
 from tradespace.spec.model import ModelSpec
 from tradespace.spec.plan import Plan
 from tradespace.spec.tensors import num_parameters
-from tradespace.spec.weights import FORMATS
+from tradespace.spec.weights import WeightPlan
 
 REFERENCE_TEXT = "wikitext-2"
 EXACT = Estimate(0.0, "exact")
@@ -49,13 +53,29 @@ _LLAMA2 = {"family": "llama", "parameters": 6.74e9, "model": "Llama-2-7B", "date
 _KV_PULL = "llama.cpp pull request 7412"
 
 # What stands for a format of ours must hold it alike: q4_0 is int4-g32 to the bit; q8_0 and its cache differ in the reach of a scale, which `held_as` says.
-FIGURES: tuple[Figure, ...] = (
+CITED: tuple[Figure, ...] = (
     Figure(kind="weights", choice="fp16", kl_nats=0.00002515, held_as="fp16 against bf16", source=_README, **_LLAMA3),
     Figure(kind="weights", choice="int8", kl_nats=0.001355, held_as="q8_0 (a scale per 32, ours per row)", source=_README, **_LLAMA3),
     Figure(kind="weights", choice="int8", kl_nats=0.000369, held_as="q8_0 (a scale per 32, ours per row)", source=_README, **_LLAMA2),
     Figure(kind="weights", choice="int4-g32", kl_nats=0.071940, held_as="q4_0", source=_README, **_LLAMA3),
+    Figure(
+        kind="activations",
+        choice="int8",
+        kl_nats=0.0028,
+        family="llama",
+        parameters=1.35e8,
+        model="SmolLM2-135M",
+        held_as="a scale per 32, Q4_1 weights",
+        source="a CPU decoder probe of the same arithmetic",
+        date="2026-11",
+    ),
     Figure(kind="kv", choice="int8", kl_nats=0.000980, held_as="q8_0 (a scale per 32, ours per token and head)", source=_KV_PULL, **_LLAMA3),
 )
+
+# What experiment `quality` measured here: `lab/figures.py` writes it from the record, nobody by hand.
+MEASURED_FILE = Path(__file__).with_name("quality_measured.json")
+MEASURED: tuple[Figure, ...] = tuple(Figure(**values) for values in json.loads(MEASURED_FILE.read_text(encoding="utf-8")))
+FIGURES: tuple[Figure, ...] = (*MEASURED, *CITED)
 
 # Published, but of another layout or on another text: quoted where we have nothing to rank by, never used as a figure.
 NEAREST: dict[tuple[str, str], str] = {
@@ -73,6 +93,7 @@ NEAREST: dict[tuple[str, str], str] = {
 def find_figure(kind: str, choice: str, model: ModelSpec, figures: tuple[Figure, ...] = FIGURES) -> Figure | None:
     """The figure to use: this model's own, else the same family's nearest in size, else the nearest in size; on the reference text only."""
     size = num_parameters(model)
+    choice = FORMATS[choice].name if kind == "weights" else choice  # what an alias stands for
     usable = [figure for figure in figures if figure.kind == kind and figure.choice == choice and figure.text == REFERENCE_TEXT]
     return min(
         usable,
@@ -97,10 +118,17 @@ def weight_quality(model: ModelSpec, format_name: str) -> Estimate:
 
 
 def kv_quality(model: ModelSpec, store: str, dense: str) -> Estimate:
-    """Loss of holding keys and values in one store: none where it takes the activations as they are, and none in bf16, as the reference does."""
-    if STORES[store].exact and (store in ("fp32", "bf16") or store == dense):
+    """Loss of holding keys and values in one store: none in bf16, as the reference does, and none where the mantissa is longer than that."""
+    if STORES[store].exact:
         return EXACT
     return _of_choice("kv", store, model)
+
+
+def activation_quality(model: ModelSpec, weights: WeightPlan, activations: str) -> Estimate:
+    """Loss of the native kernels' int8 activations (a scale per 32): none where no matrix is multiplied by those."""
+    if weights.layout != "native" or all(native.activation_form(name, activations) != "int8" for name in weights.names):
+        return EXACT
+    return _of_choice("activations", "int8", model)
 
 
 def retention_quality(model: ModelSpec, plan: Plan) -> Estimate:
@@ -131,7 +159,13 @@ def quality(model: ModelSpec, plan: Plan) -> Estimate:
     """
     exceptions = [weight_quality(model, name) for name in plan.weights.names if _narrower(name, plan.weights.default)]
     return combine(
-        [weight_quality(model, plan.weights.default), *exceptions, kv_quality(model, plan.kv.store, plan.weights.dense), retention_quality(model, plan)]
+        [
+            weight_quality(model, plan.weights.default),
+            *exceptions,
+            activation_quality(model, plan.weights, plan.activations),
+            kv_quality(model, plan.kv.store, plan.weights.dense),
+            retention_quality(model, plan),
+        ]
     )
 
 

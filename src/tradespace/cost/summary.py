@@ -6,16 +6,19 @@ plans does not walk hundreds of tensors for each.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from math import ceil
 
 from tradespace.spec.kv import STORES
 from tradespace.spec.mixers import Attention
 from tradespace.spec.model import LayerSpec, ModelSpec, RoutedFFN
+from tradespace.spec.products import dense_shapes, is_coded
 from tradespace.spec.tensors import TensorSpec, active_parameters, layer_tensors, model_tensors
 from tradespace.spec.weights import WeightPlan, workspace_shape
+
+Product = tuple[int, int, int]  # outputs, columns, rows up to which another kernel takes it
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +145,7 @@ def _by_role_and_format(model: ModelSpec, weights: WeightPlan, degree: int, tens
     for tensor in tensors:
         held = weights.format_of(tensor)
         key = (tensor.role, held.name)
-        found[key] = found.get(key, 0) + held.nbytes(shard_shape(model, tensor, degree))
+        found[key] = found.get(key, 0) + weights.nbytes(replace(tensor, shape=shard_shape(model, tensor, degree)))
     return found
 
 
@@ -180,17 +183,32 @@ def cache_token_bytes(summary: Summary, store: str, degree: int = 1) -> tuple[tu
 
 
 def dequantize_elements(summary: Summary, weights: WeightPlan, degree: int = 1) -> int:
-    """Elements of the workspace that a device's matrices with scales are dequantized into: the largest tile, and a one per row. 0 where all are dense."""
+    """Elements of the workspace that a device's coded matrices are decoded into: the largest tile, and a one per row. 0 where none is decoded."""
+    if weights.layout == "native":
+        return 0
     outside = (tensor for tensor in model_tensors(summary.model) if tensor.layer < 0)
     inside = (tensor for group in summary.groups for tensor in layer_tensors(summary.model, group.first))
-    quantized = (tensor for tensor in (*outside, *inside) if len(tensor.shape) >= 2 and weights.format_of(tensor).group is not None)
+    quantized = (tensor for tensor in (*outside, *inside) if len(tensor.shape) >= 2 and is_coded(weights.format_of(tensor)))
     return sum(workspace_shape(shard_shape(summary.model, tensor, degree) for tensor in quantized))
 
 
-def num_matrix_shapes(summary: Summary) -> int:
-    """Different shapes among the matrices of the layers; of a stack of experts one counts."""
-    tensors = (tensor for group in summary.groups for tensor in layer_tensors(summary.model, group.first))
-    return len({tensor.shape[-2:] for tensor in tensors if len(tensor.shape) >= 2})
+def product_shapes(summary: Summary, weights: WeightPlan, degree: int = 1) -> tuple[frozenset[Product], frozenset[Product]]:
+    """The library's products of the layers and of the head; of a stack of experts none, as nothing is compiled ahead for them."""
+    model = summary.model
+    if weights.layout == "native":
+        return frozenset(), frozenset()
+    if any(":" in key for key in weights.exceptions):
+        inside = [tensor for index in range(model.L) for tensor in layer_tensors(model, index)]
+    else:
+        inside = [tensor for group in summary.groups for tensor in layer_tensors(model, group.first)]
+    head = "embed" if model.tied else "lm_head"
+    outside = [tensor for tensor in model_tensors(model) if tensor.layer < 0 and tensor.role == head]
+
+    def shapes(tensors: Iterable[TensorSpec]) -> frozenset[Product]:
+        matrices = [tensor for tensor in tensors if len(tensor.shape) == 2]
+        return frozenset(found for tensor in matrices for found in dense_shapes(weights.format_of(tensor), *shard_shape(model, tensor, degree)))
+
+    return shapes(inside), shapes(outside)
 
 
 def widest_columns(summary: Summary) -> int:

@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from tradespace.cost import calibration
 from tradespace.cost.summary import summarize, weight_share
 from tradespace.cost.traffic import Axes, StepWork, cache_share, decode_work, prefill_work, sequences_in_step
+from tradespace.spec import native
 from tradespace.spec.device import DeviceSpec
 from tradespace.spec.estimate import Estimate
+from tradespace.spec.formats import FORMATS
 from tradespace.spec.model import ModelSpec
 from tradespace.spec.plan import Plan
-from tradespace.spec.weights import FORMATS
+from tradespace.spec.weights import WeightPlan
 from tradespace.spec.workload import Workload
 
 BOUNDS = ("bandwidth", "compute", "overhead", "link", "disk", "peer")
@@ -65,12 +67,14 @@ def _matmul_rate(device: DeviceSpec, dtype: str) -> tuple[Estimate, str]:
     return device.flops_per_s("fp32"), f"; no {dtype} instruction, computed in fp32"
 
 
-def rates_for(device: DeviceSpec, format_name: str, phase: str) -> Rates:
-    """The device's rates for weights of `format_name` in "decode" or "prefill"."""
-    efficiency = calibration.find_calibration(device.kind, format_name, phase)
-    bandwidth = calibration.find_calibration(device.kind, format_name, "decode")  # how well a format streams, whatever the phase
-    compute = calibration.find_calibration(device.kind, format_name, "few rows" if phase == "decode" else "prefill")
-    rate, note = _matmul_rate(device, FORMATS[format_name].compute)
+def rates_for(device: DeviceSpec, weights: WeightPlan, phase: str, activations: str = "auto") -> Rates:
+    """The device's rates for products with `weights`' default format in "decode" or "prefill"."""
+    is_native, name = weights.layout == "native", weights.default
+    kind = "native" if is_native else device.kind
+    efficiency = calibration.find_calibration(kind, name, phase)
+    bandwidth = calibration.find_calibration(kind, name, "decode")  # how well a format streams, whatever the phase
+    compute = calibration.find_calibration(kind, name, "few rows" if phase == "decode" else "prefill")
+    rate, note = _matmul_rate(device, native.activation_form(name, activations) if is_native else FORMATS[name].compute)
     host, peer, disk = device.host_link_bytes_per_s, device.peer_link_bytes_per_s, device.disk_bytes_per_s
     figures = {
         "bandwidth": device.read_bytes_per_s,
@@ -124,7 +128,7 @@ def decode_time(model: ModelSpec, plan: Plan, device: DeviceSpec, workload: Work
     summary = summarize(model)
     share = weight_share(summary, plan.weights, plan.tensor_parallel)
     work = decode_work(summary, share, cache_share(summary, plan), Axes.of(plan), sequences_in_step(plan, workload), workload.mean_length)
-    return step_time(work, rates_for(device, plan.weights.default, "decode"))
+    return step_time(work, rates_for(device, plan.weights, "decode", plan.activations))
 
 
 def prefill_time(model: ModelSpec, plan: Plan, device: DeviceSpec, workload: Workload) -> StepTime:
@@ -132,7 +136,7 @@ def prefill_time(model: ModelSpec, plan: Plan, device: DeviceSpec, workload: Wor
     summary = summarize(model)
     share = weight_share(summary, plan.weights, plan.tensor_parallel)
     work = prefill_work(summary, share, cache_share(summary, plan), Axes.of(plan), workload.prompt_tokens, plan.step_tokens)
-    return step_time(work, rates_for(device, plan.weights.default, "prefill"))
+    return step_time(work, rates_for(device, plan.weights, "prefill", plan.activations))
 
 
 def decode_tokens_per_s(step: StepTime, sequences: int, workload: Workload) -> Estimate:

@@ -13,9 +13,9 @@ from math import ceil
 from tradespace.cost import calibration
 from tradespace.cost.summary import Summary, WeightShare, cache_token_bytes, heads_per_device, routed_groups
 from tradespace.spec.attention import chunk_size
+from tradespace.spec.formats import ELEMENT_BYTES
 from tradespace.spec.model import RoutedFFN
 from tradespace.spec.plan import Plan
-from tradespace.spec.weights import ELEMENT_BYTES
 from tradespace.spec.workload import Workload
 
 
@@ -98,6 +98,11 @@ def attention_ops(kernel: str, length: float) -> float:
     return constant * ceil(length / chunk_size(max(1, ceil(length)))) if kernel == "chunked" else constant
 
 
+def layer_ops(kernel: str) -> float:
+    """Eager operations of one layer outside of attention: none where one call runs the whole step."""
+    return 0.0 if kernel == "native" else calibration.LAYER_OPS.value
+
+
 def peer_work(summary: Summary, tokens: float, e: int, degree: int) -> tuple[float, int]:
     """(bytes, transfers) of tensor parallelism: two ring all-reduces a layer, each moving 2·(d - 1)/d of T·D·e (arXiv:1909.08053)."""
     if degree == 1:
@@ -134,7 +139,7 @@ def decode_work(summary: Summary, share: WeightShare, cache: tuple[tuple[int | N
     logits = 2 * model.V * 4
     flops = 2 * summary.active_parameters + attention_flops(summary, lambda window: min(length, window or length))
     peer_bytes, transfers = peer_work(summary, sequences, e, degree)
-    per_layer = calibration.LAYER_OPS.value + (attention_ops(axes.kernel, length) * (1 if axes.kernel == "flash" else sequences))
+    per_layer = layer_ops(axes.kernel) + (attention_ops(axes.kernel, length) * (1 if axes.kernel == "flash" else sequences))
     return StepWork(
         read_bytes=weight_read_bytes(summary, share, sequences) + sequences * (cached + written + scores + states + logits),
         flops=sequences * flops / degree,
@@ -160,7 +165,7 @@ def prefill_work(
     body = summary.active_parameters - summary.head_parameters
     flops = 2 * (body * prompt_tokens + summary.head_parameters) + attention_flops(summary, lambda window: causal_pairs(prompt_tokens, window))
     peer_bytes, transfers = peer_work(summary, prompt_tokens, e, degree)
-    ops = (calibration.LAYER_OPS.value + attention_ops(axes.kernel, mean_keys)) * model.L + calibration.STEP_OPS.value
+    ops = (layer_ops(axes.kernel) + attention_ops(axes.kernel, mean_keys)) * model.L + calibration.STEP_OPS.value
     return StepWork(
         read_bytes=chunks * weight_read_bytes(summary, share, chunk) + cached + written + scores + 2 * model.V * 4,
         flops=flops / degree,

@@ -73,7 +73,7 @@ class Engine:
     def has_work(self) -> bool:
         return self.scheduler.has_work
 
-    def add(self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0, id: str | None = None) -> Request:  # noqa: A002 - the request's own word
+    def add(self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0, id: str | None = None) -> Request:
         """Queue a prompt (text, or token ids). Raises InputError where it is empty, not of this vocabulary, or can never fit context or cache."""
         params = params or SamplingParams()
         prompt_ids = self._encode(prompt)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tradespace.formats.codes import Codes
 from tradespace.formats.workspace import Workspace
 from tradespace.kernels.linear import LINEAR, Linear
 
@@ -32,6 +33,10 @@ class DenseWeight(nn.Module):
         self.register_parameter("bias", None)  # whoever builds a model puts the bias beside its weight; `linear` takes it as an argument
 
     @property
+    def format_name(self) -> str:
+        return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[self.weight.dtype]
+
+    @property
     def nbytes(self) -> int:
         return self.weight.nbytes
 
@@ -41,12 +46,17 @@ class DenseWeight(nn.Module):
         return self.weight.detach().view(-1, self.shape[-1])
 
     @torch.no_grad()
-    def set_rows(self, rows: slice | Tensor, values_RC: Tensor) -> None:
-        """Fills whole rows (a slice, or indices), cast to the weight's dtype."""
+    def set_rows(self, rows: slice | Tensor, codes: Codes | Tensor) -> None:
+        """Fills whole rows (a slice, or indices) with floats (bare, or as `codes_RC`), cast to the weight's dtype."""
+        values_RC = codes.codes_RC if isinstance(codes, Codes) else codes
         if isinstance(rows, slice):
             self.rows_RC[rows].copy_(values_RC)
         else:
             self.rows_RC.index_copy_(0, rows, values_RC.to(self.weight.dtype))
+
+    def get_rows(self, start: int, stop: int) -> Codes:
+        """Rows start … stop - 1 as they are held."""
+        return Codes(self.rows_RC[start:stop])
 
     def linear(self, x_TC: Tensor, bias_R: Tensor | None = None, *, expert: int | None = None) -> Tensor:
         """y_TR = x @ W.T (+ bias), in x's dtype; of one matrix of the stack where `expert` names it."""
@@ -58,7 +68,7 @@ class DenseWeight(nn.Module):
 
     def rows(self, ids_T: Tensor) -> Tensor:
         """The rows of these ids (T, C), in the weight's dtype: an embedding's look-up."""
-        return F.embedding(ids_T, self.weight)
+        return F.embedding(ids_T, self.weight.view(-1, self.shape[-1]))
 
     def dense_rows(self, start: int, stop: int) -> Tensor:
         """Rows start … stop - 1 as floats."""

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from tradespace.errors import InputError, UnsupportedError
+from tradespace.errors import EngineError, InputError, UnsupportedError
 from tradespace.kernels.view import Span, StepBatch
 from tradespace.kv.layout.contiguous import Contiguous
 from tradespace.kv.layout.paged import Paged
@@ -22,6 +23,7 @@ from tradespace.kv.store.dense import Dense
 from tradespace.spec.kv import KVPlan
 from tradespace.spec.mixers import Attention
 from tradespace.spec.model import ModelSpec
+from tradespace.spec.native import LANES
 
 RETAIN = {"full": Full}
 LAYOUTS = {"contiguous": Contiguous, "paged": Paged}
@@ -32,9 +34,21 @@ class KVCache:
     """`num_blocks` blocks of `block_size` token slots in every attention layer; `dtype` is the activations', in which keys and values are read.
 
     Paged: block_size is the plan's. Contiguous: block_size is the longest sequence, num_blocks the number of sequences.
+    order "slots": token after token, (slots, K, H), as torch's kernels read it. "tiles": the same bytes, within a block by head, keys in tiles of 16 tokens,
+    as the native kernels read it; they read and write the planes themselves.
     """
 
-    def __init__(self, model: ModelSpec, plan: KVPlan, *, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        model: ModelSpec,
+        plan: KVPlan,
+        *,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        order: Literal["slots", "tiles"] = "slots",
+    ):
         if plan.runs_since is None:
             raise UnsupportedError(
                 f"KV cache {plan.describe()} is priced but has no implementation yet. Runs: {', '.join(RETAIN)} × {', '.join(LAYOUTS)} × {', '.join(STORES)}"
@@ -43,6 +57,9 @@ class KVCache:
             raise InputError(f"a KV cache needs at least one block of one token; got {num_blocks} blocks of {block_size}")
         if plan.layout == "paged" and block_size != plan.block_size:
             raise InputError(f"the plan pages by {plan.block_size} tokens, the cache was asked for blocks of {block_size}")
+        if order == "tiles" and block_size % LANES:
+            raise UnsupportedError(f"native kernels read keys in tiles of {LANES}: a block of {block_size} tokens is no multiple of that")
+        self.order = order
         self.plan, self.num_blocks, self.block_size, self.dtype, self.device = plan, num_blocks, block_size, dtype, torch.device(device)
         self._retain, self._layout, self._store = RETAIN[plan.retain.kind](), LAYOUTS[plan.layout](), STORES[plan.store]
         self._planes: dict[int, tuple[Tensor, Tensor]] = {}
@@ -54,7 +71,6 @@ class KVCache:
             k_SKH = self._store.allocate(slots, mixer.K, mixer.H, device)
             v_SKH = self._store.allocate(slots, mixer.K, mixer.Hv, device)
             self._planes[index] = (k_SKH, v_SKH)
-        self._views = {index: LayerView(self, k_SKH, v_SKH) for index, (k_SKH, v_SKH) in self._planes.items()}
 
     @property
     def nbytes(self) -> int:
@@ -63,7 +79,8 @@ class KVCache:
 
     def view(self, layer: int) -> LayerView:
         """Layer `layer`'s KVView; KeyError for a layer without attention."""
-        return self._views[layer]
+        # made anew each time: views that the cache kept would make a cycle, and the planes would live on until some collection finds it
+        return LayerView(self, *self._planes[layer])
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copies block src to block dst for every (src, dst), in every layer, as if all at once: what copy-on-write needs."""
@@ -96,6 +113,7 @@ class LayerView:
 
     def write(self, k_TKH: Tensor, v_TKH: Tensor, batch: StepBatch) -> None:
         """Puts the step's T keys and values into `batch.slots_T`."""
+        self._by_slots()
         store = self.cache._store
         store.write(self.k_SKH, batch.slots_T, k_TKH)
         store.write(self.v_SKH, batch.slots_T, v_TKH)
@@ -109,5 +127,10 @@ class LayerView:
 
     def gather(self, rows: Tensor | slice) -> tuple[Tensor, Tensor]:
         """Keys and values of the plane rows that `locate` named."""
+        self._by_slots()
         store, dtype = self.cache._store, self.cache.dtype
         return store.read(self.k_SKH, rows, dtype), store.read(self.v_SKH, rows, dtype)
+
+    def _by_slots(self) -> None:
+        if self.cache.order != "slots":
+            raise EngineError("this cache lies in the native kernels' tiles: only a recorded step reads and writes it")

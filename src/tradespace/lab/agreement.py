@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from tradespace.errors import InputError
+from tradespace.home import cache_folder
 from tradespace.lab.common import command_line, markdown_table, read_text
 from tradespace.loading.dequantize import iter_rows
 from tradespace.loading.gguf import read_gguf, write_gguf
-from tradespace.loading.pull import home_dir
 from tradespace.loading.resolve import resolve
 from tradespace.loading.tokenizer import Tokenizer
 from tradespace.measure.machine import this_machine
@@ -167,8 +167,8 @@ def run(*, quick: bool, say: Callable[[str], None]) -> Record:
         files = resolve(model)
         path, tokenizer = files.weights[0], Tokenizer.from_files(files)
         texts = {name: token_window(tokenizer, read_text(*parts), POSITIONS) for name, parts in list(TEXTS.items())[: 1 if quick else None]}
-        home_dir().mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix="f32-", dir=home_dir()) as folder:
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix="f32-", dir=cache_folder()) as folder:
             copy = Path(folder) / f"{model}.gguf"
             write_f32_copy(path, copy)
             heard = {F32: listen(copy, texts), STORED: listen(path, texts)}

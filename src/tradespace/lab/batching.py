@@ -1,10 +1,13 @@
 """What continuous batching gains over fixed batches of the same memory: 64 requests with a trace's lengths, same engine, same kernels, same cache bytes.
 
 continuous  requests join and leave at every step (Orca, OSDI 2022); pages are taken as tokens need them
-fixed       a batch is filled while nothing runs, each member reserving its own prompt + output; it runs until the last has ended, but members that have ended
-            cost no compute (`engine/scheduler.py`, policy "fixed"): the best that fixed batches can be when lengths are known beforehand
-padded      as a plain generate loop does it: each member has a region of the longest context, prompts are padded to the longest of the batch, and every row is
-            computed until the longest output of the batch ends
+fixed       batches of as many requests as the cache has regions of the longest context; every row is computed until the longest output of its batch ends.
+            Prompts are not padded, which is kinder than a generate loop is
+padded      the same with prompts as long as the batch's longest, as a plain generate loop pads them; its tokens are other tokens
+reserved    the best that fixed batches can be, with all lengths known beforehand: a member takes its own prompt + output, and costs nothing once it has ended
+
+What can be gained is bounded: where a step's time is that of its rows (a compute-bound CPU), the ratio is that of the rows computed, which the record states
+as `rows`; it grows beyond that only as far as larger batches read the weights less often.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tradespace.lab.common import Length, command_line, markdown_table, trace_lengths
 from tradespace.measure.machine import this_machine
@@ -24,8 +27,9 @@ if TYPE_CHECKING:
 
 MODEL = "smollm2-135m"
 REQUESTS, MAX_PROMPT, MAX_OUTPUT = 64, 512, 256
-CACHE_REQUESTS = 16  # longest requests that the cache holds at once: the memory of every policy
-POLICIES = ("continuous", "fixed", "padded")
+POLICIES = ("continuous", "fixed", "padded", "reserved")
+# (weights, regions of the longest context that the cache holds): how the file holds them, and as most models are published
+CASES = (("stored", 4), ("stored", 16), ("bf16", 4), ("bf16", 16))
 
 
 def token_ids(row: int, count: int) -> list[int]:
@@ -33,76 +37,86 @@ def token_ids(row: int, count: int) -> list[int]:
     return [(31 * row + 7 * column) % 4000 + 20 for column in range(count)]
 
 
-def serve(llm: LLM, lengths: list[Length], *, padded: bool) -> list[tuple[int, ...]]:
-    """The output tokens of all requests, as far as they were asked for."""
+def serve(llm: LLM, lengths: list[Length], policy: str, regions: int) -> tuple[list[tuple[int, ...]], int]:
+    """(the output tokens of all requests as far as they were asked for, rows that were computed)."""
     import tradespace as ts
 
-    if not padded:
+    if policy in ("continuous", "reserved"):
         params = [ts.SamplingParams(max_tokens=length.output, temperature=0, ignore_eos=True) for length in lengths]
-        return [done.output_ids for done in llm.generate([token_ids(row, length.prompt) for row, length in enumerate(lengths)], params)]
+        done = llm.generate([token_ids(row, length.prompt) for row, length in enumerate(lengths)], params)
+        return [completion.output_ids for completion in done], sum(length.prompt + length.output for length in lengths)
     found: list[tuple[int, ...]] = []
-    for start in range(0, len(lengths), CACHE_REQUESTS):
-        batch = lengths[start : start + CACHE_REQUESTS]
-        prompt, output = max(length.prompt for length in batch), max(length.output for length in batch)
+    rows = 0
+    for start in range(0, len(lengths), regions):
+        batch = lengths[start : start + regions]
+        longest, output = max(length.prompt for length in batch), max(length.output for length in batch)
         params = ts.SamplingParams(max_tokens=output, temperature=0, ignore_eos=True)
-        done = llm.generate([token_ids(start + row, prompt) for row in range(len(batch))], params)
+        prompts = [token_ids(start + row, longest if policy == "padded" else length.prompt) for row, length in enumerate(batch)]
+        done = llm.generate(prompts, [params] * len(batch))
         found += [completion.output_ids[: length.output] for completion, length in zip(done, batch, strict=True)]
-    return found
+        rows += sum(len(prompt) + output for prompt in prompts)
+    return found, rows
+
+
+def _case(weights: str, regions: int, lengths: list[Length], rounds: int, say: Callable[[str], None]) -> tuple[dict[str, list[float]], dict[str, Any]]:
+    """Speeds of all policies, in turn, over one cache; and the row of the record."""
+    import tradespace as ts
+
+    context = MAX_PROMPT + MAX_OUTPUT
+    with ts.open(MODEL, memory="4GiB", concurrency=regions, context=context, weights=weights) as first:
+        base = replace(first.plan, kv=replace(first.plan.kv, layout="paged", block_size=16), kv_tokens=regions * context)
+    tokens = sum(length.output for length in lengths)
+    speeds: dict[str, list[float]] = {policy: [] for policy in POLICIES}
+    row: dict[str, Any] = {"weights": weights, "regions": regions, "requests": len(lengths), "output_tokens": tokens, "steps": {}, "rows": {}}
+    answers: dict[str, list[tuple[int, ...]]] = {}
+    for _ in range(rounds):
+        for policy in POLICIES:
+            most = regions if policy in ("fixed", "padded") else len(lengths)
+            with ts.open(MODEL, plan=replace(base, max_sequences=most), scheduling="continuous" if policy == "continuous" else "fixed") as llm:
+                serve(llm, lengths[:2], "continuous", regions)  # warms up
+                before = llm.engine.counters.steps
+                start = time.perf_counter()
+                answers[policy], row["rows"][policy] = serve(llm, lengths, policy, regions)
+                speeds[policy].append(tokens / (time.perf_counter() - start))
+                row["steps"][policy] = llm.engine.counters.steps - before
+                row["cache_bytes"] = llm.report().line("kv cache").measured
+                row["plan"] = llm.plan.describe()
+            say(f"{weights}, {regions} regions, {policy}: {speeds[policy][-1]:.0f} tok/s in {row['steps'][policy]} steps")
+    row["requests_with_equal_tokens"] = sum(a == b == c for a, b, c in zip(answers["continuous"], answers["fixed"], answers["reserved"], strict=True))
+    return speeds, row
 
 
 def run(*, quick: bool, say: Callable[[str], None]) -> Record:
-    """All policies in turn over the same requests."""
-    import tradespace as ts
-
-    rounds = 1
+    """All cases, all policies in turn over the same requests."""
+    rounds = 1 if quick else 3
     lengths = trace_lengths(24 if quick else REQUESTS, max_prompt=MAX_PROMPT, max_output=MAX_OUTPUT)
-    context = MAX_PROMPT + MAX_OUTPUT
-    with ts.open(MODEL, memory="4GiB", concurrency=CACHE_REQUESTS, context=context, weights="bf16") as first:
-        base = replace(first.plan, kv=replace(first.plan.kv, layout="paged"), kv_tokens=CACHE_REQUESTS * context)
-    tokens = sum(length.output for length in lengths)
-    speeds: dict[str, list[float]] = {policy: [] for policy in POLICIES}
-    steps: dict[str, int] = {}
-    answers: dict[str, list[tuple[int, ...]]] = {}
-    cache_bytes: dict[str, float] = {}
-    for _ in range(rounds):
-        for policy in POLICIES:
-            most = CACHE_REQUESTS if policy == "padded" else REQUESTS
-            with ts.open(MODEL, plan=replace(base, max_sequences=most), scheduling="continuous" if policy == "continuous" else "fixed") as llm:
-                serve(llm, lengths[:2], padded=False)  # warms up
-                before = llm.engine.counters.steps
-                start = time.perf_counter()
-                answers[policy] = serve(llm, lengths, padded=policy == "padded")
-                speeds[policy].append(tokens / (time.perf_counter() - start))
-                steps[policy] = llm.engine.counters.steps - before
-                cache_bytes[policy] = llm.report().line("kv cache").measured or 0
-            say(f"{policy}: {speeds[policy][-1]:.0f} tok/s in {steps[policy]} steps")
-    figures = {policy: Figure.of(values, "tok/s") for policy, values in speeds.items()}
-    for other in POLICIES[1:]:
-        figures[f"continuous over {other}"] = Figure.of([a / b for a, b in zip(speeds["continuous"], speeds[other], strict=True)], "ratio")
-    equal = sum(a == b for a, b in zip(answers["continuous"], answers["fixed"], strict=True))
-    rows = [
-        {
-            "requests": len(lengths),
-            "output_tokens": tokens,
-            "cache_bytes": max(cache_bytes.values()),
-            "steps": steps,
-            "requests_with_equal_tokens": equal,
-        }
-    ]
-    notes = f"prompts and outputs of the conversation trace clipped to {MAX_PROMPT} and {MAX_OUTPUT}; {MODEL}, bf16"
+    figures: dict[str, Figure] = {}
+    rows = []
+    for weights, regions in CASES[:1] if quick else CASES:
+        speeds, row = _case(weights, regions, lengths, rounds, say)
+        rows.append(row)
+        name = f"{weights}, {regions} regions"
+        figures |= {f"{name}: {policy}": Figure.of(values, "tok/s") for policy, values in speeds.items()}
+        for other in POLICIES[1:]:
+            ratios = [a / b for a, b in zip(speeds["continuous"], speeds[other], strict=True)]
+            figures[f"{name}: continuous over {other}"] = Figure.of(ratios, "ratio")
+    notes = f"prompts and outputs of the conversation trace clipped to {MAX_PROMPT} and {MAX_OUTPUT}; {MODEL}"
     return new_record("batching", command=command_line(), device=this_machine(), repeats=rounds, figures=figures, rows=rows, notes=notes)
 
 
 def markdown(record: Record) -> str:
-    row = record.rows[0]
-    header = ("policy", "tok/s", "steps", "continuous is faster by")
-    rows = []
-    for policy in POLICIES:
-        ratio = record.figures.get(f"continuous over {policy}")
-        rows.append((policy, f"{record.figures[policy].median:.0f}", f"{row['steps'][policy]:,}", f"{ratio.median:.2f}×" if ratio else ""))
-    same = f"{row['requests_with_equal_tokens']} of {row['requests']} requests gave the same tokens continuously and in fixed batches"
+    header = ("weights", "cache", "policy", "tok/s", "steps", "rows computed", "continuous is faster by", "by rows alone")
+    table = []
+    for row in record.rows:
+        name = f"{row['weights']}, {row['regions']} regions"
+        for policy in POLICIES:
+            ratio = record.figures.get(f"{name}: continuous over {policy}")
+            cells = (f"{record.figures[f'{name}: {policy}'].median:.0f}", f"{row['steps'][policy]:,}", f"{row['rows'][policy]:,}")
+            more = (f"{ratio.median:.2f}×", f"{row['rows'][policy] / row['rows']['continuous']:.2f}×") if ratio else ("", "")
+            table.append((row["weights"], format_bytes(row["cache_bytes"]), policy, *cells, *more))
+    same = "; ".join(f"{row['requests_with_equal_tokens']} of {row['requests']}" for row in record.rows)
     return (
-        f"{markdown_table(header, rows)}\n\n{row['requests']} requests, {row['output_tokens']:,} output tokens, the same cache of "
-        f"{format_bytes(row['cache_bytes'])} for all; {same}. Fixed batches here reserve exactly what each request will need and stop computing a member "
-        "that has ended; padded ones are what a plain generate loop does."
+        f"{markdown_table(header, table)}\n\n{record.rows[0]['requests']} requests, {record.rows[0]['output_tokens']:,} output tokens; requests with the same "
+        f'tokens under all policies that read the same prompts: {same}. "Fixed" computes every row until its batch\'s longest output ends; "padded" pads '
+        'prompts, too, as a plain generate loop does; "reserved" knows all lengths beforehand and stops computing a member that has ended.'
     )

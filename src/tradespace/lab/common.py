@@ -58,7 +58,8 @@ def read_text(*parts: str) -> str:
 
 def command_line() -> str:
     """The command that this process runs under, without folders: where the record goes is not part of what was measured."""
-    words = [Path(sys.argv[0]).name]
+    program = Path(sys.argv[0]).name
+    words = ["tradespace" if program in ("__main__.py", "main.py") else program]
     arguments = iter(sys.argv[1:])
     for word in arguments:
         if word in ("--output", "-o"):

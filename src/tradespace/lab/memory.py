@@ -21,7 +21,7 @@ from tradespace.units import format_bytes, parse_bytes
 MODEL = "smollm2-135m"
 BUDGETS = ("600MiB", "800MiB", "1200MiB")
 # requests at once, longest prompt and output: mixed lengths out of the conversation trace, clipped
-WORKLOADS = ((1, 512, 128), (8, 512, 96), (64, 384, 48))
+WORKLOADS = ((1, 512, 128), (1, 1792, 256), (8, 512, 96), (64, 384, 48))
 
 
 def case(model: str, memory: str, requests: int, max_prompt: int, max_output: int) -> dict[str, Any]:

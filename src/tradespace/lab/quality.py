@@ -1,55 +1,79 @@
-"""What each weight format that runs costs: KL divergence to the same weights in fp32, on WikiText-2 test, with bytes beside it."""
+"""What each weight format that runs costs: KL divergence to the same weights in fp32, on WikiText-2 test, with bytes beside it.
+
+Every format is filled by rounding to nearest; what better quantizers make of it is the sweep's question (`tradespace eval --sweep`). The planner ranks by
+these figures: `lab/figures.py` puts them where it reads them.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
-from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from tradespace.lab.common import command_line, markdown_table, read_text
+from tradespace import api
+from tradespace.comparing import Budget
+from tradespace.home import cache_folder
+from tradespace.lab.common import command_line, data_file, markdown_table
+from tradespace.lab.sweep import RTN, Sweep, choose_pairs, measure_points
+from tradespace.loading.gguf import read_gguf
+from tradespace.loading.resolve import ModelFiles, resolve
+from tradespace.loading.tokenizer import Tokenizer
 from tradespace.measure.machine import this_machine
 from tradespace.measure.record import Record, new_record
-from tradespace.spec.weights import FORMATS
+from tradespace.quality.text import encode_text
+from tradespace.spec.tensors import num_parameters
 from tradespace.units import format_bytes
 
 MODELS = ("smollm2-135m", "gemma3-270m")
-CONTEXT, WINDOWS = 512, 8
-REFERENCE = "fp32"
+CONTEXT, TOKENS, QUICK_TOKENS = 512, 1536, 512
+QUICK_FORMATS = ("bf16", "int8")
+REFERENCE, MEMORY = "fp32", "8GiB"
 
 
 def run(*, quick: bool, say: Callable[[str], None]) -> Record:
-    import tradespace as ts
-    from tradespace.quality.divergence import compare, next_token_logprobs, windows
-
-    rows = []
-    text = read_text("wikitext2", "wiki.test.raw")
+    """Every format on both models (quick: two formats on the first, on a quarter of the text)."""
+    rows, protocol = [], ""
+    device = this_machine()
+    cache_folder().mkdir(parents=True, exist_ok=True)
     for model in MODELS[:1] if quick else MODELS:
-        with ts.open(model, memory="8GiB", weights=REFERENCE, concurrency=1, context=CONTEXT) as reference:
-            ids = reference.tokenizer.encode(text[: 200_000 if quick else 600_000], add_special_tokens=False)
-            begins = reference.tokenizer.encode("a")[0] == reference.tokenizer.bos_id  # only where the model itself begins its texts so
-            texts = windows(ids, CONTEXT, bos_id=reference.tokenizer.bos_id if begins else None, count=2 if quick else WINDOWS)
-            base = partial(next_token_logprobs, reference.transformer)
-            for name in (name for name, fmt in FORMATS.items() if fmt.runs_since and name != REFERENCE):
-                with ts.open(model, memory="8GiB", weights=name, concurrency=1, context=CONTEXT) as llm:
-                    found = compare(base, partial(next_token_logprobs, llm.transformer), texts)
-                    size = sum(llm.weight_bytes().values())
-                row = {"model": model, "format": name, "bytes": size} | {key: getattr(found, key) for key in found.__dataclass_fields__}
-                rows.append(row)
-                say(f"{model} {name}: KL {found.mean_kl:.2e} nats a token")
-    notes = f"windows of {CONTEXT} tokens that do not overlap, WikiText-2 test; KL to the same weights in fp32 with fp32 activations"
-    return new_record("quality", command=command_line(), device=this_machine(), repeats=1, rows=rows, notes=notes)
+        files = resolve(model)
+        spec = api.spec_of_files(files)
+        text = encode_text(Tokenizer.from_files(files), data_file("wikitext2", "wiki.test.raw"), context=CONTEXT, tokens=QUICK_TOKENS if quick else TOKENS)
+        protocol = f"{CONTEXT} tokens a window, {text.windows.num_scored:,} scored"
+        with TemporaryDirectory(prefix="quality-", dir=cache_folder()) as folder:
+            sweep = Sweep(model=model, files=files, text=text, dtype=REFERENCE, device=device, budget=Budget.of(MEMORY, device), folder=Path(folder))
+            pairs = choose_pairs(QUICK_FORMATS if quick else None, [RTN], REFERENCE)
+            found, _ = measure_points(sweep, pairs, lambda what, done, total: None, say)
+        for row in found:
+            rows.append({"model": spec.name, "family": spec.family, "parameters": num_parameters(spec), "stored": stored_as(files)} | row)
+            say(f"{model} {row['format']}: KL {row['mean_kl']:.2e} ± {row['kl_error']:.0e} nats a token")
+    notes = f"WikiText-2 test, {protocol}; KL to the same weights in fp32 with fp32 activations; formats filled by rounding to nearest"
+    return new_record("quality", command=command_line(), device=device, repeats=1, rows=rows, notes=notes)
+
+
+def stored_as(files: ModelFiles) -> str:
+    """The type that holds most of the file's bytes. A format on the same grid as that loses next to nothing more: its figure speaks for such a file alone."""
+    if files.kind != "gguf":
+        return "safetensors"
+    found: Counter[str] = Counter()
+    for tensor in read_gguf(files.weights[0]).tensors.values():
+        found[tensor.type_name] += tensor.nbytes
+    return found.most_common(1)[0][0]
 
 
 def markdown(record: Record) -> str:
-    header = ("model", "format", "weights", "mean KL, nats", "99%", "same top token", "perplexity (fp32)")
+    header = ("model (stored)", "format", "weights", "bits", "mean KL, nats", "99%", "same top token", "perplexity (fp32)")
     rows = [
         (
-            r["model"],
+            f"{r['model']} ({r['stored']})",
             r["format"],
             format_bytes(r["bytes"]),
-            f"{r['mean_kl']:.2e}",
-            f"{r['p99_kl']:.2e}",
+            f"{r['bits_per_weight']:.2f}",
+            f"{r['mean_kl']:.3g} ± {r['kl_error']:.1g}",
+            f"{r['p99_kl']:.3g}",
             f"{r['top1_agreement']:.2%}",
-            f"{r['perplexity']:.3f} ({r['reference_perplexity']:.3f})",
+            f"{r['perplexity']:.5g} ({r['reference_perplexity']:.5g})",
         )
         for r in record.rows
     ]

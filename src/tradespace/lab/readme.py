@@ -24,7 +24,10 @@ def render(text: str, results: Path) -> str:
         name = match["name"]
         if name not in EXPERIMENTS:
             raise InputError(f"README: no experiment '{name}'. Known: {', '.join(EXPERIMENTS)}")
-        record = read_record(results / f"{name}.json")
+        path = results / f"{name}.json"
+        if not path.exists():  # said, not left out: a section promises figures
+            return f"<!-- record: {name} -->\n*Not measured yet: `tradespace lab run {name}`.*\n<!-- end -->"
+        record = read_record(path)
         return f"<!-- record: {name} -->\n{EXPERIMENTS[name].markdown(record)}\n{circumstances(record)}\n<!-- end -->"
 
     rendered = _SECTION.sub(section, text)

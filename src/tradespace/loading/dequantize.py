@@ -3,17 +3,17 @@
 Weights are never mapped: mapped pages would count as the process's own. A chunk's rows are read into a buffer that is allocated once, and turned into
 floats tile by tile, so what a chunk takes (stored rows + floats + temporaries) is known before anything is read and stays within `staging_bytes`.
 
-The arithmetic is ggml's, operation by operation in float32 (no fused multiply-add), so results are bitwise those of the `gguf` package; the cast to
-another dtype comes last. Block layouts: ggml-common.h and ggml-quants.c of the ggml project.
+What a block's bytes mean is `formats/ggml_blocks.py`'s business: bitwise as the `gguf` package has it; the cast to another dtype comes last.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 
 from tradespace.errors import BudgetError, InputError, UnsupportedError
+from tradespace.formats.ggml_blocks import DEQUANTIZERS
 from tradespace.loading.gguf import GGML_TYPES, GGUFFile, GGUFTensor
 from tradespace.loading.rawfile import open_weight_file, read_exactly, shown
 from tradespace.loading.safetensors import SafetensorsFile, SafetensorsTensor
@@ -25,100 +25,6 @@ TILE_ELEMENTS = 2**16
 TEMPORARY_BYTES_PER_ELEMENT = 3
 
 PLAIN_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-def _halves(blocks_NB: torch.Tensor, start: int) -> torch.Tensor:
-    """The float16 at byte `start` of each block, as float32 [N, 1]."""
-    return blocks_NB.view(torch.float16)[:, start // 2 : start // 2 + 1].float()
-
-
-def _nibbles(packed_NB: torch.Tensor, out_NE: torch.Tensor) -> None:
-    """Elements 0…15 of 32 are the low nibbles of 16 bytes, elements 16…31 the high ones."""
-    out_NE[:, :16] = packed_NB & 15
-    out_NE[:, 16:] = packed_NB >> 4
-
-
-def _q4_0(blocks_NB: torch.Tensor, out_NE: torch.Tensor) -> None:
-    _nibbles(blocks_NB[:, 2:], out_NE)
-    out_NE.sub_(8).mul_(_halves(blocks_NB, 0))
-
-
-def _q4_1(blocks_NB: torch.Tensor, out_NE: torch.Tensor) -> None:
-    _nibbles(blocks_NB[:, 4:], out_NE)
-    out_NE.mul_(_halves(blocks_NB, 0)).add_(_halves(blocks_NB, 2))
-
-
-def _five_bits(packed_NB: torch.Tensor, high_NB: torch.Tensor) -> torch.Tensor:
-    """Quants 0…31 of 32 elements: nibbles as in `_nibbles`, and bit e of four little-endian bytes as the fifth bit of element e. uint8 [N, 32]."""
-    bits = torch.arange(8, dtype=torch.uint8)
-    fifth_NE = (high_NB.unsqueeze(-1) >> bits).bitwise_and_(1).bitwise_left_shift_(4).flatten(1)
-    fifth_NE[:, :16] |= packed_NB & 15
-    fifth_NE[:, 16:] |= packed_NB >> 4
-    return fifth_NE
-
-
-def _q5_0(blocks_NB: torch.Tensor, out_NE: torch.Tensor) -> None:
-    out_NE.copy_(_five_bits(blocks_NB[:, 6:], blocks_NB[:, 2:6])).sub_(16).mul_(_halves(blocks_NB, 0))
-
-
-def _q5_1(blocks_NB: torch.Tensor, out_NE: torch.Tensor) -> None:
-    out_NE.copy_(_five_bits(blocks_NB[:, 8:], blocks_NB[:, 4:8])).mul_(_halves(blocks_NB, 0)).add_(_halves(blocks_NB, 2))
-
-
-def _q8_0(blocks_NB: torch.Tensor, out_NE: torch.Tensor) -> None:
-    out_NE.copy_(blocks_NB[:, 2:].view(torch.int8)).mul_(_halves(blocks_NB, 0))
-
-
-def _k_scales(blocks_NB: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scales and minima of the 8 groups of a Q4_K or Q5_K block, float32 [N, 8, 1] each.
-
-    12 bytes hold sixteen 6-bit numbers: scales 0…3 and minima 0…3 in the low 6 bits of bytes 0…7, whose top 2 bits belong to scales and minima 4…7;
-    the low 4 bits of those are the low (scales) and high (minima) nibbles of bytes 8…11.
-    """
-    low_scales, low_minima, rest = blocks_NB[:, 4:8], blocks_NB[:, 8:12], blocks_NB[:, 12:16]
-    scales_N8 = torch.cat([low_scales & 63, (rest & 15) | ((low_scales >> 2) & 48)], dim=1)
-    minima_N8 = torch.cat([low_minima & 63, (rest >> 4) | ((low_minima >> 2) & 48)], dim=1)
-    return (_halves(blocks_NB, 0) * scales_N8).unsqueeze(-1), (_halves(blocks_NB, 2) * minima_N8).unsqueeze(-1)
-
-
-def _k_nibbles(packed_NB: torch.Tensor, out_N8G: torch.Tensor) -> None:
-    """Of each 32 bytes, the low nibbles are one group of 32 and the high nibbles the next."""
-    packed_N4G = packed_NB.unflatten(1, (4, 32))
-    out_N8G[:, 0::2] = packed_N4G & 15
-    out_N8G[:, 1::2] = packed_N4G >> 4
-
-
-def _q4_k(blocks_NB: torch.Tensor, out_NE: torch.Tensor) -> None:
-    scales_N81, minima_N81 = _k_scales(blocks_NB)
-    out_N8G = out_NE.unflatten(1, (8, 32))
-    _k_nibbles(blocks_NB[:, 16:], out_N8G)
-    out_N8G.mul_(scales_N81).sub_(minima_N81)
-
-
-def _q5_k(blocks_NB: torch.Tensor, out_NE: torch.Tensor) -> None:
-    scales_N81, minima_N81 = _k_scales(blocks_NB)
-    out_N8G = out_NE.unflatten(1, (8, 32))
-    _k_nibbles(blocks_NB[:, 48:], out_N8G)
-    for group in range(8):  # bit g of 32 bytes is the fifth bit of group g
-        out_N8G[:, group] += ((blocks_NB[:, 16:48] >> group) & 1) << 4
-    out_N8G.mul_(scales_N81).sub_(minima_N81)
-
-
-def _q6_k(blocks_NB: torch.Tensor, out_NE: torch.Tensor) -> None:
-    low_N22G, high_N2G = blocks_NB[:, :128].unflatten(1, (2, 2, 32)), blocks_NB[:, 128:192].unflatten(1, (2, 32))
-    scales_N16 = blocks_NB[:, 192:208].view(torch.int8) * _halves(blocks_NB, 208)
-    out_N24G = out_NE.unflatten(1, (2, 4, 32))
-    # of each half block: groups 0, 1 are the low nibbles of 64 bytes, groups 2, 3 the high ones; 32 more bytes hold the top 2 bits of all four
-    for group in range(4):
-        nibbles_N2G = low_N22G[:, :, group % 2] & 15 if group < 2 else low_N22G[:, :, group % 2] >> 4
-        out_N24G[:, :, group] = nibbles_N2G.bitwise_or_(((high_N2G >> (2 * group)) & 3) << 4)
-    out_NE.sub_(32).unflatten(1, (16, 16)).mul_(scales_N16.unsqueeze(-1))
-
-
-# GGML type → writes the float32 elements [N, block elements] of N blocks, uint8 [N, block bytes]
-DEQUANTIZERS: dict[str, Callable[[torch.Tensor, torch.Tensor], None]] = {
-    "Q4_0": _q4_0, "Q4_1": _q4_1, "Q5_0": _q5_0, "Q5_1": _q5_1, "Q8_0": _q8_0, "Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k,
-}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,6 +116,13 @@ def iter_rows(
     tensor, plan = _row_plan(file, tensor_name, dtype)
     chunk_rows = plan.chunk_rows(staging_bytes)
     return _chunks(tensor, plan, min(chunk_rows, plan.num_rows), dtype)
+
+
+def iter_raw_rows(file: GGUFFile | SafetensorsFile, tensor_name: str, *, staging_bytes: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yields (first row, stored bytes uint8 [R, row bytes]) as `iter_rows` does, undecoded. Raises as `iter_rows`."""
+    tensor, plan = _row_plan(file, tensor_name, torch.float32)
+    plan = replace(plan, row_elements=plan.row_bytes, in_place=True, row_out_bytes=0, scratch_bytes_per_element=0)
+    return _chunks(tensor, plan, min(plan.chunk_rows(staging_bytes), plan.num_rows), torch.uint8)
 
 
 def _chunks(tensor: GGUFTensor | SafetensorsTensor, plan: _RowPlan, chunk_rows: int, dtype: torch.dtype) -> Iterator[tuple[int, torch.Tensor]]:

@@ -31,11 +31,12 @@ from tradespace.loading.ggml_types import (
     VERSIONS,
     tensor_nbytes,
 )
+from tradespace.loading.gguf_split import join_parts
 from tradespace.loading.gguf_writer import write_gguf
 from tradespace.loading.rawfile import open_weight_file, read_exactly, shown
 from tradespace.units import MiB, format_bytes
 
-__all__ = ["GGML_TYPES", "GGUFFile", "GGUFTensor", "read_floats", "read_gguf", "tensor_nbytes", "write_gguf"]
+__all__ = ["GGML_TYPES", "GGUFFile", "GGUFTensor", "read_floats", "read_gguf", "read_raw", "tensor_nbytes", "write_gguf"]
 
 # a quarter-million tokens with their merges take about 20 MiB; what is far beyond that is no vocabulary
 MAX_HEADER_BYTES = 64 * MiB
@@ -72,12 +73,19 @@ class GGUFFile:
 def read_gguf(path: str | os.PathLike[str]) -> GGUFFile:
     """Reads and checks the whole header. Linear in the header's bytes; no tensor data is read.
 
-    Raises CorruptFileError (file, field, need, have) for a file that is truncated or inconsistent, UnsupportedError for a big-endian file, another version,
-    a part of a split model, or a tensor type that ggml has dropped, InputError where there is no such file. A tensor of a known type that tradespace cannot
+    Any part of a split model (NAME-00001-of-00003.gguf) stands for the whole: its other parts are looked for beside it.
+
+    Raises CorruptFileError (file, field, need, have) for a file that is truncated or inconsistent, UnsupportedError for a big-endian file, another version
+    or a tensor type that ggml has dropped, InputError where there is no such file or a part is missing. A tensor of a known type that tradespace cannot
     dequantize is fine here: reading its data is what raises.
     """
+    found = _read_one(Path(path))
+    return join_parts(found, _read_one) if found.metadata.get("split.count", 0) > 1 else found
+
+
+def _read_one(path: Path) -> GGUFFile:
     with open_weight_file(path) as (file, size_bytes):
-        return _parse(_Cursor(file, Path(path), size_bytes))
+        return _parse(_Cursor(file, path, size_bytes))
 
 
 def read_floats(file: GGUFFile, tensor_name: str) -> list[float]:
@@ -89,10 +97,15 @@ def read_floats(file: GGUFFile, tensor_name: str) -> list[float]:
     if tensor.type_name not in dtypes or tensor.nbytes > MiB:
         have = f"{format_bytes(tensor.nbytes)} of {tensor.type_name}"
         raise UnsupportedError(f"{file.path}: {shown(tensor_name)} is {have}; a small vector of F32 or F16 is needed")
+    return np.frombuffer(read_raw(tensor), dtype=dtypes[tensor.type_name]).astype(np.float64).tolist()
+
+
+def read_raw(tensor: GGUFTensor) -> bytearray:
+    """The bytes of a small tensor as stored. Raises CorruptFileError where the file has shrunk."""
     raw = bytearray(tensor.nbytes)
-    with open_weight_file(file.path) as (stream, _):
-        read_exactly(stream, memoryview(raw), tensor.offset_bytes, f"{file.path}: tensor {shown(tensor_name)}")
-    return np.frombuffer(raw, dtype=dtypes[tensor.type_name]).astype(np.float64).tolist()
+    with open_weight_file(tensor.path) as (stream, _):
+        read_exactly(stream, memoryview(raw), tensor.offset_bytes, f"{tensor.path}: tensor {shown(tensor.name)}")
+    return raw
 
 
 class _Cursor:
@@ -196,7 +209,8 @@ def _parse(cursor: _Cursor) -> GGUFFile:
         if key in metadata:
             raise cursor.error(f"metadata {shown(key)}", "appears twice")
         metadata[key], metadata_types[key] = cursor.value(cursor.integer(4, "value type"), f"metadata {shown(key)}")
-    _refuse_split(cursor, metadata)
+    if type(count := metadata.get("split.count", 0)) is not int:
+        raise cursor.error("metadata 'split.count'", f"must be an integer, has {shown(count)}")
     alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
     if metadata_types.get("general.alignment", "uint32") != "uint32" or alignment < 1 or alignment & (alignment - 1):
         raise cursor.error("metadata 'general.alignment'", f"must be a power of two as uint32, has {shown(alignment)}")
@@ -217,16 +231,6 @@ def _parse(cursor: _Cursor) -> GGUFFile:
         if before.offset_bytes + before.nbytes > after.offset_bytes:
             raise cursor.error(f"tensor {shown(after.name)}", f"starts at byte {after.offset_bytes}, within tensor {shown(before.name)}")
     return GGUFFile(path=cursor.path, version=version, metadata=metadata, metadata_types=metadata_types, tensors=tensors, alignment=alignment)
-
-
-def _refuse_split(cursor: _Cursor, metadata: dict[str, Any]) -> None:
-    count = metadata.get("split.count", 0)
-    if not isinstance(count, int):
-        raise cursor.error("metadata 'split.count'", f"must be an integer, has {shown(count)}")
-    if count > 1:
-        raise UnsupportedError(
-            f"{cursor.path}: one of {count} parts of a split GGUF model (split.count); parts are not supported. Join them with llama-gguf-split --merge"
-        )
 
 
 def _tensor_info(cursor: _Cursor, index: int, num_tensors: int) -> tuple[str, tuple[int, ...], str, int, int]:

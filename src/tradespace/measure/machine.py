@@ -23,6 +23,8 @@ from typing import Any
 import psutil
 
 from tradespace.errors import EngineError
+from tradespace.home import cache_folder
+from tradespace.kernels.native.compiler import find_compiler
 from tradespace.measure import host
 from tradespace.measure.accelerators import Accelerator, find_accelerators
 from tradespace.measure.record import versions, write_atomically
@@ -69,17 +71,6 @@ def machine_report(refresh: bool = False) -> MachineReport:
         measured_at=measured["date"],
         notes=(*measured["notes"], *((_BUSY_NOTE,) if measured["busy"] else ())),
     )
-
-
-def cache_folder() -> Path:
-    """Where tradespace keeps what it may lose: TRADESPACE_HOME, else the platform's cache folder."""
-    if stated := os.environ.get("TRADESPACE_HOME"):
-        return Path(stated).expanduser()
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "tradespace"
-    if sys.platform == "win32" and (local := os.environ.get("LOCALAPPDATA")):
-        return Path(local) / "tradespace"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tradespace"
 
 
 def fingerprint() -> dict[str, Any]:
@@ -161,8 +152,14 @@ def _device(measured: Mapping[str, Any], memory: host.HostMemory) -> DeviceSpec:
         runtime_bytes=Estimate(measured["runtime_bytes"], f"{source} as {measured['runtime_method']}"),
         cores=host.physical_cores(),
         instruction_sets=host.instruction_sets(),
+        no_native=_no_native(),
         source=source,
     )
+
+
+def _no_native() -> str:
+    """Why the native kernels cannot run here; empty: they can, and are compiled when an engine is first built."""
+    return "" if find_compiler() else "no C++ compiler was found for the native kernels (a system's own, or: pip install ziglang)"
 
 
 # ---------------------------------------------------------------------------------------------------------------- the measurement

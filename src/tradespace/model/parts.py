@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tradespace.formats import DTYPES, FORMATS, Weight, Workspace, build_weight
+from tradespace.formats import DTYPES, FORMATS, NativeWeight, Weight, Workspace, build_weight
 from tradespace.kernels.norm import NORMS
 from tradespace.spec.model import ModelSpec
-from tradespace.spec.tensors import TensorSpec, model_tensors
+from tradespace.spec.tensors import QUANTIZABLE_ROLES, TensorSpec, model_tensors
 from tradespace.spec.weights import WeightPlan, workspace_shape
 
 
@@ -20,7 +20,7 @@ class Norm(nn.Module):
 
     def __init__(self, width: int, bias: bool, *, kind: str, eps: float, kernel: str, device: torch.device | str):
         super().__init__()
-        self.kernel, self.eps = NORMS[kernel, kind], eps
+        self.kernel, self.kind, self.eps = NORMS[kernel, kind], kind, eps
         self.weight = nn.Parameter(torch.empty(width, dtype=torch.float32, device=device), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(width, dtype=torch.float32, device=device), requires_grad=False) if bias else None
 
@@ -31,11 +31,15 @@ class Norm(nn.Module):
 class Parts:
     """Builds a model's weights and norms by their canonical names, uninitialised. All that dequantize share one `workspace`."""
 
-    def __init__(self, spec: ModelSpec, plan: WeightPlan, *, linear: str, device: torch.device | str):
-        self.spec, self.plan, self.linear, self.device = spec, plan, linear, device
+    def __init__(self, spec: ModelSpec, plan: WeightPlan, *, linear: str, device: torch.device | str, activations: str = "auto"):
+        self.spec, self.plan, self.device = spec, plan, device
+        self.native = linear == "native"
+        # what the native step does between its products has no counterpart in modules: outside of a recorded step torch does it
+        self.linear = "torch" if self.native else linear
+        self.activations = activations
         self.dense = DTYPES[plan.dense]
         self.tensors: dict[str, TensorSpec] = {tensor.name: tensor for tensor in model_tensors(spec)}
-        self.workspace = build_workspace(spec, plan, device)
+        self.workspace = None if self.native else build_workspace(spec, plan, device)
 
     def has(self, name: str) -> bool:
         return f"{name}.weight" in self.tensors
@@ -44,7 +48,11 @@ class Parts:
         """The weight of this name, with its `bias` parameter (or None) beside it."""
         tensor = self.tensors[f"{name}.weight"]
         fmt = self.plan.format_of(tensor).name
-        found = build_weight(fmt, tensor.shape, dense=self.dense, device=self.device, linear=self.linear, workspace=self.workspace)
+        found: Weight
+        if self.native and tensor.role in QUANTIZABLE_ROLES:
+            found = NativeWeight(fmt, tensor.shape, activations=self.activations)
+        else:
+            found = build_weight(fmt, tensor.shape, dense=self.dense, device=self.device, linear=self.linear, workspace=self.workspace)
         found.bias = self.vector(f"{name}.bias")
         return found
 

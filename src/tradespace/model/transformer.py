@@ -39,11 +39,13 @@ class Transformer(nn.Module):
         *,
         attention: str | tuple[Choice, ...] = "sdpa",
         linear: str = "torch",
+        activations: str = "auto",
         max_context: int,
         device: torch.device | str = "cpu",
     ):
         """`attention` names the kernel that is wanted in all layers (what each one got is in `attention_choices`), or says it layer by layer; `linear` names
-        the kernel of products, norms and activations. Raises UnsupportedError for what cannot run.
+        the kernel of products, norms and activations ("native": packed weights for `model.recorded`, multiplied by what `activations` says).
+        Raises UnsupportedError for what cannot run.
         """
         super().__init__()
         if spec.plan_only is not None:
@@ -54,9 +56,9 @@ class Transformer(nn.Module):
             have = spec.learned_positions - spec.position_offset
             raise InputError(f"{spec.name} has learned positions for {have} tokens; a context of {max_context} was asked for. Ask for at most {have}")
         self.spec, self.plan, self.max_context = spec, plan, max_context
-        parts = Parts(spec, plan, linear=linear, device=device)
+        parts = Parts(spec, plan, linear=linear, device=device, activations=activations)
         self.dtype, self.workspace = parts.dense, parts.workspace
-        self._cap = SOFTCAPS[linear]
+        self._cap = SOFTCAPS[parts.linear]
         # rounded to the activations' dtype, as it was in training
         self.embed_scale = float(torch.tensor(spec.embed_scale, dtype=self.dtype))
         self.embed = parts.weight("embed")

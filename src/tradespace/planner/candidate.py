@@ -18,10 +18,11 @@ from tradespace.cost.memory import Ledger, ledger
 from tradespace.cost.time import StepTime
 from tradespace.spec.device import DeviceSpec
 from tradespace.spec.estimate import Estimate
+from tradespace.spec.formats import FORMATS
 from tradespace.spec.kv import STORES, KVPlan
 from tradespace.spec.model import ModelSpec
 from tradespace.spec.plan import Placement, Plan
-from tradespace.spec.weights import FORMATS, WeightPlan
+from tradespace.spec.weights import WeightPlan
 from tradespace.spec.workload import Workload
 
 QUALITY_LIMIT = 0.05  # nats per token
@@ -38,6 +39,7 @@ class Question:
     memory_bytes: int  # of the pool that the model computes in, on each device
     host_memory_bytes: int | None
     linear: str
+    activations: str = "auto"
     staging_bytes: int | None = None
     tokenizer_bytes: int | None = None
 
@@ -77,6 +79,11 @@ class Candidate:
     @property
     def fits(self) -> bool:
         return self.fits_memory and self.tensor_parallel <= self.question.device.count
+
+    @property
+    def need_bytes(self) -> int:
+        """The least budget under which it fits: what it takes on each device, and what the engine leaves free."""
+        return self.bytes_each + self.question.memory_bytes - self.question.usable_bytes
 
     @property
     def total_bytes(self) -> int:
@@ -127,7 +134,8 @@ class Candidate:
             weights=self.weights,
             kv=self.kv,
             attention=self.attention,
-            linear=question.linear,
+            linear="native" if self.attention == "native" else question.linear,
+            activations=question.activations if self.attention == "native" else "auto",
             max_sequences=self.max_sequences,
             max_context=question.workload.context_tokens,
             step_tokens=self.step_tokens,
@@ -148,6 +156,7 @@ class Candidate:
             "plan": self.plan.to_dict(),
             "describe": self.plan.describe(),
             "bytes_each": self.bytes_each,
+            "need_bytes": self.need_bytes,
             "total_bytes": self.total_bytes,
             "host_bytes": self.host_bytes,
             "decode": self.decode.to_dict(),

@@ -37,13 +37,14 @@ class Alternative:
         return {"kind": self.kind, "text": self.text, "model": model, **self.candidate.to_dict(), "ledger": self.candidate.ledger.to_dict()}
 
 
-def alternatives(model: ModelSpec, device: DeviceSpec, workload: Workload, memory: int | None = None) -> list[Alternative]:
+def alternatives(model: ModelSpec, device: DeviceSpec, workload: Workload, memory: int | None = None, *, frontier: Frontier | None = None) -> list[Alternative]:
     """The ways out where no resident plan on the devices at hand keeps the quality; empty where one does, as then there is nothing to trade.
 
     In this order: the best plan that is resident all the same; the fewest devices like this one with which quality is kept; layers streamed; the largest
-    smaller relative that fits in bf16 or int8.
+    smaller relative that fits in bf16 or int8. `frontier`: the same question's over the whole space, where it is priced already.
     """
-    frontier = plan_frontier(model, device, workload, memory_bytes=memory)
+    if frontier is None:
+        frontier = plan_frontier(model, device, workload, memory_bytes=memory)
     resident = _preferred(frontier, lambda c: c.fits and c.placement.streamed_layers == 0)
     if resident is not None and resident.comfort == 0 and _keeps_quality(resident):
         return []
@@ -115,6 +116,8 @@ def _smaller_model(model: ModelSpec, device: DeviceSpec, workload: Workload, mem
         if workload.context_tokens > other.max_context:
             continue
         for weights in SMALLER_FORMATS:
+            if weight_bytes(other, WeightPlan(default=weights)) > (device.free_bytes if memory is None else memory):
+                continue  # it need not be priced
             frontier = plan_frontier(other, device, workload, memory_bytes=memory, pins={"weights": weights, "placement": "resident"})
             if frontier.best is not None and _keeps_quality(frontier.best):
                 text = f"{other.name} in {weights}, {format_bytes(frontier.best.bytes_each)} on {_where(frontier.best)}"

@@ -9,21 +9,34 @@ second in plain Python. The sums are those of `cost.memory.ledger`, line for lin
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from math import ceil
 
 from tradespace.cost import calibration, memory, workspace
-from tradespace.cost.quality import combine, kv_quality, weight_quality
-from tradespace.cost.summary import Summary, WeightShare, cache_token_bytes, dequantize_elements, num_matrix_shapes, summarize, weight_share, widest_columns
+from tradespace.cost.quality import EXACT, activation_quality, combine, kv_quality, weight_quality
+from tradespace.cost.summary import (
+    Product,
+    Summary,
+    WeightShare,
+    cache_token_bytes,
+    dequantize_elements,
+    product_shapes,
+    summarize,
+    weight_share,
+    widest_columns,
+)
 from tradespace.cost.time import Rates, StepTime, decode_tokens_per_s, prefill_tokens_per_s, rates_for, request_seconds, step_time
 from tradespace.cost.traffic import Axes, decode_work, prefill_work
 from tradespace.planner.candidate import Candidate, Question
 from tradespace.planner.space import Space
+from tradespace.spec import native
 from tradespace.spec.estimate import Estimate
+from tradespace.spec.formats import ELEMENT_BYTES
 from tradespace.spec.kv import KVPlan
 from tradespace.spec.plan import Placement, Plan
-from tradespace.spec.weights import ELEMENT_BYTES, WeightPlan
+from tradespace.spec.weights import WeightPlan
 
 
 @dataclass(frozen=True)
@@ -38,11 +51,14 @@ class Room:
 
 @dataclass(frozen=True, slots=True)
 class StepBytes:
-    """Of the largest step: matrices widened beside it, the worst moment of a layer, and the stream that stands beside the logits."""
+    """Of the largest step: what stands beside the cache (matrices widened, products compiled), the worst moment of a layer, and that of the head."""
 
-    widened: float
+    beside: float
     layers: float
     head: float
+
+
+OfSequences = Callable[[int], StepBytes]
 
 
 class Pricer:
@@ -55,30 +71,48 @@ class Pricer:
         self._fixed: dict[tuple, float] = {}
         self._stepped: dict[tuple, StepBytes] = {}
         self._widened: dict[int, int] = {}
+        self._products: dict[int, tuple[frozenset[Product], frozenset[Product]]] = {}
         self._shares: list[WeightShare] = []  # kept alive, so that their ids stay unique
         self._steps: dict[tuple, StepTime] = {}
         self._qualities: dict[tuple, Estimate] = {}
         self._reasons: dict[tuple, tuple[str, ...]] = {}
-        self._rates: dict[tuple[str, str], Rates] = {}
+        self._rates: dict[tuple[str, str, str], Rates] = {}
         self.runtime_bytes = memory.runtime_estimate(question.device).require()
         self.tokenizer_bytes = memory.tokenizer_estimate(question.model.V, question.tokenizer_bytes).require()
         self.staging_bytes = calibration.STAGING_BYTES.value if question.staging_bytes is None else question.staging_bytes
 
     # ------------------------------------------------------------------------------------------------------------ bytes
 
-    def step_bytes(self, weights: WeightPlan, share: WeightShare, kernel: str, step_tokens: int, gathered: bool, degree: int) -> StepBytes:
-        """(widened matrices, the worst moment of a layer, the stream at the head) of the largest step: what does not depend on the sequences."""
-        key = (id(share), kernel, step_tokens, gathered)
+    def step_bytes(self, weights: WeightPlan, share: WeightShare, kernel: str, step_tokens: int, gathered: bool, degree: int, sequences: int) -> StepBytes:
+        """Of the largest step with so many sequences."""
+        key = (id(share), kernel, step_tokens, gathered, sequences)
         if key not in self._stepped:
-            linear, dense, context = self.question.linear, weights.dense, self.question.workload.context_tokens
+            linear, dense, device = ("native" if kernel == "native" else self.question.linear), weights.dense, self.question.device
             shape = workspace.StepShape(
-                T=step_tokens, S=context, e=ELEMENT_BYTES[dense], kernel=kernel, gathered=gathered, degree=degree, linear=linear
-            )  # fmt: skip
-            widened = workspace.dequantize_bytes(self.widened_elements(weights, share, degree), dense)
-            widened += workspace.reference_tile_bytes(widest_columns(self.summary), dense) if linear == "reference" else 0
-            stream = workspace.head_bytes(0, 0, self.question.model.D, shape)
-            self._stepped[key] = StepBytes(widened, workspace.activation_bytes(self.summary, shape), stream)
+                T=step_tokens,
+                S=self.question.workload.context_tokens,
+                e=ELEMENT_BYTES[dense],
+                kernel=kernel,
+                gathered=gathered,
+                rows=sequences,
+                degree=degree,
+                linear=linear,
+                activations=self.question.activations,
+                threads=device.cores or 1,
+            )
+            beside = workspace.dequantize_bytes(self.widened_elements(weights, share, degree), dense)
+            beside += workspace.reference_tile_bytes(widest_columns(self.summary), dense) if linear == "reference" else 0
+            beside += workspace.native_buffers_bytes(self.summary, weights, shape) if weights.layout == "native" else 0
+            beside += workspace.product_kernels_bytes(*self.products(weights, share, degree), shape, kind=device.kind, dense=dense)
+            layers = workspace.activation_bytes(self.summary, weights, shape)
+            self._stepped[key] = StepBytes(beside, layers, workspace.head_bytes(self.summary, weights, shape))
         return self._stepped[key]
+
+    def products(self, weights: WeightPlan, share: WeightShare, degree: int) -> tuple[frozenset[Product], frozenset[Product]]:
+        """Shapes of the library's products of the layers and of the head."""
+        if id(share) not in self._products:
+            self._products[id(share)] = product_shapes(self.summary, weights, degree)
+        return self._products[id(share)]
 
     def widened_elements(self, weights: WeightPlan, share: WeightShare, degree: int) -> int:
         """Elements of the workspace that the quantized matrices of a share are dequantized into."""
@@ -101,20 +135,7 @@ class Pricer:
             self._fixed[key] = self.runtime_bytes + held + on_host
         return self._fixed[key]
 
-    def kernels_bytes(self, sequences: int, step_tokens: int, dense: str) -> float:
-        """Products that the library compiles, for `sequences` rows at the head."""
-        key = ("kernels", sequences, step_tokens, dense)
-        if key not in self._fixed:
-            shapes, kind = num_matrix_shapes(self.summary), self.question.device.kind
-            self._fixed[key] = workspace.product_kernels_bytes(shapes, step_tokens, sequences, kind=kind, dense=dense, linear=self.question.linear)
-        return self._fixed[key]
-
-    def rows_bytes(self, sequences: int, dense: str) -> float:
-        """Logits and sampling of `sequences`."""
-        V = self.question.model.V
-        return workspace.logits_bytes(sequences, V, ELEMENT_BYTES[dense]) + workspace.sampler_bytes(sequences, V)
-
-    def room(self, kv: KVPlan, slot_bytes: int, dense: str, step_tokens: int, resident_bytes: float, step_bytes: StepBytes) -> Room:
+    def room(self, kv: KVPlan, slot_bytes: int, step_tokens: int, resident_bytes: float, step_bytes: OfSequences) -> Room:
         """The cache under what the budget leaves. With nothing left, the smallest cache there is, which does not fit."""
         workload, budget = self.question.workload, self.question.usable_bytes
         paged = kv.layout == "paged"
@@ -125,8 +146,8 @@ class Pricer:
 
         def total(sequences: int, slots: int) -> float:
             always = self.always_bytes(sequences, step_tokens, block) + resident_bytes
-            running = step_bytes.widened + self.kernels_bytes(sequences, step_tokens, dense) + slots * slot_bytes + sequences * state
-            return memory.peak_bytes(always, loading, running, step_bytes.layers, step_bytes.head + self.rows_bytes(sequences, dense))
+            step = step_bytes(sequences)
+            return memory.peak_bytes(always, loading, step.beside + slots * slot_bytes + sequences * state, step.layers, step.head)
 
         wanted = workload.concurrency
         if (size := total(wanted, wanted * sequence_slots)) <= budget:
@@ -152,17 +173,18 @@ class Pricer:
 
     # ------------------------------------------------------------------------------------------------------------ seconds, quality, what runs
 
-    def rates(self, name: str, phase: str) -> Rates:
-        if (name, phase) not in self._rates:
-            self._rates[name, phase] = rates_for(self.question.device, name, phase)
-        return self._rates[name, phase]
+    def rates(self, weights: WeightPlan, phase: str) -> Rates:
+        key = (weights.default, weights.layout, phase)
+        if key not in self._rates:
+            self._rates[key] = rates_for(self.question.device, weights, phase, self.question.activations)
+        return self._rates[key]
 
     def decode(self, weights: WeightPlan, share: WeightShare, store: str, axes: Axes, sequences: int) -> StepTime:
         key = (id(share), store, axes, sequences)
         if key not in self._steps:
             cache = cache_token_bytes(self.summary, store, axes.degree)
             work = decode_work(self.summary, share, cache, axes, sequences, self.question.workload.mean_length)
-            self._steps[key] = step_time(work, self.rates(weights.default, "decode"))
+            self._steps[key] = step_time(work, self.rates(weights, "decode"))
         return self._steps[key]
 
     def prefill(self, weights: WeightPlan, share: WeightShare, store: str, axes: Axes, step_tokens: int) -> StepTime:
@@ -171,23 +193,25 @@ class Pricer:
         if key not in self._steps:
             cache = cache_token_bytes(self.summary, store, axes.degree)
             work = prefill_work(self.summary, share, cache, axes, self.question.workload.prompt_tokens, chunk)
-            self._steps[key] = step_time(work, self.rates(weights.default, "prefill"))
+            self._steps[key] = step_time(work, self.rates(weights, "prefill"))
         return self._steps[key]
 
     def quality(self, weights: WeightPlan, store: str) -> Estimate:
-        key = (weights.default, store)
+        key = (weights, store)
         if key not in self._qualities:
             model = self.question.model
-            self._qualities[key] = combine([weight_quality(model, weights.default), kv_quality(model, store, weights.dense)])
+            held = EXACT if weights in self.space.own else weight_quality(model, weights.default)
+            self._qualities[key] = combine([held, activation_quality(model, weights, self.question.activations), kv_quality(model, store, weights.dense)])
         return self._qualities[key]
 
     def reasons(self, weights: WeightPlan, kv: KVPlan, kernel: str, placement: Placement, degree: int) -> tuple[str, ...]:
         """What cannot run yet; most reasons depend on the plan alone, the rest on the model and the device."""
-        key = (weights.default, kv.store, kernel, placement.stream_from if placement.streamed_layers else "", degree)
+        key = (weights.names, kv.store, kernel, placement.stream_from if placement.streamed_layers else "", degree)
         if key not in self._reasons:
             question = self.question
             slots = kv.block_size if kv.layout == "paged" else 1
-            probe = Plan(model="", weights=weights, kv=kv, attention=kernel, placement=placement, tensor_parallel=degree, kv_tokens=slots)
+            linear = "native" if kernel == "native" else "torch"
+            probe = Plan(model="", weights=weights, kv=kv, attention=kernel, linear=linear, placement=placement, tensor_parallel=degree, kv_tokens=slots)
             found = list(probe.cannot_run())
             if kernel in self.space.refused:
                 found.append(self.space.refused[kernel])
@@ -207,43 +231,49 @@ class Pricer:
                 share = weight_share(self.summary, weights, degree)
                 self._shares.append(share)
                 placed = Placements(share)
-                for store in self.space.stores_for(weights.dense):
+                for store in self.space.stores_for(weights):
                     slot_bytes = memory.kv_slot_bytes(self.summary, store, degree)
                     for layout, block in self.space.layouts:
                         kv = KVPlan(layout=layout, block_size=block, store=store)
-                        for kernel in self.space.kernels:
+                        for kernel in self.kernels_for(weights, kv):
                             for step_tokens in self.space.step_tokens:
                                 yield from self._placed(weights, share, placed, kv, slot_bytes, kernel, step_tokens, degree)
+
+    def kernels_for(self, weights: WeightPlan, kv: KVPlan) -> tuple[str, ...]:
+        """The kernels that go with a layout of weights and a cache: native ones with packed weights and tiles of keys, the others with the rest."""
+        if weights.layout == "stored":
+            return tuple(kernel for kernel in self.space.kernels if kernel != "native")
+        untiled = kv.layout == "contiguous" and self.question.workload.context_tokens % native.LANES
+        return ("native",) if "native" in self.space.kernels and not untiled and native.refusal(self.question.model, kv) is None else ()
 
     def _placed(
         self, weights: WeightPlan, share: WeightShare, placed: Placements, kv: KVPlan, slot_bytes: int, kernel: str, step_tokens: int, degree: int
     ) -> Iterator[Candidate]:
         """The plan with all layers resident, and where that is not enough for the workload, with as few streamed as will do."""
         gathered = kv.layout == "paged" or kv.store != weights.dense
-        step_bytes = self.step_bytes(weights, share, kernel, step_tokens, gathered, degree)
-        room = self.room(kv, slot_bytes, weights.dense, step_tokens, share.total_bytes, step_bytes)
+        step_bytes = partial(self.step_bytes, weights, share, kernel, step_tokens, gathered, degree)
+        room = self.room(kv, slot_bytes, step_tokens, share.total_bytes, step_bytes)
         workload = self.question.workload
         is_enough = room.fits and room.max_sequences >= workload.concurrency and room.kv_tokens >= workload.concurrency * workload.context_tokens
         if not self.space.must_stream:
             yield self._candidate(weights, share, kv, kernel, step_tokens, degree, Placement(), room)
         if is_enough and not self.space.must_stream:
             return
-        whole = self.full_bytes(kv, slot_bytes, weights.dense, step_tokens, step_bytes)
+        whole = self.full_bytes(kv, slot_bytes, step_tokens, step_bytes)
         for source in self.space.sources:
             layers = placed.fewest(self.question.usable_bytes - whole)
-            streamed = self.room(kv, slot_bytes, weights.dense, step_tokens, placed.resident[layers], step_bytes)
+            streamed = self.room(kv, slot_bytes, step_tokens, placed.resident[layers], step_bytes)
             yield self._candidate(weights, share, kv, kernel, step_tokens, degree, Placement(streamed_layers=layers, stream_from=source), streamed)
 
-    def full_bytes(self, kv: KVPlan, slot_bytes: int, dense: str, step_tokens: int, step_bytes: StepBytes) -> float:
+    def full_bytes(self, kv: KVPlan, slot_bytes: int, step_tokens: int, step_bytes: OfSequences) -> float:
         """The compute pool without weights, the cache holding the whole workload."""
         workload = self.question.workload
         block = kv.block_size if kv.layout == "paged" else workload.context_tokens
         slots = workload.concurrency * ceil(workload.context_tokens / block) * block
-        running = step_bytes.widened + slots * slot_bytes + workload.concurrency * self.summary.state_bytes_per_sequence
-        running += self.kernels_bytes(workload.concurrency, step_tokens, dense)
-        head = step_bytes.head + self.rows_bytes(workload.concurrency, dense)
+        step = step_bytes(workload.concurrency)
+        running = step.beside + slots * slot_bytes + workload.concurrency * self.summary.state_bytes_per_sequence
         loading = self.staging_bytes if self.pool == "host" else 0
-        return memory.peak_bytes(self.always_bytes(workload.concurrency, step_tokens, block), loading, running, step_bytes.layers, head)
+        return memory.peak_bytes(self.always_bytes(workload.concurrency, step_tokens, block), loading, running, step.layers, step.head)
 
     def _candidate(
         self, weights: WeightPlan, share: WeightShare, kv: KVPlan, kernel: str, step_tokens: int, degree: int, placement: Placement, room: Room

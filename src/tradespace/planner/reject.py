@@ -62,19 +62,19 @@ def _rejection(family: str, members: Sequence[Candidate], best: Candidate | None
     if not at_hand:
         strongest = min(able, key=lambda c: (not c.fits_memory, *c.preference))
         need = f"{strongest.tensor_parallel} devices needed, {question.device.count} there"
-        return Rejection(family, need if strongest.fits_memory else f"{need}, and even so {_too_large(strongest, question)}", strongest.bytes_each)
+        return Rejection(family, need if strongest.fits_memory else f"{need}, and even so {_too_large(strongest, question)}", strongest.need_bytes)
     fitting = [c for c in at_hand if c.fits_memory]
     if not fitting:
         smallest = min(at_hand, key=lambda c: c.bytes_each)
-        return Rejection(family, _too_large(smallest, question), smallest.bytes_each, question.memory_bytes)
+        return Rejection(family, _too_large(smallest, question), smallest.need_bytes, question.memory_bytes)
     strongest = min(fitting, key=lambda c: c.preference)
     assert best is not None, "something fits and runs, so something is best"
-    return Rejection(family, _compared(strongest, best), strongest.bytes_each, question.memory_bytes)
+    return Rejection(family, _compared(strongest, best), strongest.need_bytes, question.memory_bytes)
 
 
 def _too_large(candidate: Candidate, question: Question) -> str:
     if candidate.bytes_each > question.usable_bytes:
-        return f"does not fit: needs {format_bytes(candidate.bytes_each)}, {format_bytes(question.memory_bytes)} there"
+        return f"does not fit: needs {format_bytes(candidate.need_bytes)}, {format_bytes(question.memory_bytes)} there"
     assert question.host_memory_bytes is not None, "what fits the device and has no host limit fits"
     return f"does not fit the host: needs {format_bytes(candidate.host_bytes)}, {format_bytes(question.host_memory_bytes)} there"
 

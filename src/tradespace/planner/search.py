@@ -18,6 +18,7 @@ from tradespace.planner.reject import Rejection, rejections
 from tradespace.planner.space import Space, build_space
 from tradespace.spec.device import DeviceSpec
 from tradespace.spec.model import ModelSpec
+from tradespace.spec.weights import WeightPlan
 from tradespace.spec.workload import Workload
 from tradespace.units import MiB, format_bytes
 
@@ -72,20 +73,20 @@ class Frontier:
         """Where nothing fits: the plan for one sequence of the longest context, halved as often as it takes, that does. None: not even the shortest fits."""
         if self.best is not None:
             return None
-        workload, found = self.question.workload, None
-        space = replace(self.space, step_tokens=self.space.step_tokens[:1])
+        workload, frugal = self.question.workload, self.space.frugal()
         context = workload.context_tokens
         lengths = [context] if workload.concurrency > 1 else []
         while context // 2 >= MIN_CONTEXT:
             context //= 2
             lengths.append(context)
-        # bytes shrink with the context: bisect for the longest that fits
-        low, high = 0, len(lengths)
+        # bytes shrink with the context: bisect for the longest that fits, once it is clear that the shortest does
+        low, high = 0, len(lengths) - 1
+        if not lengths or not self._with_context(frugal, lengths[high]).eligible:
+            return None
         while low < high:
             middle = (low + high) // 2
-            best = self._with_context(space, lengths[middle]).best
-            low, high, found = (low, middle, best) if best is not None else (middle + 1, high, found)
-        return found
+            low, high = (low, middle) if self._with_context(frugal, lengths[middle]).eligible else (middle + 1, high)
+        return self._with_context(self.space.of_smallest_steps(), lengths[low]).best
 
     def _with_context(self, space: Space, context: int) -> Frontier:
         prompt = min(self.question.workload.prompt_tokens, max(1, context * 3 // 4))
@@ -123,16 +124,18 @@ def plan_frontier(
     pins: Mapping[str, str] | None = None,
     staging_bytes: int | None = None,
     tokenizer_bytes: int | None = None,
+    stored: WeightPlan | None = None,
 ) -> Frontier:
     """Price every plan for `model` on `device`.
 
     `memory_bytes` is the budget of the pool that the model computes in, on each device (None: what is free there); `host_memory_bytes` that of the host
-    beside a device (None: not checked). `runnable_only` chooses among plans that this version can run. `pins` fixes axes: see `planner.space.PINS`.
+    beside a device (None: not checked). `stored` is how the checkpoint holds its weights, where that is quantized. `runnable_only` chooses among plans
+    that this version can run. `pins` fixes axes: see `planner.space.PINS`.
     InputError: a context beyond the model's, or an unknown pin.
     """
     if workload.context_tokens > model.max_context:
         raise InputError(f"a context of {workload.context_tokens} tokens is beyond the {model.max_context} of {model.name}. Give --context {model.max_context}")
-    space = build_space(model, device, workload, pins or {})
+    space = build_space(model, device, workload, pins or {}, stored)
     question = Question(
         model=model,
         device=device,
@@ -140,16 +143,19 @@ def plan_frontier(
         memory_bytes=device.free_bytes if memory_bytes is None else memory_bytes,
         host_memory_bytes=host_memory_bytes,
         linear=space.linear,
+        activations=space.activations,
         staging_bytes=staging_bytes,
         tokenizer_bytes=tokenizer_bytes,
     )
+    if not any(candidate.fits_memory for candidate in price(question, space.frugal())):
+        space = space.of_smallest_steps()
     return Frontier(question, space, runnable_only, price(question, space))
 
 
 def budget_error(frontier: Frontier) -> BudgetError:
     """The error for a frontier on which nothing fits: need, have, and the nearest plan that fits."""
     question, smallest = frontier.question, frontier.smallest
-    need, have = smallest.bytes_each + question.memory_bytes - question.usable_bytes, question.memory_bytes
+    need, have = smallest.need_bytes, question.memory_bytes
     workload = question.workload
     if smallest.fits_memory is False and smallest.bytes_each <= question.usable_bytes:
         need, have = smallest.host_bytes, question.host_memory_bytes or 0
@@ -163,7 +169,7 @@ def budget_error(frontier: Frontier) -> BudgetError:
     )
     nearest = frontier.nearest
     if nearest is not None:
-        message += f" Fits with --context {nearest.plan.max_context} --concurrency 1 ({nearest.plan.describe()}, {format_bytes(nearest.bytes_each)})"
+        message += f" Fits with --context {nearest.plan.max_context} --concurrency 1 ({nearest.plan.describe()}, {format_bytes(nearest.need_bytes)})"
     else:
         message += f" No shorter context fits either: give --memory {ceil(need / MiB)}MiB, or choose a smaller model"
     return BudgetError(message, need_bytes=need, have_bytes=have)

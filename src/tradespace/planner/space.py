@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tradespace.cost.summary import summarize
 from tradespace.errors import InputError
-from tradespace.spec.attention import KERNELS, find_kernel
+from tradespace.spec import native
+from tradespace.spec.attention import KERNELS, find_kernel, refusal
 from tradespace.spec.device import DeviceSpec
-from tradespace.spec.kv import STORES
-from tradespace.spec.mixers import Attention
+from tradespace.spec.formats import FORMATS, find_format
+from tradespace.spec.formats import refusal as unsuitable
+from tradespace.spec.kv import STORES, KVPlan
 from tradespace.spec.model import ModelSpec
-from tradespace.spec.plan import LINEAR_KERNELS
-from tradespace.spec.weights import FORMATS, WeightPlan, find_format
+from tradespace.spec.plan import ACTIVATIONS, LINEAR_KERNELS
+from tradespace.spec.tensors import QUANTIZABLE_ROLES, model_tensors
+from tradespace.spec.weights import WeightPlan
 from tradespace.spec.workload import Workload
 
 STEP_TOKENS = (32, 128, 512, 2048)
 LAYOUTS = (("paged", 16), ("paged", 64), ("contiguous", 16))
 DEGREES = (1, 2, 4, 8)
-PINS = ("weights", "head", "kv_store", "layout", "block_size", "attention", "linear", "step_tokens", "placement", "tensor_parallel")
+# the formats that are searched: of those that differ by the size of their groups or by zero points alone, one or two stand for all. Any other can be pinned
+OFFERED = ("fp32", "bf16", "fp16", "int8", "w8a8", "fp8", "int4", "int4-g32", "nf4", "int3", "int2", "e8")
+_EAGER = ("reference", "chunked", "sdpa")
+PINS = ("weights", "head", "kv_store", "layout", "block_size", "attention", "linear", "activations", "step_tokens", "placement", "tensor_parallel")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,35 +37,50 @@ class Space:
     layouts: tuple[tuple[str, int], ...]
     kernels: tuple[str, ...]
     linear: str
+    activations: str
     step_tokens: tuple[int, ...]
     degrees: tuple[int, ...]
     sources: tuple[str, ...]
     must_stream: bool
     refused: Mapping[str, str]
+    own: frozenset[WeightPlan] = frozenset()  # those of `weights` that are the checkpoint's own, without any loss beside it
+    own_store: bool = False  # the activations' own dtype is tried beside `stores`
 
-    def stores_for(self, dense: str) -> tuple[str, ...]:
-        """KV stores that make sense beside activations in `dense`: theirs, bf16 under fp32, and all narrower ones."""
+    def of_smallest_steps(self) -> Space:
+        """The part of the space whose steps are smallest: where none of it fits, nothing does, as bytes grow with a step's tokens."""
+        return replace(self, step_tokens=self.step_tokens[:1])
+
+    def frugal(self) -> Space:
+        """The part of it that is enough to tell whether anything fits: the smallest steps, over the store of the fewest bits and the activations' own."""
+        narrow = self.stores or (min(STORES.values(), key=lambda store: store.bits).name,)
+        return replace(self.of_smallest_steps(), stores=narrow, own_store=self.stores is None)
+
+    def stores_for(self, weights: WeightPlan) -> tuple[str, ...]:
+        """KV stores that make sense beside the activations: theirs, bf16 under fp32, and all narrower ones. Native steps hold 16 bits unless told not to."""
+        dense = weights.dense
+        if weights.layout == "native":
+            return ("fp16",) if self.stores is None or self.own_store else tuple(name for name in self.stores if STORES[name].exact)
         if self.stores is not None:
-            return self.stores
+            return (dense, *self.stores) if self.own_store else self.stores
         exact = (dense, "bf16") if dense == "fp32" else (dense,)
         return exact + tuple(name for name, store in STORES.items() if not store.exact)
 
 
-def kernel_refusal(kernel: str, mixer: Attention) -> str | None:
-    """Why a kernel cannot compute such a layer; the same conditions as the `supports` of its implementation."""
-    if kernel == "sdpa" and mixer.logit_softcap is not None:
-        return "torch's fused attention cannot cap the scores"
-    if kernel == "sdpa" and mixer.sinks:
-        return "torch's fused attention has no learned sinks"
-    if mixer.alibi:
-        return f"{kernel} has no linear position biases (ALiBi)"
-    return None
+def _formats(pins: Mapping[str, str]) -> tuple[str, ...]:
+    """The format that was asked for, or those of the search."""
+    return (pins["weights"],) if "weights" in pins else OFFERED
 
 
-def weight_plans(model: ModelSpec, names: tuple[str, ...], heads: tuple[str, ...]) -> tuple[WeightPlan, ...]:
+def weight_plans(model: ModelSpec, names: tuple[str, ...], heads: tuple[str, ...], layout: str) -> tuple[WeightPlan, ...]:
     """Every format for all matrices, and every narrow one with embedding and head left in the activations' dtype."""
+    widths = {tensor.shape[-1] for tensor in model_tensors(model) if tensor.role in QUANTIZABLE_ROLES}
     found = []
     for name in names:
+        if any(unsuitable(FORMATS[name], width) for width in widths):
+            continue
+        if layout == "native":  # packed for its kernels, the head with the rest; formats that they do not read are no part of the space
+            found += [WeightPlan(default=name, layout="native")] if native.runs(name) else []
+            continue
         dense = FORMATS[name].compute
         if "same" in heads or name == dense:
             found.append(WeightPlan(default=name))
@@ -84,12 +105,22 @@ def _one_of(pins: Mapping[str, str], key: str, known: tuple[str, ...]) -> tuple[
     return (pins[key],)
 
 
-def build_space(model: ModelSpec, device: DeviceSpec, workload: Workload, pins: Mapping[str, str]) -> Space:
-    """The space for one question. `pins` fixes axes by name (see `PINS`); an unknown name or value is an InputError that lists what there is."""
+def own_plans(stored: WeightPlan | None) -> tuple[WeightPlan, ...]:
+    """The checkpoint's own formats in every layout that holds them."""
+    if stored is None:
+        return ()
+    return (stored, replace(stored, layout="native")) if all(native.runs(name) for name in stored.names) else (stored,)
+
+
+def build_space(model: ModelSpec, device: DeviceSpec, workload: Workload, pins: Mapping[str, str], stored: WeightPlan | None = None) -> Space:
+    """The space for one question. `stored`: how the checkpoint itself holds its weights, where that is quantized.
+
+    `pins` fixes axes by name (see `PINS`); an unknown name or value is an InputError that lists what there is.
+    """
     for key in pins:
         if key not in PINS:
             raise InputError(f"unknown choice '{key}'. Known: {', '.join(PINS)}")
-    if "weights" in pins:
+    if pins.get("weights", "stored") != "stored":
         find_format(pins["weights"])
     if "attention" in pins:
         find_kernel(pins["attention"])
@@ -98,27 +129,52 @@ def build_space(model: ModelSpec, device: DeviceSpec, workload: Workload, pins: 
     summary = summarize(model)
     refused: dict[str, str] = {}
     for kernel in KERNELS:
-        reasons = [kernel_refusal(kernel, mixer) for mixer, _ in summary.attention_groups]
+        reasons = [refusal(kernel, mixer) for mixer, _ in summary.attention_groups]
         if kernel == "flash" and device.kind != "cuda":
             reasons.append("flash is a kernel for CUDA devices")
+        if kernel == "native":
+            reasons.append(None if device.kind == "cpu" else "native is a kernel for CPUs")
+            reasons.append(device.no_native or None)
+            reasons.append(native.refusal(model, KVPlan(store="fp16", block_size=LAYOUTS[0][1])))
+            if pins.get("linear", "native") != "native":
+                reasons.append(f"the native step has its own products; linear={pins['linear']} was asked for")
+        elif pins.get("linear") == "native":
+            reasons.append("the native step has its own attention; linear=native was asked for")
         found = next((reason for reason in reasons if reason), None)
         if found:
             refused[kernel] = found
     kernels = tuple(kernel for kernel in _one_of(pins, "attention", tuple(KERNELS)) if kernel not in refused)
-    if not kernels and "attention" in pins:
-        raise InputError(f"attention kernel {pins['attention']} cannot compute {model.name}: {refused[pins['attention']]}. Leave the choice to the planner")
+    if not kernels and ("attention" in pins or pins.get("linear") == "native"):
+        asked = pins.get("attention", "native")
+        raise InputError(f"attention kernel {asked} cannot compute {model.name}: {refused[asked]}. Leave the choice to the planner")
     if not kernels:  # nothing here computes such a layer: priced all the same, with the reason why it does not run
-        kernels = tuple(kernel for kernel in KERNELS if kernel != "flash" or device.kind == "cuda")
+        kernels = tuple(kernel for kernel in KERNELS if kernel in _EAGER or (kernel == "flash" and device.kind == "cuda"))
     layouts = tuple(layout for layout in LAYOUTS if layout[0] in _one_of(pins, "layout", ("paged", "contiguous")))
     if "block_size" in pins:
         layouts = tuple(dict.fromkeys((name, _number(pins, "block_size") if name == "paged" else block) for name, block in layouts))
     placement = _one_of(pins, "placement", ("resident", "host", "disk"))
+    own = own_plans(stored)
+    if pins.get("weights") == "stored" and not own:
+        raise InputError(f"weights 'stored': {model.name} comes from no file with quantized weights of its own. Name a format: {', '.join(FORMATS)}")
+    heads = _one_of(pins, "head", ("same", "dense"))
+    found = [] if pins.get("weights") == "stored" else [p for layout in ("stored", "native") for p in weight_plans(model, _formats(pins), heads, layout)]
+    if "weights" not in pins or pins["weights"] == "stored":
+        found = [*own, *found]
+    eager = any(kernel != "native" for kernel in kernels)
+    weights = tuple(plan for plan in dict.fromkeys(found) if (eager if plan.layout == "stored" else "native" in kernels))
+    if not weights:
+        name = pins.get("weights", "")
+        widths = sorted({tensor.shape[-1] for tensor in model_tensors(model) if tensor.role in QUANTIZABLE_ROLES})
+        reasons = [reason for width in widths if name in FORMATS and (reason := unsuitable(FORMATS[name], width))]
+        raise InputError(f"weights '{name}': " + (reasons[0] if reasons else f"the native kernels do not read it. They read {', '.join(native.FORMAT_KINDS)}"))
     return Space(
-        weights=weight_plans(model, _one_of(pins, "weights", tuple(FORMATS)), _one_of(pins, "head", ("same", "dense"))),
+        weights=weights,
+        own=frozenset(own),
         stores=(pins["kv_store"],) if "kv_store" in pins else None,
         layouts=layouts,
         kernels=kernels,
-        linear=_one_of(pins, "linear", LINEAR_KERNELS)[0],
+        linear=next(name for name in _one_of(pins, "linear", LINEAR_KERNELS) if name != "native" or pins.get("linear") == "native"),
+        activations=next(iter(_one_of(pins, "activations", ACTIVATIONS))),
         step_tokens=(_number(pins, "step_tokens"),) if "step_tokens" in pins else _step_sizes(workload),
         degrees=(_number(pins, "tensor_parallel"),) if "tensor_parallel" in pins else degrees_for(model, device),
         sources=tuple(source for source in _sources(device) if source in placement),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from math import isqrt
 
 from tradespace.errors import InputError
+from tradespace.spec.mixers import Attention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,9 @@ KERNELS: dict[str, AttentionKernel] = {
         AttentionKernel(name="reference", memory="O(T·n)", runs_since="0.1", idea="scores written out in fp32, fixed tiles: bit for bit whatever the batch"),
         AttentionKernel(name="chunked", memory="O(T·√n)", runs_since="0.1", idea="online softmax over blocks of keys, √n by default; arXiv:2112.05682"),
         AttentionKernel(name="sdpa", memory="O(T + n)", runs_since="0.1", idea="torch's fused kernel"),
+        AttentionKernel(
+            name="native", memory="O(T)", runs_since="0.2", idea="C++, online softmax over the cache's own pages, split over keys; arXiv:2311.01282"
+        ),
         AttentionKernel(name="flash", memory="O(T)", runs_since=None, idea="tiles in SRAM, Triton; arXiv:2205.14135"),
     )
 }
@@ -36,6 +40,15 @@ def find_kernel(name: str) -> AttentionKernel:
     if name not in KERNELS:
         raise InputError(f"unknown attention kernel '{name}'. Known: {', '.join(KERNELS)}")
     return KERNELS[name]
+
+
+def refusal(kernel: str, mixer: Attention) -> str | None:
+    """Why `kernel` cannot compute such a layer, whatever the device and the dtype; None: it can. Both the planner and the kernels ask here."""
+    if kernel == "sdpa" and mixer.logit_softcap is not None:
+        return "torch's fused attention cannot cap the scores (logit_softcap)"
+    if kernel == "sdpa" and mixer.sinks:
+        return "torch's fused attention has no learned sinks"
+    return f"{kernel} has no linear position biases (ALiBi)" if mixer.alibi else None
 
 
 def chunk_size(num_keys: int) -> int:

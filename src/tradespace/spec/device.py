@@ -39,6 +39,7 @@ class DeviceSpec:
     runtime_bytes: Estimate = field(default_factory=lambda: Estimate.unknown("not measured"))
     cores: int = 0  # physical cores this process may use; 0 where it does not matter
     instruction_sets: tuple[str, ...] = ()
+    no_native: str = ""  # why the native CPU kernels cannot run there; empty: they can (or it is no CPU)
     source: str = ""  # data sheet, or "measured on <date>"
 
     def flops_per_s(self, dtype: str) -> Estimate:

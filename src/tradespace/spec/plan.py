@@ -8,11 +8,14 @@ from typing import Any
 
 from tradespace.errors import InputError
 from tradespace.spec.attention import KERNELS, find_kernel
+from tradespace.spec.formats import FORMATS
 from tradespace.spec.kv import STORES, KVPlan, Retain
-from tradespace.spec.weights import FORMATS, WeightPlan
+from tradespace.spec.weights import WeightPlan
 
-# how x @ W.T is computed: "reference" in fp32 over fixed tiles of rows, "torch" as the library does it best
-LINEAR_KERNELS = ("torch", "reference")
+# how x @ W.T is computed: "reference" in fp32 over fixed tiles of rows, "torch" as the library does it best, "native" the whole step in C++ on a CPU
+LINEAR_KERNELS = ("torch", "reference", "native")
+# what the native kernels multiply by: "auto" int8 for integer codes and bf16 for bf16 weights, "fp32" exact products
+ACTIVATIONS = ("auto", "fp32")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +37,8 @@ class Placement:
 class Plan:
     """memory_bytes: the budget of the pool that the model computes in (host for a CPU, each device otherwise).
 
-    attention, linear   kernels; "reference" for both gives each request the same bits whatever else is in the batch
+    attention, linear   kernels; "reference" for both, or "native" for both, gives each request the same bits whatever else is in the batch
+    activations     what native products multiply by: see ACTIVATIONS
     max_sequences   most sequences that are in a step at once
     max_context     most tokens of one sequence, prompt and output together
     step_tokens     most tokens of one step (chunked prefill shares it with decode); the workspace is sized for it
@@ -49,6 +53,7 @@ class Plan:
     kv: KVPlan = field(default_factory=KVPlan)
     attention: str = "sdpa"
     linear: str = "torch"
+    activations: str = "auto"
     max_sequences: int = 1
     max_context: int = 2048
     step_tokens: int = 512
@@ -65,6 +70,11 @@ class Plan:
         find_kernel(self.attention)
         if self.linear not in LINEAR_KERNELS:
             raise InputError(f"unknown linear kernel '{self.linear}'. Known: {', '.join(LINEAR_KERNELS)}")
+        if self.activations not in ACTIVATIONS:
+            raise InputError(f"plan: unknown activations '{self.activations}'. Known: {', '.join(ACTIVATIONS)}")
+        together = (self.linear == "native", self.attention == "native", self.weights.layout == "native")
+        if any(together) and not all(together):
+            raise InputError("plan: the native step is one: linear, attention and weights.layout are 'native' all three, or none of them")
         for name in ("max_sequences", "max_context", "step_tokens", "kv_tokens", "tensor_parallel"):
             if getattr(self, name) < 1:
                 raise InputError(f"plan: {name} is {getattr(self, name)}; at least 1 is needed")
@@ -78,6 +88,11 @@ class Plan:
     def num_blocks(self) -> int:
         """Blocks of the cache: token slots over block size, or one region of max_context a sequence where contiguous."""
         return self.kv_tokens // self.kv.block_size if self.kv.layout == "paged" else self.max_sequences
+
+    @property
+    def logit_rows(self) -> int:
+        """Most rows of logits of a step: one for each sequence, and one more for each token drafted."""
+        return min(self.step_tokens, self.max_sequences * (1 + self.speculation))
 
     def cannot_run(self) -> tuple[str, ...]:
         """Every choice in the plan that is priced but has no implementation yet; empty: the plan runs."""

@@ -1,92 +1,36 @@
-"""Weight formats: how many bytes a matrix takes in each, to the byte, and whether it can run. How a format is stored is `formats/<name>.py`.
-
-Every format is a function from a shape (output rows, input columns; leading dimensions are a stack of such) to bytes, scales and zero points included.
-A group never crosses a row: a row of 576 in groups of 128 has five groups, the last one short but paid in full scales.
-"""
+"""Which weight format holds which tensor of a model, and what all of them take. The formats themselves are in `spec/formats.py`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from math import ceil, prod
+from math import prod
 
 from tradespace.errors import InputError
+from tradespace.spec import native
+from tradespace.spec.formats import FORMATS, WeightFormat, find_format
 from tradespace.spec.model import ModelSpec
 from tradespace.spec.tensors import QUANTIZABLE_ROLES, TensorSpec, model_tensors
-
-ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1, "int8": 1}
-
-
-@dataclass(frozen=True, kw_only=True)
-class WeightFormat:
-    """bits: of one code. group: codes that share a scale along a row; 0: the whole row; None: no scale at all.
-
-    scale_bytes and zero_bytes are per group, row_bytes per row, tensor_bytes per matrix. `compute` is the dtype of the activations that multiply it.
-    `runs_since` is the version whose engine runs it; None: priced, cannot run yet.
-    """
-
-    name: str
-    bits: float
-    group: int | None = None
-    scale_bytes: float = 0.0
-    zero_bytes: float = 0.0
-    tensor_bytes: int = 0
-    compute: str = "bf16"
-    runs_since: str | None = None
-    idea: str = ""
-
-    def nbytes(self, shape: tuple[int, ...]) -> int:
-        """Bytes of a tensor of this shape, codes, scales and zero points included. Codes of a row start on a whole byte."""
-        if self.group is None:
-            return ceil(prod(shape) * self.bits / 8)
-        rows, columns = prod(shape[:-1]), shape[-1]
-        groups = ceil(columns / self.group) if self.group else 1
-        row_bytes = ceil(columns * self.bits / 8)
-        return rows * row_bytes + ceil(rows * groups * (self.scale_bytes + self.zero_bytes)) + self.tensor_bytes
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Of a large matrix, scales included."""
-        return self.bits + (8 * (self.scale_bytes + self.zero_bytes) / self.group if self.group else 0.0)
-
-
-FORMATS: dict[str, WeightFormat] = {
-    fmt.name: fmt
-    for fmt in (
-        WeightFormat(name="fp32", bits=32, compute="fp32", runs_since="0.1", idea="as the mathematics has it"),
-        WeightFormat(name="bf16", bits=16, runs_since="0.1", idea="as most models are published"),
-        WeightFormat(name="fp16", bits=16, compute="fp16", runs_since="0.1", idea="more mantissa, less range than bf16"),
-        WeightFormat(name="int8", bits=8, group=0, scale_bytes=4, runs_since="0.1", idea="one scale per row, symmetric; arXiv:2208.07339 without outliers"),
-        WeightFormat(name="fp8", bits=8, group=0, scale_bytes=4, idea="e4m3, one scale per output row; arXiv:2209.05433"),
-        WeightFormat(name="int4", bits=4, group=128, scale_bytes=2, idea="groups of 128 with a 16-bit scale, symmetric"),
-        WeightFormat(name="int4-g32", bits=4, group=32, scale_bytes=2, idea="groups of 32, as Q4_0 has them"),
-        WeightFormat(name="nf4", bits=4, group=64, scale_bytes=1 + 4 / 256, idea="normal-float codes, doubly quantized scales; arXiv:2305.14314"),
-        WeightFormat(name="int3", bits=3, group=128, scale_bytes=2, idea="groups of 128"),
-        WeightFormat(name="int2", bits=2, group=64, scale_bytes=2, zero_bytes=2, idea="groups of 64 with zero points"),
-        WeightFormat(name="e8", bits=2, group=0, scale_bytes=4, idea="E8 lattice codebook after Hadamard rotation; arXiv:2402.04396"),
-    )
-}
-
-
-def find_format(name: str) -> WeightFormat:
-    """The format of this name, or InputError with the list."""
-    if name not in FORMATS:
-        raise InputError(f"unknown weight format '{name}'. Known: {', '.join(FORMATS)}")
-    return FORMATS[name]
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightPlan:
     """Which format holds which tensor: `default` for every quantizable role, exceptions by role ("lm_head") or "layer:role" ("0:down").
 
-    Norms are held in fp32; biases, sinks, position tables and routers in `dense` (the dtype of the activations).
+    Norms are held in fp32; biases, sinks, position tables and routers in `dense` (the dtype of the activations). `layout` is how the formats lie in memory:
+    "stored" as `formats/` has them, "native" packed for the CPU kernels (`spec/native.py`), whose activations are fp32.
     """
 
     default: str = "bf16"
     exceptions: Mapping[str, str] = field(default_factory=dict)
+    layout: str = "stored"
 
     def __post_init__(self):
         find_format(self.default)
+        if self.layout not in ("stored", "native"):
+            raise InputError(f"unknown weight layout '{self.layout}'. Known: stored, native")
+        if self.layout == "native" and (strange := [name for name in (self.default, *self.exceptions.values()) if not native.runs(name)]):
+            raise InputError(f"the native kernels do not read {', '.join(strange)}. They read {', '.join(native.FORMAT_KINDS)}")
         for key, name in self.exceptions.items():
             find_format(name)
             role = key.rsplit(":", 1)[-1]
@@ -94,12 +38,12 @@ class WeightPlan:
                 raise InputError(f"'{key}': no role '{role}' takes a weight format. Roles: {', '.join(QUANTIZABLE_ROLES)}")
 
     def __hash__(self):
-        return hash((self.default, tuple(sorted(self.exceptions.items()))))
+        return hash((self.default, tuple(sorted(self.exceptions.items())), self.layout))
 
     @property
     def dense(self) -> str:
         """Dtype of activations and of what no format holds."""
-        return FORMATS[self.default].compute
+        return "fp32" if self.layout == "native" else FORMATS[self.default].compute
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -115,6 +59,8 @@ class WeightPlan:
         return FORMATS[name]
 
     def nbytes(self, tensor: TensorSpec) -> int:
+        if self.layout == "native" and tensor.role in QUANTIZABLE_ROLES:
+            return native.packed_bytes(self.format_of(tensor).name, prod(tensor.shape[:-1]), tensor.shape[-1])
         return self.format_of(tensor).nbytes(tensor.shape)
 
     def describe(self) -> str:

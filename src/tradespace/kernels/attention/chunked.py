@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from tradespace.kernels.attention.pattern import earliest_key, visible
-from tradespace.kernels.attention.workspace import CHUNKED_QUERIES as QUERIES
 from tradespace.kernels.view import KVView, StepBatch
-from tradespace.spec.attention import chunk_size
+from tradespace.spec.attention import chunk_size, refusal
+from tradespace.spec.attention_workspace import CHUNKED_QUERIES as QUERIES
 from tradespace.spec.mixers import Attention
 
 
 def supports(mixer: Attention, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why this kernel cannot take such a layer; None: it can."""
-    if mixer.alibi:
-        return "chunked has no linear position biases (ALiBi)"
+    if (reason := refusal("chunked", mixer)) is not None:
+        return reason
     return None if dtype.is_floating_point else f"chunked needs a floating dtype, not {dtype}"
 
 

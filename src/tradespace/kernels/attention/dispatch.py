@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tradespace.errors import UnsupportedError
-from tradespace.kernels.attention import chunked, reference, sdpa
+from tradespace.kernels.attention import chunked, native, reference, sdpa
 from tradespace.kernels.view import KVView, StepBatch
 from tradespace.spec.attention import find_kernel
 from tradespace.spec.mixers import Attention
@@ -28,8 +28,9 @@ KERNELS: dict[str, Callable[[], Attend]] = {
     "reference": lambda: reference.attend,
     "chunked": lambda: chunked.attend,
     "sdpa": sdpa.Sdpa,
+    "native": lambda: native.attend,
 }
-_SUPPORTS = {"reference": reference.supports, "chunked": chunked.supports, "sdpa": sdpa.supports}
+_SUPPORTS = {"reference": reference.supports, "chunked": chunked.supports, "sdpa": sdpa.supports, "native": native.supports}
 # tried in this order where the requested kernel cannot take a layer
 _INSTEAD = ("sdpa", "chunked", "reference")
 

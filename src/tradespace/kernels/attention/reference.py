@@ -14,16 +14,17 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from tradespace.kernels.attention.pattern import earliest_key, visible
-from tradespace.kernels.attention.workspace import REFERENCE_KEYS as KEYS
-from tradespace.kernels.attention.workspace import REFERENCE_ROWS as ROWS
 from tradespace.kernels.view import KVView, Span, StepBatch
+from tradespace.spec.attention import refusal
+from tradespace.spec.attention_workspace import REFERENCE_KEYS as KEYS
+from tradespace.spec.attention_workspace import REFERENCE_ROWS as ROWS
 from tradespace.spec.mixers import Attention
 
 
 def supports(mixer: Attention, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why this kernel cannot take such a layer; None: it can."""
-    if mixer.alibi:
-        return "reference has no linear position biases (ALiBi)"
+    if (reason := refusal("reference", mixer)) is not None:
+        return reason
     return None if dtype.is_floating_point else f"reference needs a floating dtype, not {dtype}"
 
 

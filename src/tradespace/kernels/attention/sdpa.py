@@ -15,16 +15,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeGuard, runtime_checkable
+from weakref import ref
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from tradespace.kernels.attention.pattern import earliest_key, visible
-from tradespace.kernels.attention.workspace import GATHER_BYTES, fused_key_bytes
-from tradespace.kernels.attention.workspace import SDPA_FEW as FEW
-from tradespace.kernels.attention.workspace import SDPA_QUERIES as QUERIES
 from tradespace.kernels.view import KVView, Span, StepBatch
+from tradespace.spec.attention import refusal
+from tradespace.spec.attention_workspace import GATHER_BYTES, fused_key_bytes
+from tradespace.spec.attention_workspace import SDPA_FEW as FEW
+from tradespace.spec.attention_workspace import SDPA_QUERIES as QUERIES
 from tradespace.spec.mixers import Attention
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -48,12 +50,8 @@ class GatherView(KVView, Protocol):
 
 def supports(mixer: Attention, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why this kernel cannot take such a layer; None: it can."""
-    if mixer.logit_softcap is not None:
-        return "torch's fused attention cannot cap the scores (logit_softcap)"
-    if mixer.sinks:
-        return "torch's fused attention has no learned sinks"
-    if mixer.alibi:
-        return "sdpa has no linear position biases (ALiBi)"
+    if (reason := refusal("sdpa", mixer)) is not None:
+        return reason
     if device.type != "cpu":
         return f"sdpa is arranged for the CPU, not for {device.type}"
     return None if dtype in DTYPES else f"torch's fused attention takes fp32, bf16 and fp16, not {dtype}"
@@ -143,7 +141,7 @@ class Sdpa:
         if groups is None:
             groups = self._groups[pattern] = _form_groups(batch.spans, mixer, q_TNH, pattern[2])
         for index, group in enumerate(groups):
-            where = (view.cache, pattern, index)
+            where = (ref(view.cache), pattern, index)  # a cache that is gone otherwise must not live on in what a kernel remembers
             rows = self._located.get(where)
             if rows is None:
                 rows = self._located[where] = view.locate(group.spans, group.starts, group.width)

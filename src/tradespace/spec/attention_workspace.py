@@ -1,7 +1,7 @@
-"""What an attention kernel holds at most beside the queries and the cache, in closed form: for the ledger. Pure arithmetic, no torch.
+"""What an attention kernel holds at most beside the queries and the cache, in closed form, and the sizes of its tiles, which the kernels take from here.
 
 Everything is per call and shared by all layers, except what `Sdpa` keeps for the layers of a step (masks and rows to gather): that counts once per distinct
-window.
+window. A conformance test holds each formula against torch's own record of allocations.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ def workspace_bytes(
         return 2 * out + copied + _reference(mixer, max_context)
     if kernel == "chunked":
         return out + copied + _chunked(mixer, min(step_tokens, CHUNKED_QUERIES), max_context)
+    if kernel in ("flash", "native"):  # native: its partial results are among the step's buffers (`spec/native.py`)
+        return out + step_tokens * mixer.N * 4  # one log-sum per query and head
     if kernel == "sdpa":
         return out + _sdpa(mixer, step_tokens, max_context, max_sequences, kv_tokens, element_bytes, copied, threads)
     raise InputError(f"no workspace formula for attention kernel '{kernel}'")
@@ -79,9 +81,9 @@ def _sdpa(mixer: Attention, step_tokens: int, max_context: int, max_sequences: i
     many = copied + max_context * widened + rows
     # a sequence that decodes alone is copied whole where reading copies; shared calls stay under GATHER_BYTES
     decoding = min(max_sequences, step_tokens)
-    gathered = max(copied + max_context * widened, min(GATHER_BYTES, 2 * kv_tokens * fused_key_bytes(mixer, element_bytes)) if decoding > 1 else 0)
-    few = gathered + min(step_tokens, decoding * SDPA_FEW) * mixer.N * (3 * wide + mixer.Hv) * element_bytes
     padded_keys = kv_tokens * 4 // 3 + 64 * decoding  # sequences in a group differ by a quarter or by 64
+    gathered = max(copied + max_context * widened, min(GATHER_BYTES, padded_keys * fused_key_bytes(mixer, element_bytes)) if decoding > 1 else 0)
+    few = gathered + min(step_tokens, decoding * SDPA_FEW) * mixer.N * (3 * wide + mixer.Hv) * element_bytes
     drafted = min(SDPA_FEW, step_tokens // max(1, decoding)) if decoding else 1
     mask_rows = drafted * mixer.G if drafted > 1 else 1
     prepared = padded_keys * (8 + mask_rows * element_bytes)

@@ -1,0 +1,65 @@
+"""Operations of a step as C structures: numbers that `source/program.cpp` knows, and small constructors that fill a field only where it means something."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from tradespace.kernels.native.library import Library, Op, Step
+
+EMBED, NORM, PRODUCT, HEADS, ATTEND, PREPARE, ACTIVATE, FINISH_LOGITS = range(8)
+ROWS, ADD, INTERLEAVED, GATED, OPERAND, ACCUMULATE, NORM_FULL = (1 << bit for bit in range(7))
+NORMS = {"none": 0, "rms": 1, "layer": 2}
+ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu2": 4, "identity": 5}
+STORES = {"fp32": 0, "fp16": 1, "bf16": 2}
+# operations that a thread does for its own rows of the step: one after the other, they need not wait for the other threads
+_BY_ROW = (EMBED, NORM)
+
+
+@dataclass(frozen=True, slots=True)
+class Buffer:
+    """Rows of floats that operations read and write: where, and how far apart."""
+
+    tensor: Tensor
+    stride: int
+
+    @property
+    def address(self) -> int:
+        return self.tensor.data_ptr()
+
+
+class Program:
+    """Operations in the order in which they run. `keep` holds what their pointers point to."""
+
+    def __init__(self, library: Library):
+        self.library = library
+        self.ops: list[Op] = []
+        self.keep: list[Any] = []
+        self._array: ctypes.Array[Op] | None = None
+
+    def add(self, kind: int, **fields: Any) -> None:
+        """Appends an operation; it waits for all threads unless it and its predecessor both go by rows."""
+        op = Op(kind=kind, scale=1.0)
+        for name, value in fields.items():
+            if isinstance(value, Buffer):
+                self.keep.append(value.tensor)
+                setattr(op, name, value.address)
+                setattr(op, f"{name.rstrip('_')}_stride", value.stride)
+            elif isinstance(value, Tensor):
+                self.keep.append(value)
+                setattr(op, name, value.data_ptr())
+            elif value is not None:
+                setattr(op, name, value)
+        before = self.ops[-1] if self.ops else None
+        by_row = before is not None and kind in _BY_ROW and before.kind in _BY_ROW and (before.flags & ROWS) == (op.flags & ROWS)
+        op.wait = int(before is not None and not by_row)
+        self.ops.append(op)
+
+    def run(self, step: Step, scratch: Tensor, threads: int) -> None:
+        """One call into the library for all operations. `scratch` is (threads, floats)."""
+        if self._array is None:
+            self._array = (Op * len(self.ops))(*self.ops)
+        self.library.ts_run(self._array, len(self.ops), ctypes.byref(step), scratch.data_ptr(), scratch.shape[1], threads)

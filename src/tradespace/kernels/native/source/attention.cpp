@@ -1,0 +1,395 @@
+// Online softmax in chunks of 64 keys at fixed positions: every query merges the same partial results in the same order, whether it decodes alone, shares a
+// step with others, or comes with its whole prompt. So what a request answers does not depend on its neighbours, bit for bit. arXiv:2112.05682, arXiv:2311.01282
+#include "attention.h"
+
+#include <algorithm>
+
+#include "elementwise.h"
+
+namespace ts {
+
+static inline int64_t width_bytes(int store) { return store == STORE_F32 ? 4 : 2; }
+
+template <int STORE>
+TS_INLINE vf load_stored(const void* base, int64_t element) {
+  if constexpr (STORE == STORE_F32) return load((const float*)base + element);
+  if constexpr (STORE == STORE_F16) return load_half((const uint16_t*)base + element);
+  return load_bf16((const uint16_t*)base + element);
+}
+
+static inline void store_one(void* base, int64_t element, int store, float value) {
+  if (store == STORE_F32) ((float*)base)[element] = value;
+  else if (store == STORE_F16) ((uint16_t*)base)[element] = float_to_half(value);
+  else ((uint16_t*)base)[element] = float_to_bf16(value);
+}
+
+// element at which the 16 keys from `position` on begin (position a multiple of 16), and at which one token's value begins
+TS_INLINE int64_t key_tile(const Cache& c, const int32_t* table, int64_t position, int head) {
+  const int64_t block = table[position / c.block_size], inside = position % c.block_size;
+  return ((block * c.heads + head) * c.block_size + inside) * c.key_width;
+}
+TS_INLINE int64_t value_row(const Cache& c, const int32_t* table, int64_t position, int head) {
+  const int64_t block = table[position / c.block_size], inside = position % c.block_size;
+  return ((block * c.heads + head) * c.block_size + inside) * c.value_width;
+}
+
+// where the tiles of a chunk lie: found once for all rows, as a division takes as long as many products
+struct Tiles {
+  int count;
+  int64_t keys[CHUNK / LANES], values[CHUNK / LANES];
+};
+
+static Tiles tiles_of(const Cache& c, const int32_t* table, int64_t start, int64_t end, int head) {
+  Tiles found;
+  found.count = (int)((end - start + LANES - 1) / LANES);
+  for (int t = 0; t < found.count; t++) {
+    const int64_t position = start + t * LANES, block = table[position / c.block_size], inside = position % c.block_size;
+    const int64_t slot = (block * c.heads + head) * c.block_size + inside;
+    found.keys[t] = slot * c.key_width;
+    found.values[t] = slot * c.value_width;
+  }
+  return found;
+}
+
+void write_key(const Cache& c, const Step& step, int64_t sequence, int64_t position, int head, const float* k) {
+  const int64_t base = key_tile(c, step.tables + sequence * step.table_width, position / LANES * LANES, head) + position % LANES;
+  for (int64_t d = 0; d < c.key_width; d++) store_one(c.keys, base + d * LANES, c.store, k[d]);
+}
+
+void write_value(const Cache& c, const Step& step, int64_t sequence, int64_t position, int head, const float* v) {
+  const int64_t base = value_row(c, step.tables + sequence * step.table_width, position, head);
+  for (int64_t d = 0; d < c.value_width; d++) store_one(c.values, base + d, c.store, v[d]);
+}
+
+int64_t partial_floats(int64_t value_width) { return ROWS * (round_up(value_width, LANES) + 2); }
+
+// Up to ROWS query rows that share a key head, and the keys that each may see: positions [low, high).
+struct Block {
+  int count;
+  int head;
+  const int32_t* table;
+  const float* q[ROWS];
+  float* out[ROWS];
+  const float* sink[ROWS];
+  int64_t low[ROWS], high[ROWS];
+  int64_t first, last;  // chunks with something to see
+};
+
+struct Partial {  // of a chunk, or of all chunks so far
+  float largest[ROWS];
+  float total[ROWS];
+  float* values;  // ROWS · padded value width
+};
+
+template <int STORE, int NQ, int TILES>
+TS_INLINE void score_tiles(const Attention& a, const Block& b, int first_row, const int64_t* tiles, float* scores) {
+  vf acc[NQ][TILES];
+  for (int i = 0; i < NQ; i++)
+    for (int t = 0; t < TILES; t++) acc[i][t] = vf{};
+  for (int64_t d = 0; d < a.cache.key_width; d++) {
+
+
+    vf k[TILES];
+    for (int t = 0; t < TILES; t++) k[t] = load_stored<STORE>(a.cache.keys, tiles[t] + d * LANES);
+TS_UNROLL(12)
+    for (int i = 0; i < NQ; i++) {
+      vf q = splat(b.q[first_row + i][d]);
+      for (int t = 0; t < TILES; t++) acc[i][t] = fma(k[t], q, acc[i][t]);
+    }
+  }
+  for (int i = 0; i < NQ; i++)
+    for (int t = 0; t < TILES; t++) store(scores + (first_row + i) * CHUNK + t * LANES, acc[i][t]);
+}
+
+template <int STORE, int NQ>
+TS_INLINE void score_rows(const Attention& a, const Block& b, int first_row, const Tiles& chunk, float* scores) {
+  const int64_t* tiles = chunk.keys;
+  const int num_tiles = chunk.count;
+  int t = 0;
+  if constexpr (NQ <= 3)
+    for (; t + 4 <= num_tiles; t += 4) score_tiles<STORE, NQ, 4>(a, b, first_row, tiles + t, scores + t * LANES);
+  if constexpr (NQ <= 6)
+    for (; t + 2 <= num_tiles; t += 2) score_tiles<STORE, NQ, 2>(a, b, first_row, tiles + t, scores + t * LANES);
+  for (; t < num_tiles; t++) score_tiles<STORE, NQ, 1>(a, b, first_row, tiles + t, scores + t * LANES);
+}
+
+template <int STORE, int NQ>
+TS_INLINE void weigh_rows(const Attention& a, int first_row, const Tiles& chunk, int64_t from, int64_t to, const float* scores, float* values) {
+  const int64_t width = a.cache.value_width, padded = round_up(width, LANES);
+  int64_t rows[CHUNK];
+  for (int64_t j = from; j < to; j++) rows[j] = chunk.values[j / LANES] + j % LANES * width;
+  int64_t c = 0;
+  for (; c + 4 * LANES <= width; c += 4 * LANES) {
+    vf acc[NQ][4];
+    for (int i = 0; i < NQ; i++)
+      for (int v = 0; v < 4; v++) acc[i][v] = vf{};
+    for (int64_t j = from; j < to; j++) {
+      vf x[4];
+      for (int v = 0; v < 4; v++) x[v] = load_stored<STORE>(a.cache.values, rows[j] + c + v * LANES);
+TS_UNROLL(6)
+      for (int i = 0; i < NQ; i++) {
+        vf p = splat(scores[(first_row + i) * CHUNK + j]);
+TS_UNROLL(4)
+        for (int v = 0; v < 4; v++) acc[i][v] = fma(p, x[v], acc[i][v]);
+      }
+    }
+    for (int i = 0; i < NQ; i++)
+      for (int v = 0; v < 4; v++) store(values + (first_row + i) * padded + c + v * LANES, acc[i][v]);
+  }
+  for (; c < width; c += LANES) {  // what is left of a head that is no multiple of 64
+    const int64_t lanes = std::min<int64_t>(LANES, width - c);
+    vf acc[NQ];
+    for (int i = 0; i < NQ; i++) acc[i] = vf{};
+    for (int64_t j = from; j < to; j++) {
+      vf x{};
+      if (lanes == LANES) x = load_stored<STORE>(a.cache.values, rows[j] + c);
+      else {
+        alignas(64) uint8_t part[64] = {0};
+        std::memcpy(part, (const uint8_t*)a.cache.values + (rows[j] + c) * width_bytes(STORE), (size_t)(lanes * width_bytes(STORE)));
+        x = load_stored<STORE>(part, 0);
+      }
+      for (int i = 0; i < NQ; i++) acc[i] = fma(splat(scores[(first_row + i) * CHUNK + j]), x, acc[i]);
+    }
+    for (int i = 0; i < NQ; i++) store(values + (first_row + i) * padded + c, acc[i]);
+  }
+}
+
+// Pages are short runs in memory, too short for the hardware to see them coming: what is needed next is asked for while the last of it is computed.
+TS_INLINE void ask_for(const void* base, int64_t element, int64_t count, int store) {
+  const char* at = (const char*)base + element * width_bytes(store);
+  for (int64_t byte = 0; byte < count * width_bytes(store); byte += 64) __builtin_prefetch(at + byte);
+}
+
+static void ask_for_values(const Attention& a, const Tiles& chunk) {
+  for (int t = 0; t < chunk.count; t++) ask_for(a.cache.values, chunk.values[t], LANES * a.cache.value_width, a.cache.store);
+}
+
+static void ask_for_keys(const Attention& a, const Tiles& chunk) {
+  for (int t = 0; t < chunk.count; t++) ask_for(a.cache.keys, chunk.keys[t], LANES * a.cache.key_width, a.cache.store);
+}
+
+// scores, exponentials and weighted values of one chunk
+template <int STORE>
+static void chunk_partial(const Attention& a, const Block& b, int64_t chunk, Partial& p) {
+  alignas(64) float scores[ROWS * CHUNK];
+  const int64_t start = chunk * CHUNK;
+  int64_t low = INT64_MAX, high = 0;
+  for (int i = 0; i < b.count; i++) {
+    low = std::min(low, b.low[i]);
+    high = std::max(high, b.high[i]);
+  }
+  const int64_t from = std::max<int64_t>(0, low - start), to = std::min<int64_t>(CHUNK, high - start);
+  const Tiles tiles = tiles_of(a.cache, b.table, start, start + to, b.head);
+  const int num_tiles = tiles.count;
+  const bool decoding = b.count <= 4;  // more rows find what they share in the cache
+  if (decoding) ask_for_values(a, tiles);
+  int row = 0;
+  for (; row + 12 <= b.count; row += 12) score_rows<STORE, 12>(a, b, row, tiles, scores);
+  for (; row + 6 <= b.count; row += 6) score_rows<STORE, 6>(a, b, row, tiles, scores);
+  for (; row + 3 <= b.count; row += 3) score_rows<STORE, 3>(a, b, row, tiles, scores);
+  for (; row < b.count; row++) score_rows<STORE, 1>(a, b, row, tiles, scores);
+
+  const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  for (int i = 0; i < b.count; i++) {
+    float* s = scores + i * CHUNK;
+    const int32_t first = (int32_t)std::clamp<int64_t>(b.low[i] - start, 0, CHUNK), end = (int32_t)std::clamp<int64_t>(b.high[i] - start, 0, CHUNK);
+    vf largest = splat(-INFINITY);
+    for (int t = 0; t < num_tiles; t++) {
+      vf v = load(s + t * LANES);
+      if (a.softcap > 0.f) v = a.softcap * tanh(v / a.softcap);
+      vi at = lane + t * LANES;
+      v = (at >= first) & (at < end) ? v : splat(-INFINITY);
+      largest = max(largest, v);
+      store(s + t * LANES, v);
+    }
+    const float m = maximum(largest);
+    p.largest[i] = m;
+    vf total{};
+    for (int t = 0; t < num_tiles; t++) {
+      vi at = lane + t * LANES;
+      vf e = m == -INFINITY ? vf{} : exp(load(s + t * LANES) - m);
+      e = (at >= first) & (at < end) ? e : vf{};  // exp(-inf) is not quite nothing in our approximation
+      total = total + e;
+      store(s + t * LANES, e);
+    }
+    p.total[i] = sum(total);
+  }
+  if (decoding && start + CHUNK < high) ask_for_keys(a, tiles_of(a.cache, b.table, start + CHUNK, std::min(start + 2 * CHUNK, high), b.head));
+  row = 0;
+  for (; row + 6 <= b.count; row += 6) weigh_rows<STORE, 6>(a, row, tiles, from, to, scores, p.values);
+  for (; row + 3 <= b.count; row += 3) weigh_rows<STORE, 3>(a, row, tiles, from, to, scores, p.values);
+  for (; row < b.count; row++) weigh_rows<STORE, 1>(a, row, tiles, from, to, scores, p.values);
+}
+
+TS_INLINE float exp_one(float x) { return exp(splat(x))[0]; }
+
+static void merge(const Attention& a, int count, Partial& into, const Partial& part) {
+  const int64_t padded = round_up(a.cache.value_width, LANES);
+  for (int i = 0; i < count; i++) {
+    if (part.largest[i] == -INFINITY) continue;
+    if (into.largest[i] == -INFINITY) {
+      into.largest[i] = part.largest[i];
+      into.total[i] = part.total[i];
+      std::memcpy(into.values + i * padded, part.values + i * padded, (size_t)padded * 4);
+      continue;
+    }
+    const float m = std::max(into.largest[i], part.largest[i]);
+    const float keep = exp_one(into.largest[i] - m), add = exp_one(part.largest[i] - m);
+    into.largest[i] = m;
+    into.total[i] = into.total[i] * keep + part.total[i] * add;
+    for (int64_t c = 0; c < padded; c += LANES) {
+      float* x = into.values + i * padded + c;
+      store(x, fma(load(part.values + i * padded + c), splat(add), load(x) * keep));
+    }
+  }
+}
+
+static void finish(const Attention& a, const Block& b, const Partial& p) {
+  const int64_t width = a.cache.value_width, padded = round_up(width, LANES);
+  for (int i = 0; i < b.count; i++) {
+    float total = p.total[i], scale = 1.f;
+    if (b.sink[i]) {  // a learned logit that takes its share and carries no value (gpt-oss)
+      const float m = std::max(p.largest[i], *b.sink[i]);
+      scale = exp_one(p.largest[i] - m);
+      total = total * scale + exp_one(*b.sink[i] - m);
+    }
+    const float by = scale / total;
+    for (int64_t c = 0; c < width; c++) b.out[i][c] = p.values[i * padded + c] * by;
+  }
+}
+
+static void clear(Partial& p) {
+  for (int i = 0; i < ROWS; i++) {
+    p.largest[i] = -INFINITY;
+    p.total[i] = 0.f;
+  }
+}
+
+// blocks of rows that sequence `s` has per key head, and the `index`-th of them
+static int64_t blocks_of(const Attention& a, const Step& step, int64_t s) {
+  const int64_t group = a.query_heads / a.cache.heads, queries = step.starts[s + 1] - step.starts[s];
+  return (queries * group + ROWS - 1) / ROWS;
+}
+
+static Block make_block(const Attention& a, const Step& step, int64_t s, int head, int64_t index) {
+  const int64_t group = a.query_heads / a.cache.heads, start = step.starts[s], queries = step.starts[s + 1] - start;
+  const int64_t row0 = index * ROWS, count = std::min<int64_t>(ROWS, queries * group - row0);
+  Block b;
+  b.count = (int)count;
+  b.head = head;
+  b.table = step.tables + s * step.table_width;
+  int64_t low = INT64_MAX, high = 0;
+  for (int64_t i = 0; i < count; i++) {
+    const int64_t query = (row0 + i) / group, n = head * group + (row0 + i) % group;
+    const int64_t position = step.lengths[s] - queries + query;
+    b.q[i] = a.q + (start + query) * a.q_stride + n * a.cache.key_width;
+    b.out[i] = a.out + (start + query) * a.out_stride + n * a.cache.value_width;
+    b.sink[i] = a.sinks ? a.sinks + n : nullptr;
+    b.high[i] = position + 1;
+    b.low[i] = a.window == 0 ? 0 : a.chunked ? position / a.window * a.window : std::max<int64_t>(0, position - a.window + 1);
+    low = std::min(low, b.low[i]);
+    high = std::max(high, b.high[i]);
+  }
+  b.first = low / CHUNK;
+  b.last = (high + CHUNK - 1) / CHUNK;
+  return b;
+}
+
+template <int STORE>
+static void whole_block(const Attention& a, const Block& b, float* scratch) {
+  const int64_t padded = round_up(a.cache.value_width, LANES);
+  Partial all, part;
+  all.values = scratch;
+  part.values = scratch + ROWS * padded;
+  clear(all);
+  for (int64_t chunk = b.first; chunk < b.last; chunk++) {
+    chunk_partial<STORE>(a, b, chunk, part);
+    merge(a, b.count, all, part);
+  }
+  finish(a, b, all);
+}
+
+// few blocks and long contexts: the chunks themselves are shared out, a wave of partial results at a time
+template <int STORE>
+static void split_blocks(Worker& worker, const Attention& a, const Step& step, int64_t num_blocks, const Block* blocks) {
+  const int64_t padded = round_up(a.cache.value_width, LANES), floats = partial_floats(a.cache.value_width);
+  const int64_t kept = num_blocks, wave = std::max<int64_t>(1, (a.slots - kept) / num_blocks);
+  auto at = [&](int64_t slot) {
+    float* base = a.partials + slot * floats;
+    Partial p;
+    p.values = base + 2 * ROWS;
+    return p;
+  };
+  auto save = [&](int64_t slot, const Partial& p) {
+    std::memcpy(a.partials + slot * floats, p.largest, sizeof p.largest);
+    std::memcpy(a.partials + slot * floats + ROWS, p.total, sizeof p.total);
+  };
+  auto fetch = [&](int64_t slot) {
+    Partial p = at(slot);
+    std::memcpy(p.largest, a.partials + slot * floats, sizeof p.largest);
+    std::memcpy(p.total, a.partials + slot * floats + ROWS, sizeof p.total);
+    return p;
+  };
+  (void)padded;
+  int64_t waves = 0;
+  for (int64_t i = 0; i < num_blocks; i++) waves = std::max(waves, (blocks[i].last - blocks[i].first + wave - 1) / wave);
+  for (int64_t w = 0; w < waves; w++) {
+    int64_t first, last;
+    while (worker.take(num_blocks * wave, 1, &first, &last))
+      for (int64_t unit = first; unit < last; unit++) {
+        const Block& b = blocks[unit / wave];
+        const int64_t chunk = b.first + w * wave + unit % wave;
+        if (chunk >= b.last) continue;
+        Partial p = at(kept + unit);
+        chunk_partial<STORE>(a, b, chunk, p);
+        save(kept + unit, p);
+      }
+    worker.barrier();
+    for (int64_t i = worker.index; i < num_blocks; i += worker.count) {
+      const Block& b = blocks[i];
+      Partial all = w ? fetch(i) : at(i);
+      if (w == 0) clear(all);
+      for (int64_t c = 0; c < wave && b.first + w * wave + c < b.last; c++) merge(a, b.count, all, fetch(kept + i * wave + c));
+      if (w + 1 == waves) finish(a, b, all);
+      else save(i, all);
+    }
+    if (w + 1 < waves) worker.barrier();
+  }
+}
+
+constexpr int MOST_SPLIT = 32;
+
+template <int STORE>
+static void attend_with(Worker& worker, const Attention& a, const Step& step) {
+  int64_t total = 0;
+  for (int64_t s = 0; s < step.num_sequences && total <= MOST_SPLIT; s++) total += blocks_of(a, step, s) * a.cache.heads;
+  if (worker.count > 1 && total < 4 * worker.count && total <= MOST_SPLIT && 2 * total <= a.slots) {
+    Block blocks[MOST_SPLIT];
+    int64_t made = 0;
+    for (int64_t s = 0; s < step.num_sequences; s++)
+      for (int head = 0; head < a.cache.heads; head++)
+        for (int64_t i = 0; i < blocks_of(a, step, s); i++) blocks[made++] = make_block(a, step, s, head, i);
+    split_blocks<STORE>(worker, a, step, made, blocks);
+    return;
+  }
+  total = 0;
+  for (int64_t s = 0; s < step.num_sequences; s++) total += blocks_of(a, step, s) * a.cache.heads;
+  float* scratch = a.partials + 2 * worker.index * partial_floats(a.cache.value_width);
+  const int64_t size = std::max<int64_t>(1, std::min<int64_t>(8, total / (16 * worker.count)));
+  int64_t first, last, s = 0, before = 0;
+  while (worker.take(total, size, &first, &last))
+    for (int64_t unit = first; unit < last; unit++) {
+      // units come in rising order, so the sequence that holds one is found by walking on
+      while (unit >= before + blocks_of(a, step, s) * a.cache.heads) before += blocks_of(a, step, s++) * a.cache.heads;
+      const int64_t inside = unit - before, count = blocks_of(a, step, s);
+      whole_block<STORE>(a, make_block(a, step, s, (int)(inside / count), inside % count), scratch);
+    }
+}
+
+void attend(Worker& worker, const Attention& a, const Step& step) {
+  if (a.cache.store == STORE_F32) attend_with<STORE_F32>(worker, a, step);
+  else if (a.cache.store == STORE_F16) attend_with<STORE_F16>(worker, a, step);
+  else attend_with<STORE_BF16>(worker, a, step);
+}
+
+}  // namespace ts

@@ -1,0 +1,53 @@
+// Paged attention over keys and values as the cache holds them, for decode and prefill alike.
+#pragma once
+#include "pool.h"
+#include "weights.h"
+
+namespace ts {
+
+enum Store : int32_t { STORE_F32 = 0, STORE_F16 = 1, STORE_BF16 = 2 };
+
+// A step's sequences. Its tokens lie one after the other; sequence b has those from starts[b] to starts[b + 1], at the end of its `lengths[b]` tokens.
+struct Step {
+  const int64_t* tokens;
+  const int64_t* positions;
+  const int32_t* starts;
+  const int32_t* lengths;
+  const int32_t* tables;
+  const int64_t* rows;  // tokens whose logits are wanted
+  int64_t num_tokens, num_sequences, table_width, num_rows;
+};
+
+// One layer's planes. A block of `block_size` tokens holds keys as [head][tile of 16 tokens][H][16] and values as [head][token][Hv].
+struct Cache {
+  void* keys;
+  void* values;
+  int64_t block_size;
+  int32_t store, heads;
+  int32_t key_width, value_width;
+};
+
+constexpr int CHUNK = 64;       // keys whose scores are held at once: a partial result
+constexpr int ROWS = 12;        // query rows that share a pass over the keys
+
+struct Attention {
+  Cache cache;
+  const float* q;     // token · q_stride, N heads of H, already scaled
+  int64_t q_stride;
+  float* out;         // token · out_stride, N heads of Hv
+  int64_t out_stride;
+  const float* sinks; // a logit per query head, or null
+  int32_t query_heads;
+  int64_t window;     // 0: none
+  int32_t chunked;    // the window is the query's own chunk
+  float softcap;      // 0: none
+  float* partials;    // `slots` partial results of ROWS · (value width padded + 2)
+  int64_t slots;
+};
+
+int64_t partial_floats(int64_t value_width);
+void attend(Worker& worker, const Attention& a, const Step& step);
+void write_key(const Cache& cache, const Step& step, int64_t sequence, int64_t position, int head, const float* k);
+void write_value(const Cache& cache, const Step& step, int64_t sequence, int64_t position, int head, const float* v);
+
+}  // namespace ts

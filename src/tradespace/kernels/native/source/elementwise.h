@@ -1,0 +1,82 @@
+// What happens to a row between products: norms, activations, rotation. All in fp32; a row's result depends on nothing but the row.
+#pragma once
+#include "activations.h"
+
+namespace ts {
+
+enum NormKind : int32_t { NORM_NONE = 0, NORM_RMS = 1, NORM_LAYER = 2 };
+enum Activation : int32_t { ACT_SILU = 0, ACT_GELU = 1, ACT_GELU_TANH = 2, ACT_RELU = 3, ACT_RELU2 = 4, ACT_IDENTITY = 5 };
+
+// sum of f over a row of any width: whole vectors, then the rest padded with zeros
+template <class F>
+TS_INLINE float sum_row(const float* x, int64_t width, F f) {
+  vf total{};
+  int64_t c = 0;
+  for (; c + LANES <= width; c += LANES) total = total + f(load(x + c));
+  if (c < width) {
+    float rest[LANES] = {0};
+    std::memcpy(rest, x + c, (size_t)(width - c) * 4);
+    vf v = f(load(rest));
+    for (int64_t i = width - c; i < LANES; i++) v[i] = 0.f;
+    total = total + v;
+  }
+  return sum(total);
+}
+
+// out = norm(x) · weight (+ bias); weight and bias are padded to 16 with zeros, so is out
+TS_INLINE void norm_row(const float* x, float* out, int64_t width, int kind, const float* weight, const float* bias, float eps) {
+  const int64_t padded = round_up(width, LANES);
+  if (kind == NORM_NONE) {
+    if (out != x) std::memcpy(out, x, (size_t)padded * 4);
+    return;
+  }
+  float mean = 0.f, scale;
+  if (kind == NORM_RMS) {
+    scale = 1.f / std::sqrt(sum_row(x, width, [](vf v) { return v * v; }) / (float)width + eps);
+  } else {
+    mean = sum_row(x, width, [](vf v) { return v; }) / (float)width;
+    scale = 1.f / std::sqrt(sum_row(x, width, [mean](vf v) { vf d = v - mean; return d * d; }) / (float)width + eps);
+  }
+  for (int64_t c = 0; c < padded; c += LANES) {
+    vf y = (load(x + c) - mean) * scale * load(weight + c);
+    if (bias) y = y + load(bias + c);
+    store(out + c, y);
+  }
+}
+
+// error function, absolute error below 1.5e-7 (Abramowitz and Stegun, 7.1.26)
+TS_INLINE vf erf(vf x) {
+  vf a = absolute(x), t = 1.f / (1.f + 0.3275911f * a);
+  vf p = splat(1.061405429f);
+  p = fma(p, t, splat(-1.453152027f));
+  p = fma(p, t, splat(1.421413741f));
+  p = fma(p, t, splat(-0.284496736f));
+  p = fma(p, t, splat(0.254829592f));
+  vf y = 1.f - p * t * exp(-(a * a));
+  return x < 0.f ? -y : y;
+}
+
+TS_INLINE vf activate(vf x, int kind) {
+  switch (kind) {
+    case ACT_SILU: return x / (1.f + exp(-x));
+    case ACT_GELU: return 0.5f * x * (1.f + erf(x * 0.70710678118654752f));
+    case ACT_GELU_TANH: return 0.5f * x * (1.f + tanh(0.79788456080286536f * (x + 0.044715f * x * x * x)));
+    case ACT_RELU: return max(x, vf{});
+    case ACT_RELU2: { vf y = max(x, vf{}); return y * y; }
+  }
+  return x;
+}
+
+// pairs (i, i + dims/2), or (2i, 2i + 1), of one head; angles: dims/2 times (cos, sin)
+TS_INLINE void rotate(float* head, const float* angles, int64_t dims, bool interleaved) {
+  const int64_t half = dims / 2;
+  for (int64_t i = 0; i < half; i++) {
+    float* first = head + (interleaved ? 2 * i : i);
+    float* second = head + (interleaved ? 2 * i + 1 : i + half);
+    const float c = angles[2 * i], s = angles[2 * i + 1], a = *first, b = *second;
+    *first = a * c - b * s;
+    *second = b * c + a * s;
+  }
+}
+
+}  // namespace ts

@@ -1,0 +1,32 @@
+// y (T, R) = or += scale · (x (T, C) @ W.T + bias): W packed, x an Operand. Work is handed out by panels; a row's result does not depend on T.
+#pragma once
+#include "activations.h"
+#include "pool.h"
+
+namespace ts {
+
+struct Product {
+  Matrix weight;
+  Operand x;
+  int64_t tokens;
+  int32_t form;
+  float* y;
+  int64_t y_stride;   // at least the rows rounded up to 16: stores are whole
+  const float* bias;  // padded to 16, or null
+  bool accumulate;    // add to what is in y
+  float scale;
+};
+
+void multiply(Worker& worker, const Product& product);
+void multiply_integers(const Product& product, int64_t first_panel, int64_t last_panel);
+void multiply_floats(const Product& product, int64_t first_panel, int64_t last_panel);
+
+// writes 16 results of one token
+TS_INLINE void put_result(const Product& p, int64_t token, int64_t panel, vf value) {
+  float* y = p.y + token * p.y_stride + panel * LANES;
+  if (p.bias) value = value + load(p.bias + panel * LANES);
+  if (p.accumulate) value = fma(value, splat(p.scale), load(y));
+  store(y, value);
+}
+
+}  // namespace ts

@@ -1,0 +1,173 @@
+// Products with floating activations: dense weights, and, where exactness is asked for, integer weights decoded section by section.
+#include "decode.h"
+#include "matmul.h"
+
+namespace ts {
+
+// columns that a tile of decoded or widened weights holds: 16 rows × 32 columns of fp32 are 2 KiB
+template <int PANELS, int TOKENS>
+TS_INLINE void tile_f32(const float* const* tiles, const Operand& x, int64_t token, int64_t column, vf acc[PANELS][TOKENS]) {
+TS_UNROLL(4)
+  for (int c = 0; c < SECTION; c++) {
+    vf w[PANELS];
+    for (int q = 0; q < PANELS; q++) w[q] = load(tiles[q] + c * LANES);
+TS_UNROLL(16)
+    for (int i = 0; i < TOKENS; i++) {
+      vf value = splat(x.f32[(token + i) * x.stride + column + c]);
+      for (int q = 0; q < PANELS; q++) acc[q][i] = fma(w[q], value, acc[q][i]);
+    }
+  }
+}
+
+// exact: every panel's sections are decoded to fp32 once and serve all tokens, whose sums wait in y's place
+template <int TOKENS>
+static void decoded(const Product& p, int64_t index, int64_t token) {
+  const int64_t sections = p.weight.sections();
+  alignas(64) float tile[SECTION * LANES];
+  vf acc[1][TOKENS];
+  for (int i = 0; i < TOKENS; i++) acc[0][i] = vf{};
+  for (int64_t s = 0; s < sections; s++) {
+    decode_section(p.weight, index, s, tile);
+    const float* tiles[1] = {tile};
+    tile_f32<1, TOKENS>(tiles, p.x, token, s * SECTION, acc);
+  }
+  for (int i = 0; i < TOKENS; i++) put_result(p, token + i, index, acc[0][i]);
+}
+
+template <int PANELS, int TOKENS>
+static void plain_f32(const Product& p, int64_t index, int64_t token) {
+  vf acc[PANELS][TOKENS];
+  for (int q = 0; q < PANELS; q++)
+    for (int i = 0; i < TOKENS; i++) acc[q][i] = vf{};
+  for (int64_t s = 0; s < p.weight.sections(); s++) {
+    const float* tiles[PANELS];
+    for (int q = 0; q < PANELS; q++) tiles[q] = (const float*)p.weight.panel(index + q) + s * SECTION * LANES;
+    tile_f32<PANELS, TOKENS>(tiles, p.x, token, s * SECTION, acc);
+  }
+  for (int q = 0; q < PANELS; q++)
+    for (int i = 0; i < TOKENS; i++) put_result(p, token + i, index + q, acc[q][i]);
+}
+
+// 16-bit weights, fp32 activations: widened in registers
+template <int KIND, int PANELS, int TOKENS>
+static void widened(const Product& p, int64_t index, int64_t token) {
+  vf acc[PANELS][TOKENS];
+  for (int q = 0; q < PANELS; q++)
+    for (int i = 0; i < TOKENS; i++) acc[q][i] = vf{};
+  const int64_t pairs = p.weight.sections() * SECTION / 2;
+  for (int64_t k = 0; k < pairs; k++) {
+    vf even[PANELS], odd[PANELS];
+    for (int q = 0; q < PANELS; q++) {
+      const uint16_t* w = (const uint16_t*)p.weight.panel(index + q) + k * 2 * LANES;
+      if constexpr (KIND == BF16) {
+        vu both = (vu)load_bytes(w);
+        even[q] = (vf)(both << 16);
+        odd[q] = (vf)(both & 0xffff0000u);
+      } else {
+        even[q] = load_half(w);
+        odd[q] = load_half(w + LANES);
+      }
+    }
+TS_UNROLL(16)
+    for (int i = 0; i < TOKENS; i++) {
+      const float* x = p.x.f32 + (token + i) * p.x.stride + 2 * k;
+      for (int q = 0; q < PANELS; q++) acc[q][i] = fma(odd[q], splat(x[1]), fma(even[q], splat(x[0]), acc[q][i]));
+    }
+  }
+  for (int q = 0; q < PANELS; q++)
+    for (int i = 0; i < TOKENS; i++) put_result(p, token + i, index + q, acc[q][i]);
+}
+
+template <int PANELS, int TOKENS>
+static void pairs_bf16(const Product& p, int64_t index, int64_t token) {
+  vf acc[PANELS][TOKENS];
+  for (int q = 0; q < PANELS; q++)
+    for (int i = 0; i < TOKENS; i++) acc[q][i] = vf{};
+  const int64_t pairs = p.weight.sections() * SECTION / 2;
+TS_UNROLL(2)
+  for (int64_t k = 0; k < pairs; k++) {
+    vb w[PANELS];
+    for (int q = 0; q < PANELS; q++) {
+      const uint8_t* at = p.weight.panel(index + q) + k * 64;
+      w[q] = load_bytes(at);
+      if (token == 0) __builtin_prefetch(at + 1024);  // from memory once, in the pass of the first tokens
+    }
+TS_UNROLL(16)
+    for (int i = 0; i < TOKENS; i++) {
+      uint32_t two;
+      std::memcpy(&two, p.x.bf16 + (token + i) * p.x.stride + 2 * k, 4);
+      for (int q = 0; q < PANELS; q++) acc[q][i] = dot2_bf16(acc[q][i], w[q], two);
+    }
+  }
+  for (int q = 0; q < PANELS; q++)
+    for (int i = 0; i < TOKENS; i++) put_result(p, token + i, index + q, acc[q][i]);
+}
+
+// how a kind and form is computed for a block of panels and tokens
+struct DecodedBlock {
+  template <int PANELS, int TOKENS>
+  static void run(const Product& p, int64_t index, int64_t token) {
+    for (int q = 0; q < PANELS; q++) decoded<TOKENS>(p, index + q, token);
+  }
+};
+struct PlainBlock {
+  template <int PANELS, int TOKENS>
+  static void run(const Product& p, int64_t index, int64_t token) { plain_f32<PANELS, TOKENS>(p, index, token); }
+};
+template <int KIND>
+struct WidenedBlock {
+  template <int PANELS, int TOKENS>
+  static void run(const Product& p, int64_t index, int64_t token) { widened<KIND, PANELS, TOKENS>(p, index, token); }
+};
+struct PairsBlock {
+  template <int PANELS, int TOKENS>
+  static void run(const Product& p, int64_t index, int64_t token) { pairs_bf16<PANELS, TOKENS>(p, index, token); }
+};
+
+template <class Block, int PANELS>
+static void sweep(const Product& p, int64_t first, int64_t last) {
+  // few tokens: four panels side by side hide the latency of a single chain of sums
+  const int64_t tile = std::max<int64_t>(PANELS, 32768 / p.weight.panel_bytes / PANELS * PANELS);
+  for (int64_t start = first; start < last; start += tile) {
+    const int64_t end = std::min(start + tile, last);
+    int64_t token = 0;
+    if constexpr (MOST_TOKENS >= 8)
+      for (; token + 12 <= p.tokens; token += 12) {
+        int64_t index = start;
+        for (; index + 2 <= end; index += 2) Block::template run<2, 12>(p, index, token);
+        for (; index < end; index++) Block::template run<1, 12>(p, index, token);
+      }
+    for (; token + 4 <= p.tokens; token += 4) {
+      int64_t index = start;
+      for (; index + PANELS <= end; index += PANELS) Block::template run<PANELS, 4>(p, index, token);
+      for (; index < end; index++) Block::template run<1, 4>(p, index, token);
+    }
+    for (; token < p.tokens; token++) {
+      int64_t index = start;
+      for (; index + PANELS <= end; index += PANELS) Block::template run<PANELS, 1>(p, index, token);
+      for (; index < end; index++) Block::template run<1, 1>(p, index, token);
+    }
+  }
+}
+
+void multiply_floats(const Product& p, int64_t first, int64_t last) {
+  if (is_integer(p.weight.kind)) return sweep<DecodedBlock, 4>(p, first, last);
+  if (p.weight.kind == F32) return sweep<PlainBlock, 4>(p, first, last);
+  if (p.weight.kind == F16) return sweep<WidenedBlock<F16>, 4>(p, first, last);
+  if (p.form == FORM_BF16) return sweep<PairsBlock, 4>(p, first, last);
+  return sweep<WidenedBlock<BF16>, 4>(p, first, last);
+}
+
+void multiply(Worker& worker, const Product& p) {
+  const int64_t panels = p.weight.panels();
+  // several pieces a thread, so that one which loses its core for a while leaves the rest to the others; whole blocks of four panels
+  int64_t piece = std::max<int64_t>(4, round_up((panels + 8 * worker.count - 1) / (8 * worker.count), 4));
+  if (p.tokens >= 8) piece = std::max<int64_t>(piece / 2, std::max<int64_t>(1, 16384 / p.weight.panel_bytes));
+  int64_t first, last;
+  while (worker.take(panels, piece, &first, &last)) {
+    if (is_integer(p.weight.kind) && p.form == FORM_INT8) multiply_integers(p, first, last);
+    else multiply_floats(p, first, last);
+  }
+}
+
+}  // namespace ts

@@ -1,0 +1,143 @@
+// Products of integer codes with activations quantized to 8 bits per section of 32: sums of whole numbers are exact, so their order is free.
+#include "matmul.h"
+
+namespace ts {
+
+template <int KIND>
+struct GroupHead {  // what a scale group, or a super-block, says about its codes
+  vf scale, minimum;
+  vi zero;
+};
+
+template <int KIND>
+TS_INLINE GroupHead<KIND> read_head(const uint8_t* p) {
+  constexpr Meta META = KINDS[KIND].meta;
+  GroupHead<KIND> head{};
+  head.scale = load_half((const uint16_t*)p);
+  if constexpr (META == META_MIN || META == META_K) head.minimum = load_half((const uint16_t*)(p + 32));
+  if constexpr (META == META_ZERO) head.zero = widen(p + 32);
+  return head;
+}
+
+// one section of one panel for `TOKENS` tokens: adds into acc
+// Weights come from memory once, in the pass of the first tokens: asked for this far ahead, they arrive while earlier ones are multiplied.
+constexpr int PREFETCH_BYTES = 3072;
+
+template <int KIND, int TOKENS, bool FIRST>
+TS_INLINE void section(const uint8_t* p, const GroupHead<KIND>& head, const Operand& x, int64_t token, int64_t s, vf* acc) {
+  constexpr KindInfo INFO = KINDS[KIND];
+  const uint8_t* codes = p + section_head_bytes(INFO.meta);
+  if constexpr (FIRST)
+    for (int line = 0; line < section_bytes(INFO.bits) + group_bytes(INFO.meta); line += 64) __builtin_prefetch(codes + PREFETCH_BYTES + line);
+  // two partial sums where few tokens leave the multiplier waiting for itself
+  constexpr int PARTS = INFO.meta == META_K6 || TOKENS <= 4 ? 2 : 1;
+  vi whole[TOKENS][PARTS];
+TS_UNROLL(16)
+  for (int i = 0; i < TOKENS; i++) {
+    const int32_t* sums = x.sums + 2 * ((token + i) * x.sections + s);
+    for (int part = 0; part < PARTS; part++) whole[i][part] = vi{};
+    if constexpr (INFO.meta == META_K6) {
+      whole[i][0] = splat(-INFO.offset * sums[0]);
+      whole[i][1] = splat(-INFO.offset * sums[1]);
+    } else if constexpr (INFO.meta == META_ZERO) {
+      whole[i][0] = head.zero * splat(-(sums[0] + sums[1]));
+    } else if constexpr (INFO.offset != 0) {
+      whole[i][0] = splat(-INFO.offset * (sums[0] + sums[1]));
+    }
+  }
+TS_UNROLL(8)
+  for (int k = 0; k < 8; k++) {
+    vb w = chunk_codes<INFO.bits>(codes, k);
+    const int part = INFO.meta == META_K6 ? k / 4 : k % PARTS;  // a scale per 16 columns: chunks 0 … 3 and 4 … 7
+TS_UNROLL(16)
+    for (int i = 0; i < TOKENS; i++) {
+      int32_t four;
+      std::memcpy(&four, x.codes + (token + i) * x.stride + s * SECTION + 4 * k, 4);
+      whole[i][part] = dot4(whole[i][part], w, four);
+    }
+  }
+  vf scale = head.scale, minimum = head.minimum;
+  vi first{}, second{};
+  if constexpr (INFO.meta == META_K) {
+    scale = scale * to_float(widen(p));
+    minimum = -minimum * to_float(widen(p + 16));
+  }
+  if constexpr (INFO.meta == META_K6) {
+    first = widen((const int8_t*)p);
+    second = widen((const int8_t*)(p + 16));
+  }
+TS_UNROLL(16)
+  for (int i = 0; i < TOKENS; i++) {
+    int64_t at = (token + i) * x.sections + s;
+    vi total;
+    if constexpr (INFO.meta == META_K6) total = whole[i][0] * first + whole[i][1] * second;
+    else if constexpr (PARTS == 2) total = whole[i][0] + whole[i][1];
+    else total = whole[i][0];
+    if constexpr (INFO.meta == META_ROW) acc[i] = fma(to_float(total), splat(x.scales[at]), acc[i]);
+    else acc[i] = fma(scale * x.scales[at], to_float(total), acc[i]);
+    if constexpr (INFO.meta == META_MIN || INFO.meta == META_K) acc[i] = fma(minimum, splat(x.weighted[at]), acc[i]);
+  }
+}
+
+template <int KIND, int TOKENS, bool FIRST>
+TS_INLINE void panel(const Product& p, int64_t index, int64_t token) {
+  constexpr KindInfo INFO = KINDS[KIND];
+  const uint8_t* at = p.weight.panel(index);
+  const int64_t sections = p.weight.sections();
+  vf acc[TOKENS];
+  for (int i = 0; i < TOKENS; i++) acc[i] = vf{};
+  vf row_scale = splat(1.f);
+  if constexpr (INFO.meta == META_ROW) row_scale = load((const float*)at);
+  at += panel_head_bytes(INFO.meta);
+  constexpr int STEP = section_bytes(INFO.bits) + section_head_bytes(INFO.meta);
+  constexpr int HEAD = group_bytes(INFO.meta) + super_head_bytes(INFO.meta);
+  if constexpr (HEAD == 0) {
+    GroupHead<KIND> none{};
+    for (int64_t s = 0; s < sections; s++, at += STEP) section<KIND, TOKENS, FIRST>(at, none, p.x, token, s, acc);
+  } else if (HEAD && super_head_bytes(INFO.meta) == 0 && p.weight.group == 1) {
+    for (int64_t s = 0; s < sections; s++, at += STEP + HEAD) section<KIND, TOKENS, FIRST>(at + HEAD, read_head<KIND>(at), p.x, token, s, acc);
+  } else {
+    const int64_t group = super_head_bytes(INFO.meta) ? SUPER_SECTIONS : p.weight.group;
+    for (int64_t s = 0; s < sections;) {
+      GroupHead<KIND> head = read_head<KIND>(at);
+      at += HEAD;
+      int64_t end = std::min(s + group, sections);
+      for (; s < end; s++, at += STEP) section<KIND, TOKENS, FIRST>(at, head, p.x, token, s, acc);
+    }
+  }
+  for (int i = 0; i < TOKENS; i++) put_result(p, token + i, index, INFO.meta == META_ROW ? acc[i] * row_scale : acc[i]);
+}
+
+template <int KIND, int TOKENS>
+TS_INLINE void tokens_over(const Product& p, int64_t start, int64_t end, int64_t token) {
+  if (token == 0)
+    for (int64_t index = start; index < end; index++) panel<KIND, TOKENS, true>(p, index, token);
+  else
+    for (int64_t index = start; index < end; index++) panel<KIND, TOKENS, false>(p, index, token);
+}
+
+template <int KIND>
+static void panels(const Product& p, int64_t first, int64_t last) {
+  // panels of a tile stay in the first-level cache while all tokens sweep them
+  const int64_t tile = std::max<int64_t>(1, 16384 / p.weight.panel_bytes);
+  for (int64_t start = first; start < last; start += tile) {
+    const int64_t end = std::min(start + tile, last);
+    int64_t token = 0;
+    if constexpr (MOST_TOKENS >= 8) {
+      for (; token + 8 <= p.tokens; token += 8) tokens_over<KIND, 8>(p, start, end, token);
+      for (; token + 4 <= p.tokens; token += 4) tokens_over<KIND, 4>(p, start, end, token);
+    }
+    for (; token + 2 <= p.tokens; token += 2) tokens_over<KIND, 2>(p, start, end, token);
+    for (; token < p.tokens; token++) tokens_over<KIND, 1>(p, start, end, token);
+  }
+}
+
+void multiply_integers(const Product& p, int64_t first, int64_t last) {
+  switch (p.weight.kind) {
+#define CASE(KIND) case KIND: return panels<KIND>(p, first, last);
+    CASE(I8_ROW) CASE(Q8) CASE(Q4) CASE(Q4_MIN) CASE(Q5) CASE(Q5_MIN) CASE(Q4_ZERO) CASE(Q3) CASE(Q3_ZERO) CASE(Q2) CASE(Q2_ZERO) CASE(Q4_K) CASE(Q5_K) CASE(Q6_K)
+#undef CASE
+  }
+}
+
+}  // namespace ts

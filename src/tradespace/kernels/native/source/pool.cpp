@@ -1,0 +1,147 @@
+#include "pool.h"
+
+#include <pthread.h>
+#include <sched.h>
+#include <unistd.h>
+
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace ts {
+
+static inline void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+struct Team {
+  int count = 1;
+  std::vector<std::thread> threads;
+  std::mutex mutex;
+  std::condition_variable wake;
+  Job job = nullptr;
+  void* argument = nullptr;
+  bool stop = false;
+  int pid = 0;
+  alignas(64) std::atomic<uint64_t> generation{0};
+  alignas(64) std::atomic<int> sleeping{0};
+  alignas(64) std::atomic<int> arrived{0};
+  alignas(64) std::atomic<uint32_t> phase{0};
+  alignas(64) std::atomic<int64_t> next{0};
+
+  void serve(int index) {
+    uint64_t seen = 0;
+    for (;;) {
+      // a decode loop comes back within some tens of microseconds: worth spinning for, and no longer
+      for (int spin = 0; spin < 4000 && generation.load(std::memory_order_acquire) == seen; spin++) relax();
+      if (generation.load(std::memory_order_acquire) == seen) {
+        std::unique_lock<std::mutex> lock(mutex);
+        sleeping.fetch_add(1);
+        wake.wait(lock, [&] { return stop || generation.load() != seen; });
+        sleeping.fetch_sub(1);
+      }
+      if (stop) return;
+      seen = generation.load(std::memory_order_acquire);
+      Worker worker{index, count, this};
+      job(worker, argument);
+      worker.barrier();
+    }
+  }
+
+  void grow(int wanted) {
+    shut();
+    count = wanted;
+    stop = false;
+    pid = (int)getpid();
+    generation.store(0);
+    for (int index = 1; index < count; index++) threads.emplace_back([this, index] { serve(index); });
+  }
+
+  void shut() {
+    if (pid != 0 && pid != (int)getpid()) {  // after a fork the threads are the parent's: forget them
+      for (auto& thread : threads) thread.detach();
+      threads.clear();
+      new (&mutex) std::mutex();
+      new (&wake) std::condition_variable();
+      sleeping.store(0);
+    }
+    if (threads.empty()) return;
+    {
+      std::lock_guard<std::mutex> lock(mutex);
+      stop = true;
+    }
+    wake.notify_all();
+    for (auto& thread : threads) thread.join();
+    threads.clear();
+  }
+};
+
+void Worker::barrier() {
+  if (count == 1) {
+    team->next.store(0, std::memory_order_relaxed);
+    return;
+  }
+  uint32_t phase = team->phase.load(std::memory_order_relaxed);
+  if (team->arrived.fetch_add(1, std::memory_order_acq_rel) == count - 1) {
+    team->next.store(0, std::memory_order_relaxed);
+    team->arrived.store(0, std::memory_order_relaxed);
+    team->phase.store(phase + 1, std::memory_order_release);
+    return;
+  }
+  for (int spin = 0; team->phase.load(std::memory_order_acquire) == phase; spin++) {
+    relax();
+    if (spin > 2000) {  // the other thread may have lost its core: give it ours
+      sched_yield();
+      spin = 1000;
+    }
+  }
+}
+
+bool Worker::take(int64_t total, int64_t size, int64_t* first, int64_t* last) {
+  if (count == 1) size = total;
+  int64_t start = team->next.fetch_add(size, std::memory_order_relaxed);
+  if (start >= total) return false;
+  *first = start;
+  *last = start + size < total ? start + size : total;
+  return true;
+}
+
+// never destroyed: at exit the threads may still sleep in it
+static Team& team() {
+  static Team* found = new Team();
+  return *found;
+}
+
+static std::mutex entrance;
+
+void pool_run(int threads, Job job, void* argument) {
+  std::lock_guard<std::mutex> lock(entrance);
+  Team& shared = team();
+  if (threads < 1) threads = 1;
+  if (threads == 1) {
+    static Team alone;
+    alone.next.store(0);
+    Worker worker{0, 1, &alone};
+    job(worker, argument);
+    return;
+  }
+  if (shared.count != threads || shared.pid != (int)getpid()) shared.grow(threads);
+  shared.job = job;
+  shared.argument = argument;
+  shared.next.store(0, std::memory_order_relaxed);
+  shared.generation.fetch_add(1);
+  if (shared.sleeping.load()) {
+    { std::lock_guard<std::mutex> wait_until_asleep(shared.mutex); }
+    shared.wake.notify_all();
+  }
+  Worker worker{0, threads, &shared};
+  job(worker, argument);
+  worker.barrier();
+}
+
+}  // namespace ts

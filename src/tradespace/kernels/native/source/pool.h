@@ -1,0 +1,26 @@
+// A pool of threads that run one job together, a step's whole list of operations, and meet at barriers between operations.
+// Idle threads sleep in the kernel; a waiting one spins for some microseconds first, because the next step usually comes at once.
+#pragma once
+#include <atomic>
+#include <cstdint>
+
+namespace ts {
+
+struct Team;
+
+// What a job sees: which thread it is, of how many, and how to share work.
+struct Worker {
+  int index, count;
+  Team* team;
+
+  // Waits for all threads; whoever comes last resets the shared counter for the next operation.
+  void barrier();
+  // The next `size` units of `total` that nobody took yet: [first, last), empty when all are taken.
+  bool take(int64_t total, int64_t size, int64_t* first, int64_t* last);
+};
+
+typedef void (*Job)(Worker&, void*);
+
+void pool_run(int threads, Job job, void* argument);
+
+}  // namespace ts

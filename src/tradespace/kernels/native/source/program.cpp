@@ -1,0 +1,250 @@
+// A model's step as a list of operations over fixed buffers, recorded once and run by all threads together: no call comes back to Python between layers.
+#include <algorithm>
+
+#include "attention.h"
+#include "decode.h"
+#include "elementwise.h"
+#include "matmul.h"
+
+namespace ts {
+
+enum OpKind : int32_t { OP_EMBED = 0, OP_NORM = 1, OP_PRODUCT = 2, OP_HEADS = 3, OP_ATTEND = 4, OP_PREPARE = 5, OP_ACTIVATE = 6, OP_FINISH_LOGITS = 7 };
+
+// What each kind reads is said at its function. Mirrored field by field in program.py.
+struct Op {
+  int32_t kind, wait, form, choice, flags, heads, kv_heads, head_width;
+  int32_t value_width, dims, chunked, sections_first;
+  float eps, scale, softcap, unused;
+  float *in, *out;
+  const float *weight, *bias, *second, *table;
+  int64_t in_stride, out_stride, width, window;
+  Matrix matrix, positions;
+  Operand operand;
+  Cache cache;
+  float* partials;
+  int64_t slots;
+};
+
+enum Flag : int32_t { FLAG_ROWS = 1, FLAG_ADD = 2, FLAG_INTERLEAVED = 4, FLAG_GATED = 8, FLAG_OPERAND = 16, FLAG_ACCUMULATE = 32, FLAG_NORM_FULL = 64 };
+
+TS_INLINE void share(const Worker& worker, int64_t total, int64_t* first, int64_t* last) {
+  *first = total * worker.index / worker.count;
+  *last = total * (worker.index + 1) / worker.count;
+}
+
+// out[t] = scale · row of the token (+ row of its position); `dims` is the offset of positions
+static void embed(Worker& worker, const Op& op, const Step& step) {
+  int64_t first, last;
+  share(worker, step.num_tokens, &first, &last);
+  for (int64_t t = first; t < last; t++) {
+    float* out = op.out + t * op.out_stride;
+    decode_row(op.matrix, step.tokens[t], out);
+    for (int64_t c = 0; c < op.width; c++) out[c] *= op.scale;
+    for (int64_t c = op.width; c < op.out_stride; c++) out[c] = 0.f;
+    if (op.flags & FLAG_NORM_FULL) norm_row(out, out, op.width, op.choice, op.weight, op.bias, op.eps);
+    if (op.positions.data)
+      for (int64_t c = 0; c < op.width; c++) out[c] += ((const float*)op.positions.data)[(step.positions[t] + op.dims) * op.width + c];
+  }
+}
+
+// norm of `in` (of the rows that logits are wanted of, with FLAG_ROWS): into the operand, or with FLAG_ADD scaled and added to `out`
+static void norm(Worker& worker, const Op& op, const Step& step, float* scratch) {
+  int64_t first, last;
+  share(worker, op.flags & FLAG_ROWS ? step.num_rows : step.num_tokens, &first, &last);
+  for (int64_t t = first; t < last; t++) {
+    const float* in = op.in + (op.flags & FLAG_ROWS ? step.rows[t] : t) * op.in_stride;
+    norm_row(in, scratch, op.width, op.choice, op.weight, op.bias, op.eps);
+    if (op.flags & FLAG_ADD) {
+      float* out = op.out + t * op.out_stride;
+      for (int64_t c = 0; c < op.width; c += LANES) store(out + c, fma(load(scratch + c), splat(op.scale), load(out + c)));
+      continue;
+    }
+    for (int64_t c = round_up(op.width, LANES); c < op.operand.stride; c++) scratch[c] = 0.f;
+    put_row(op.operand, t, scratch, op.width, op.form);
+  }
+}
+
+// y (T, R) (+)= scale · (operand @ W.T + bias); `dims` is the first column of y, for one of several matrices side by side
+static void product(Worker& worker, const Op& op, const Step& step) {
+  Product p;
+  p.weight = op.matrix;
+  p.x = op.operand;
+  p.tokens = op.flags & FLAG_ROWS ? step.num_rows : step.num_tokens;
+  p.form = op.form;
+  p.y = op.out + op.dims;
+  p.y_stride = op.out_stride;
+  p.bias = op.bias;
+  p.accumulate = (op.flags & FLAG_ACCUMULATE) != 0;
+  p.scale = op.scale;
+  multiply(worker, p);
+}
+
+// q, k and v side by side in `in`: norm of heads, rotation, keys and values into the cache, queries scaled where they are
+static void heads(Worker& worker, const Op& op, const Step& step, float* scratch) {
+  const int64_t all = op.heads + 2 * op.kv_heads, units = step.num_tokens * all, H = op.head_width;
+  int64_t first, last;
+  share(worker, units, &first, &last);
+  int64_t s = 0;
+  const bool full = op.flags & FLAG_NORM_FULL;
+  if (full) {  // the norm is as wide as the whole projection: a token at a time
+    share(worker, step.num_tokens, &first, &last);
+    for (int64_t t = first; t < last; t++) {
+      float* q = op.in + t * op.in_stride;
+      norm_row(q, scratch, op.heads * H, NORM_RMS, op.weight, nullptr, op.eps);
+      std::memcpy(q, scratch, (size_t)(op.heads * H) * 4);
+      norm_row(q + op.heads * H, scratch, op.kv_heads * H, NORM_RMS, op.second, nullptr, op.eps);
+      std::memcpy(q + op.heads * H, scratch, (size_t)(op.kv_heads * H) * 4);
+    }
+    first *= all;
+    last *= all;
+  }
+  for (int64_t unit = first; unit < last; unit++) {
+    const int64_t t = unit / all, n = unit % all;
+    while (t >= step.starts[s + 1]) s++;
+    const int64_t position = step.positions[t];
+    float* row = op.in + t * op.in_stride;
+    if (n >= op.heads + op.kv_heads) {
+      const int head = (int)(n - op.heads - op.kv_heads);
+      write_value(op.cache, step, s, position, head, row + (op.heads + op.kv_heads) * H + head * (int64_t)op.value_width);
+      continue;
+    }
+    float* head = row + n * H;
+    if (op.weight && !full) {
+      norm_row(head, scratch, H, NORM_RMS, n < op.heads ? op.weight : op.second, nullptr, op.eps);
+      std::memcpy(head, scratch, (size_t)H * 4);
+    }
+    if (op.table) rotate(head, op.table + position * op.dims, op.dims, (op.flags & FLAG_INTERLEAVED) != 0);
+    if (n < op.heads)
+      for (int64_t c = 0; c < H; c++) head[c] *= op.scale;
+    else write_key(op.cache, step, s, position, (int)(n - op.heads), head);
+  }
+}
+
+static void attention(Worker& worker, const Op& op, const Step& step) {
+  Attention a;
+  a.cache = op.cache;
+  a.q = op.in;
+  a.q_stride = op.in_stride;
+  a.out = op.out;
+  a.out_stride = op.out_stride;
+  a.sinks = op.weight;
+  a.query_heads = op.heads;
+  a.window = op.window;
+  a.chunked = op.chunked;
+  a.softcap = op.softcap;
+  a.partials = op.partials;
+  a.slots = op.slots;
+  attend(worker, a, step);
+}
+
+// activation of `in`, times the half beside it where gated → operand; without one (ACT_IDENTITY) it only changes the form. Shared out by sections.
+static void prepare(Worker& worker, const Op& op, const Step& step) {
+  const int64_t sections = (op.width + SECTION - 1) / SECTION;
+  int64_t first, last;
+  share(worker, step.num_tokens * sections, &first, &last);
+  for (int64_t unit = first; unit < last; unit++) {
+    const int64_t t = unit / sections, s = unit % sections, column = s * SECTION;
+    const float* in = op.in + t * op.in_stride + column;
+    alignas(64) float x[SECTION] = {0};
+    const int64_t count = std::min<int64_t>(SECTION, op.width - column);
+    if (op.choice == ACT_IDENTITY) {
+      std::memcpy(x, in, (size_t)count * 4);
+    } else {
+      alignas(64) float gate[SECTION] = {0}, up[SECTION] = {0};
+      std::memcpy(gate, in, (size_t)count * 4);
+      if (op.flags & FLAG_GATED) std::memcpy(up, in + op.width, (size_t)count * 4);
+      for (int half = 0; half < SECTION; half += LANES) {
+        vf y = activate(load(gate + half), op.choice);
+        if (op.flags & FLAG_GATED) y = y * load(up + half);
+        store(x + half, y);
+      }
+      for (int64_t c = count; c < SECTION; c++) x[c] = 0.f;
+    }
+    put_row(op.operand, t, x, SECTION, op.form, s);
+  }
+}
+
+static void finish_logits(Worker& worker, const Op& op, const Step& step) {
+  int64_t first, last;
+  const int64_t vectors = (op.width + LANES - 1) / LANES;
+  share(worker, step.num_rows * vectors, &first, &last);
+  for (int64_t unit = first; unit < last; unit++) {
+    float* x = op.out + unit / vectors * op.out_stride + unit % vectors * LANES;
+    vf v = load(x) * op.scale;
+    if (op.softcap > 0.f) v = op.softcap * tanh(v / op.softcap);
+    store(x, v);
+  }
+}
+
+struct Run {
+  const Op* ops;
+  int64_t count;
+  const Step* step;
+  float* scratch;  // a row of the widest norm per thread
+  int64_t scratch_stride;
+};
+
+static void run(Worker& worker, void* argument) {
+  const Run& run = *(const Run*)argument;
+  float* scratch = run.scratch + worker.index * run.scratch_stride;
+  for (int64_t i = 0; i < run.count; i++) {
+    const Op& op = run.ops[i];
+    if (op.wait) worker.barrier();
+    switch (op.kind) {
+      case OP_EMBED: embed(worker, op, *run.step); break;
+      case OP_NORM: norm(worker, op, *run.step, scratch); break;
+      case OP_PRODUCT: product(worker, op, *run.step); break;
+      case OP_HEADS: heads(worker, op, *run.step, scratch); break;
+      case OP_ATTEND: attention(worker, op, *run.step); break;
+      case OP_PREPARE:
+      case OP_ACTIVATE: prepare(worker, op, *run.step); break;
+      case OP_FINISH_LOGITS: finish_logits(worker, op, *run.step); break;
+    }
+  }
+}
+
+struct Linear {
+  Product product;
+  const float* x;
+  int64_t x_stride;
+};
+
+static void run_linear(Worker& worker, void* argument) {
+  const Linear& linear = *(const Linear*)argument;
+  const Product& p = linear.product;
+  int64_t first, last;
+  share(worker, p.tokens, &first, &last);
+  for (int64_t t = first; t < last; t++) put_row(p.x, t, linear.x + t * linear.x_stride, p.weight.columns, p.form);
+  worker.barrier();
+  multiply(worker, p);
+}
+
+}  // namespace ts
+
+using namespace ts;
+
+extern "C" {
+
+int64_t ts_op_bytes() { return (int64_t)sizeof(Op); }
+int64_t ts_partial_floats(int64_t value_width) { return partial_floats(value_width); }
+
+void ts_run(const Op* ops, int64_t count, const Step* step, float* scratch, int64_t scratch_stride, int32_t threads) {
+  Run job{ops, count, step, scratch, scratch_stride};
+  pool_run(threads, run, &job);
+}
+
+// y (T, y_stride) = x @ W.T + bias; x padded with zeros to a multiple of 32, `operand` room for T rows in `form`
+void ts_linear(const Matrix* weight, const Operand* operand, const float* x, int64_t x_stride, int64_t tokens, int32_t form, const float* bias, float* y,
+               int64_t y_stride, int32_t threads) {
+  Linear linear{{*weight, *operand, tokens, form, y, y_stride, bias, false, 1.f}, x, x_stride};
+  pool_run(threads, run_linear, &linear);
+}
+
+int64_t ts_argmax(const float* x, int64_t count) {
+  int64_t best = 0;
+  for (int64_t i = 1; i < count; i++)
+    if (x[i] > x[best]) best = i;
+  return best;
+}
+
+}  // extern "C"

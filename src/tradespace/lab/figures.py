@@ -1,0 +1,58 @@
+"""The planner's measured figures of quality, out of the record of experiment `quality`: `python -m tradespace.lab.figures [--check]` beside `results/`.
+
+The planner imports no torch and is installed without `results/`, so what it needs of the record is kept as data in the package, and never written by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from tradespace.cost.quality import MEASURED_FILE, REFERENCE_TEXT
+from tradespace.measure.record import Record, read_record, write_atomically
+from tradespace.spec.formats import FORMATS
+
+RECORD = Path("results") / "quality.json"
+
+
+def figures_of(record: Record) -> list[dict[str, Any]]:
+    """One figure for each model and format of the record, as `cost.quality.Figure` takes them. A format that this version no longer has is left out."""
+    return [
+        {
+            "kind": "weights",
+            "choice": row["format"],
+            "kl_nats": row["mean_kl"],
+            "family": row["family"],
+            "parameters": row["parameters"],
+            "model": row["model"],
+            "held_as": f"rounded to nearest from {row['stored']}, to fp32",
+            "source": f"measured: {RECORD.as_posix()}",
+            "date": record.date[:10],
+            "text": REFERENCE_TEXT,
+        }
+        for row in record.rows
+        if row["format"] in FORMATS
+    ]
+
+
+def rendered(record: Record | None) -> str:
+    """What the planner's file should hold; without a record: no figures."""
+    return json.dumps([] if record is None else figures_of(record), indent=1, ensure_ascii=False) + "\n"
+
+
+def main(arguments: list[str]) -> int:
+    """Writes (or with --check compares) the planner's figures from the record in the present folder's results."""
+    wanted = rendered(read_record(RECORD) if RECORD.is_file() else None)
+    if "--check" in arguments:
+        if MEASURED_FILE.read_text(encoding="utf-8") != wanted:
+            print(f"{MEASURED_FILE.name} differs from {RECORD}: run python -m tradespace.lab.figures", file=sys.stderr)
+            return 1
+        return 0
+    write_atomically(MEASURED_FILE, wanted)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
