@@ -228,29 +228,51 @@ def open(
     """
     # the first run on a machine measures it and compiles the kernels, in processes of their own that end before the budget begins to count
     device = api.find_machine(None)
-    if not device.no_native:
-        if not is_compiled():
-            say("compiling the CPU kernels for this machine, once (about twenty seconds)")
-        if reason := unavailable():
-            device = replace(device, no_native=reason)
-            say(f"note: {reason}; torch's kernels run instead")
+    chosen = read_plan(plan) if plan is not None else None
+    budget = _budget(memory, chosen, device, say)
+    device = _with_kernels(device, say)
     limit_heap_growth()
     meter = MemoryMeter().__enter__()
     try:
         return _open(
-            meter, device, str(model), memory, plan, context, concurrency, goal, weights, attention, activations, scheduling, revision, offline, progress, say
+            meter, device, str(model), budget, chosen, context, concurrency, goal, weights, attention, activations, scheduling, revision, offline, progress, say
         )
     except BaseException:
         meter.__exit__(*sys.exc_info())
         raise
 
 
+def _budget(memory: str | int | None, chosen: Plan | None, device: DeviceSpec, say: Callable[[str], None]) -> int:
+    """The bytes that were asked for, here or by the plan; at most what is free."""
+    own = chosen is not None and chosen.memory_bytes > 0
+    budget = chosen.memory_bytes if memory is None and chosen is not None and own else api.budget_bytes(memory, device)
+    share = " (80% of what is free)" if memory is None and not own else ""
+    say(f"budget: {format_bytes(budget)}{share} of {format_bytes(device.free_bytes)} free")
+    if budget > device.free_bytes:  # what is not there cannot be kept to
+        budget = device.free_bytes
+        say(f"note: planned within the {format_bytes(budget)} that are free now")
+    return budget
+
+
+def _with_kernels(device: DeviceSpec, say: Callable[[str], None]) -> DeviceSpec:
+    """The device with the native kernels ready, compiled if need be; or with the reason why it has none."""
+    if device.no_native:
+        return device
+    if not is_compiled():
+        say("compiling the CPU kernels for this machine, once (about twenty seconds)")
+    reason = unavailable()
+    if reason is None:
+        return device
+    say(f"note: {reason}; torch's kernels run instead")
+    return replace(device, no_native=reason)
+
+
 def _open(
     meter: MemoryMeter,
     device: DeviceSpec,
     model: str,
-    memory: str | int | None,
-    plan: Plan | str | Path | None,
+    budget: int,
+    chosen: Plan | None,
     context: int | None,
     concurrency: int,
     goal: str,
@@ -263,13 +285,6 @@ def _open(
     progress: bool,
     say: Callable[[str], None],
 ) -> LLM:
-    chosen = read_plan(plan) if plan is not None else None
-    budget = api.budget_bytes(memory, device) if memory is not None or chosen is None or not chosen.memory_bytes else chosen.memory_bytes
-    share = " (80% of what is free)" if memory is None and (chosen is None or not chosen.memory_bytes) else ""
-    say(f"budget: {format_bytes(budget)}{share} of {format_bytes(device.free_bytes)} free")
-    if budget > device.free_bytes:  # what is not there cannot be kept to
-        budget = device.free_bytes
-        say(f"note: planned within the {format_bytes(budget)} that are free now")
     files = resolve(model, revision=revision, offline=offline, progress=progress)
     spec = api.spec_of_files(files)
     if chosen is None:
