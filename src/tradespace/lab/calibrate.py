@@ -188,10 +188,10 @@ def share_figures(say: Callable[[str], None], *, rounds: int) -> dict[str, Figur
 
 
 def run(*, quick: bool, say: Callable[[str], None]) -> Record:
-    rounds = 1 if quick else 3
+    rounds = 1 if quick else 2
     figures = byte_figures(say, rounds=rounds)
     if not quick:
-        figures |= share_figures(say, rounds=rounds)
+        figures |= share_figures(say, rounds=1)  # each is a median of three turns already
     notes = "shares of the machine's measured rates on SmolLM2-135M: of the bandwidth in decode, of the matmul rate elsewhere"
     return new_record("calibration", command=command_line(), device=this_machine(), repeats=rounds, figures=figures, notes=notes)
 
