@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tradespace.kernels.pages import prefer_huge_pages
+
 
 @dataclass(frozen=True, slots=True)
 class Dense:
@@ -16,7 +18,7 @@ class Dense:
 
     def allocate(self, num_slots: int, heads: int, width: int, device: torch.device | str) -> Tensor:
         """codes_SKH for `num_slots` tokens, zeroed, so that every page is touched now and nothing in it is ever NaN by chance."""
-        codes_SKH = torch.empty((num_slots, heads, width), dtype=self.dtype, device=device)
+        codes_SKH = prefer_huge_pages(torch.empty((num_slots, heads, width), dtype=self.dtype, device=device))
         return codes_SKH.zero_()  # torch.zeros would leave the pages untouched
 
     def write(self, codes_SKH: Tensor, slots_T: Tensor, x_TKH: Tensor) -> None:

@@ -157,7 +157,7 @@ TS_UNROLL(4)
 // Pages are short runs in memory, too short for the hardware to see them coming: what is needed next is asked for while the last of it is computed.
 TS_INLINE void ask_for(const void* base, int64_t element, int64_t count, int store) {
   const char* at = (const char*)base + element * width_bytes(store);
-  for (int64_t byte = 0; byte < count * width_bytes(store); byte += 64) __builtin_prefetch(at + byte);
+  for (int64_t byte = 0; byte < count * width_bytes(store); byte += 64) __builtin_prefetch(at + byte, 0, 2);
 }
 
 static void ask_for_values(const Attention& a, const Tiles& chunk) {
@@ -182,7 +182,10 @@ static void chunk_partial(const Attention& a, const Block& b, int64_t chunk, Par
   const Tiles tiles = tiles_of(a.cache, b.table, start, start + to, b.head);
   const int num_tiles = tiles.count;
   const bool decoding = b.count <= 4;  // more rows find what they share in the cache
-  if (decoding) ask_for_values(a, tiles);
+  if (decoding) {
+    ask_for_keys(a, tiles);
+    ask_for_values(a, tiles);
+  }
   int row = 0;
   for (; row + 12 <= b.count; row += 12) score_rows<STORE, 12>(a, b, row, tiles, scores);
   for (; row + 6 <= b.count; row += 6) score_rows<STORE, 6>(a, b, row, tiles, scores);
@@ -214,7 +217,6 @@ static void chunk_partial(const Attention& a, const Block& b, int64_t chunk, Par
     }
     p.total[i] = sum(total);
   }
-  if (decoding && start + CHUNK < high) ask_for_keys(a, tiles_of(a.cache, b.table, start + CHUNK, std::min(start + 2 * CHUNK, high), b.head));
   row = 0;
   for (; row + 6 <= b.count; row += 6) weigh_rows<STORE, 6>(a, row, tiles, from, to, scores, p.values);
   for (; row + 3 <= b.count; row += 3) weigh_rows<STORE, 3>(a, row, tiles, from, to, scores, p.values);

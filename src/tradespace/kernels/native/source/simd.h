@@ -32,8 +32,9 @@ constexpr int MOST_TOKENS = 8;  // that share a pass over the codes: what the re
 constexpr int MOST_TOKENS = 2;
 #endif
 
-TS_INLINE vf splat(float x) { return vf{} + x; }
-TS_INLINE vi splat(int32_t x) { return vi{} + x; }
+// a list, not a sum with zero: floats keep the addition
+TS_INLINE vf splat(float x) { return vf{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
+TS_INLINE vi splat(int32_t x) { return vi{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
 TS_INLINE vf load(const float* p) { vf v; std::memcpy(&v, p, sizeof v); return v; }
 TS_INLINE void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
 TS_INLINE vb load_bytes(const void* p) { vb v; std::memcpy(&v, p, sizeof v); return v; }
