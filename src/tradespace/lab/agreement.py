@@ -240,7 +240,10 @@ def markdown(record: Record) -> str:
     exact = [r for r in record.rows if r["file"] == F32 and r["ours"] == "fp32"]
     worst = {F32: max((r["mean_kl"] for r in exact), default=math.nan), STORED: max((r["mean_kl"] for r in record.rows if r not in exact), default=math.nan)}
     held = "hold everywhere" if all(r["holds"] for r in record.rows) else "DO NOT hold everywhere"
-    bars = f"Bars: mean KL at most {KL_BAR[F32]:g} where both compute in fp32 and {KL_BAR[STORED]:g} where one rounds activations to int8 (or both), top token equal at {TOP1_BAR:.0%} and greedy tokens equal"
+    bars = (
+        f"Bars: mean KL at most {KL_BAR[F32]:g} where both compute in fp32 and {KL_BAR[STORED]:g} where one of them rounds activations to int8, or both do; in "
+        f"fp32 the top token equal at {TOP1_BAR:.0%} and greedy tokens equal"
+    )
     return (
         f"{markdown_table(header, rows, left=4)}\n\n{bars} up to the first near-tie of {TIE:g}: they {held} "
         f"(worst mean KL {worst[F32]:.1e} and {worst[STORED]:.1e})."
