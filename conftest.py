@@ -2,6 +2,8 @@
 
 import os
 
+from tradespace.home import cache_folder
+
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 try:
@@ -10,3 +12,6 @@ except ModuleNotFoundError:  # the pure half's tests run without it
     pass
 else:
     torch.set_num_threads(1)
+
+# tests move TRADESPACE_HOME about; the kernels are compiled once for all of them
+os.environ.setdefault("TRADESPACE_KERNELS", str(cache_folder() / "kernels"))

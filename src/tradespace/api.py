@@ -100,6 +100,14 @@ def stored_weights(files: ModelFiles, spec: ModelSpec) -> WeightPlan | None:
     return stored_formats(files.config, spec, read_sharded(files.folder))
 
 
+def weights_at_hand(name: str, revision: str | None) -> WeightPlan | None:
+    """How the files of a model hold its weights, where they lie here already; None for what would have to be fetched."""
+    if not (Path(name).suffix == ".gguf" if is_local(name) else find_fetched(name, revision=revision) is not None):
+        return None
+    files = resolve(name, revision=revision, download=False)
+    return stored_weights(files, spec_of_files(files))
+
+
 def _stored_plan(path: Path, spec: ModelSpec) -> WeightPlan | None:
     try:
         from tradespace.loading.stored import stored_plan
@@ -158,8 +166,8 @@ def plan(
     """
     spec = find_spec(model, revision=revision, offline=offline)
     machine = find_machine(device)
-    if stored is None and not isinstance(model, ModelSpec) and is_local(str(model)) and Path(model).suffix == ".gguf":
-        stored = _stored_plan(Path(model).expanduser(), spec)
+    if stored is None and not isinstance(model, ModelSpec):
+        stored = weights_at_hand(str(model), revision)
     work = workload(spec, context=context, concurrency=concurrency, prompt=prompt, output=output, goal=goal)
     return plan_frontier(
         spec,

@@ -16,6 +16,7 @@ from tradespace.kernels.native import compiler
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TRADESPACE_HOME", str(tmp_path))
+    monkeypatch.delenv("TRADESPACE_KERNELS", raising=False)
     compiler.find_compiler.cache_clear()
     yield tmp_path
     compiler.find_compiler.cache_clear()

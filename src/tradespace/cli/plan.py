@@ -73,6 +73,7 @@ def plan(
         goal=goal,
         runnable_only=runnable,
         pins={axis: value for axis, value in pins.items() if value},
+        stored=api.weights_at_hand(model, revision),
     )
     whole = not any(pins.values()) and not runnable and host_memory is None
     others = alternatives(spec, machine, work, budget, frontier=frontier if whole else None)

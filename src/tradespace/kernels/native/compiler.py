@@ -105,9 +105,14 @@ def _key(compiler: Compiler, isa: str, extra: tuple[str, ...]) -> str:
     return digest.hexdigest()[:20]
 
 
+def kernels_folder() -> Path:
+    """Where compiled libraries are kept: TRADESPACE_KERNELS, for caches that several homes share, else beside our other files."""
+    return Path(os.environ["TRADESPACE_KERNELS"]).expanduser() if os.environ.get("TRADESPACE_KERNELS") else cache_folder() / "kernels"
+
+
 def library_path(isa: str, compiler: Compiler, extra: tuple[str, ...] = ()) -> Path:
     """Where the compiled library lies, or will."""
-    return cache_folder() / "kernels" / f"native-{isa}-{_key(compiler, isa, extra)}.so"
+    return kernels_folder() / f"native-{isa}-{_key(compiler, isa, extra)}.so"
 
 
 def is_compiled() -> bool:
@@ -149,7 +154,7 @@ def compile_library(isa: str | None = None, *, extra: tuple[str, ...] = ()) -> P
             if not path.exists():
                 _compile(compiler, (*FLAGS, *ISAS[isa][1], *extra), path)
     except OSError as error:
-        raise EngineError(f"the compiled kernels cannot be kept in {path.parent} ({error.strerror}). Set TRADESPACE_HOME to a folder of yours") from error
+        raise EngineError(f"the compiled kernels cannot be kept in {path.parent} ({error.strerror}). Set TRADESPACE_KERNELS to a folder of yours") from error
     return path
 
 
