@@ -4,8 +4,9 @@ The rule for "best", in this order:
 1. comfort: plans with all layers resident and at least MIN_BITS bits a weight; then plans that stream layers, as every token waits for a link; then fewer bits;
 2. quality: a loss of at most QUALITY_LIMIT nats per token counts as none; beyond it the smaller loss wins; unknown comes after every known loss, and among
    unknowns the format with more bits, first of the weights, then of the cache;
-3. speed: seconds to serve the workload once (`cost.time.request_seconds`), prompts included, so that sequences which have to wait count;
-4. bytes, and between plans equal in all that the smaller loss.
+3. a quantized checkpoint's own formats, before any that it would have to be quantized to once more;
+4. speed: seconds to serve the workload once (`cost.time.request_seconds`), prompts included, so that sequences which have to wait count;
+5. bytes, and between plans equal in all that the smaller loss.
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ class Candidate:
     request_s: float
     quality: Estimate
     runs: tuple[str, ...]
+    requantized: bool = False  # the checkpoint is quantized, and this plan holds its weights in other formats
 
     @property
     def fits(self) -> bool:
@@ -113,9 +115,9 @@ class Candidate:
 
     @cached_property
     def preference(self) -> tuple[float, ...]:
-        """Smaller is better: comfort, quality, speed, bytes, and between equals the loss below the limit."""
+        """Smaller is better: comfort, quality, own formats, speed, bytes, and between equals the loss below the limit."""
         loss = self.quality.value
-        return (self.comfort, *self.quality_key, self.request_s, float(self.total_bytes), float("inf") if loss is None else loss)
+        return (self.comfort, *self.quality_key, float(self.requantized), self.request_s, float(self.total_bytes), float("inf") if loss is None else loss)
 
     @cached_property
     def objectives(self) -> tuple[float, ...]:

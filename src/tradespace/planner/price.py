@@ -308,6 +308,7 @@ class Pricer:
             request_s=request_seconds(decode.seconds.require(), prefill.seconds.require(), sequences, workload) if known else float("inf"),
             quality=self.quality(weights, kv.store),
             runs=self.reasons(weights, kv, kernel, placement, degree),
+            requantized=bool(self.space.own) and weights not in self.space.own,
         )
 
 

@@ -96,6 +96,8 @@ def _compared(strongest: Candidate, best: Candidate) -> str:
     if strongest.quality_key != best.quality_key:
         limit = f" (limit {QUALITY_LIMIT})" if strongest.quality_key[0] == 1 else ""
         return f"loses more quality: {_loss(strongest)}{limit} against {_loss(best)}"
+    if strongest.requantized != best.requantized:
+        return f"would quantize once more what is stored as {best.weights.default}"
     if strongest.request_s > best.request_s:
         slow, fast = format_seconds(strongest.request_s), format_seconds(best.request_s)
         return f"slower: {slow} against {fast} for the workload" if slow != fast else f"no faster: {slow} for the workload either way"

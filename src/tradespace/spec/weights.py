@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
@@ -64,7 +65,10 @@ class WeightPlan:
         return self.format_of(tensor).nbytes(tensor.shape)
 
     def describe(self) -> str:
-        return self.default + "".join(f", {key} {name}" for key, name in self.exceptions.items())
+        """The default, then the exceptions; those of single layers counted, not listed."""
+        layers = Counter((key.split(":")[1], name) for key, name in self.exceptions.items() if ":" in key)
+        parts = [f"{key} {name}" for key, name in self.exceptions.items() if ":" not in key]
+        return ", ".join([self.default, *parts, *(f"{role} {name} in {count} layers" for (role, name), count in layers.items())])
 
 
 # a quantized matrix is dequantized in tiles of rows of about this many elements: a tile stays in the cache between dequantizing and multiplying
