@@ -89,7 +89,10 @@ def test_every_way_to_read_agrees(name, shape, batch, seed):
     assert torch.equal(found_RC.to(dense_RC.dtype), dense_RC)
     if (error := _bound(name)) is not None:
         span = values.view(-1, columns).abs().amax(1, keepdim=True) if SPECS[name].scale_rows == 1 else values.abs().max()
-        assert ((found_RC - values.view(-1, columns)).abs() <= (2 if name.endswith("-zp") or name in ("q4_1", "q5_1") else 1) * error * span + 1e-7).all()
+        # scales that are quantized themselves are off by a share of the largest of them, which a small row feels most
+        nested = 0.01 * values.abs().max() if SPECS[name].nested else 0.0
+        bound = (2 if name.endswith("-zp") or name in ("q4_1", "q5_1") else 1) * error * span + nested + 1e-7
+        assert ((found_RC - values.view(-1, columns)).abs() <= bound).all()
     ids = torch.randint(0, all_rows, (7,), generator=generator)
     assert torch.equal(weight.rows(ids), dense_RC[ids])
     x_TC = torch.randn(batch, columns, generator=generator).to(dense_RC.dtype)
