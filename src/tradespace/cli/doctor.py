@@ -18,7 +18,7 @@ from tradespace.units import format_bytes, format_rate, format_seconds
 
 _INSTALL_TORCH = "not installed: plans work, models do not run, and rates are numpy's. pip install 'tradespace[engine]'"
 # True while no kernel of ours is compiled; with the first one this must name what running without it costs.
-_NO_COMPILER = "none found; nothing is lost yet, as every CPU kernel of this version runs on torch. pip install ziglang brings one"
+_NO_COMPILER = 'none found: models run on torch\'s kernels, slower than the native ones (README, "How fast is it?", has both). pip install ziglang brings one'
 
 
 def register(app: typer.Typer) -> None:
