@@ -73,7 +73,7 @@ class Op(c.Structure):
 
     _fields_ = (
         *((name, c.c_int32) for name in ("kind", "wait", "form", "choice", "flags", "heads", "kv_heads", "head_width")),
-        *((name, c.c_int32) for name in ("value_width", "dims", "chunked", "sections_first")),
+        *((name, c.c_int32) for name in ("value_width", "dims", "chunked", "reserved")),
         *((name, c.c_float) for name in ("eps", "scale", "softcap", "unused")),
         *((name, c.c_void_p) for name in ("in_", "out", "weight", "bias", "second", "table")),
         *((name, c.c_int64) for name in ("in_stride", "out_stride", "width", "window")),
@@ -97,7 +97,6 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "ts_unpack_rows": (None, (_PTR, _PTR, _I64, _PTR)),
     "ts_linear": (None, (_PTR, _PTR, _PTR, _I64, _I64, _I32, _PTR, _PTR, _I64, _I32)),
     "ts_run": (None, (_PTR, _I64, _PTR, _PTR, _I64, _I32)),
-    "ts_argmax": (_I64, (_PTR, _I64)),
 }
 
 

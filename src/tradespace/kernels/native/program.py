@@ -11,7 +11,7 @@ from torch import Tensor
 from tradespace.kernels.native.library import Library, Op, Step
 
 EMBED, NORM, PRODUCT, HEADS, ATTEND, PREPARE, ACTIVATE, FINISH_LOGITS = range(8)
-ROWS, ADD, INTERLEAVED, GATED, OPERAND, ACCUMULATE, NORM_FULL = (1 << bit for bit in range(7))
+ROWS, ADD, INTERLEAVED, GATED, ACCUMULATE, NORM_FULL = 1, 2, 4, 8, 32, 64
 NORMS = {"none": 0, "rms": 1, "layer": 2}
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu2": 4, "identity": 5}
 STORES = {"fp32": 0, "fp16": 1, "bf16": 2}

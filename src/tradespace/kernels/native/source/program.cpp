@@ -13,7 +13,7 @@ enum OpKind : int32_t { OP_EMBED = 0, OP_NORM = 1, OP_PRODUCT = 2, OP_HEADS = 3,
 // What each kind reads is said at its function. Mirrored field by field in program.py.
 struct Op {
   int32_t kind, wait, form, choice, flags, heads, kv_heads, head_width;
-  int32_t value_width, dims, chunked, sections_first;
+  int32_t value_width, dims, chunked, reserved;
   float eps, scale, softcap, unused;
   float *in, *out;
   const float *weight, *bias, *second, *table;
@@ -25,7 +25,7 @@ struct Op {
   int64_t slots;
 };
 
-enum Flag : int32_t { FLAG_ROWS = 1, FLAG_ADD = 2, FLAG_INTERLEAVED = 4, FLAG_GATED = 8, FLAG_OPERAND = 16, FLAG_ACCUMULATE = 32, FLAG_NORM_FULL = 64 };
+enum Flag : int32_t { FLAG_ROWS = 1, FLAG_ADD = 2, FLAG_INTERLEAVED = 4, FLAG_GATED = 8, FLAG_ACCUMULATE = 32, FLAG_NORM_FULL = 64 };
 
 TS_INLINE void share(const Worker& worker, int64_t total, int64_t* first, int64_t* last) {
   *first = total * worker.index / worker.count;
@@ -238,13 +238,6 @@ void ts_linear(const Matrix* weight, const Operand* operand, const float* x, int
                int64_t y_stride, int32_t threads) {
   Linear linear{{*weight, *operand, tokens, form, y, y_stride, bias, false, 1.f}, x, x_stride};
   pool_run(threads, run_linear, &linear);
-}
-
-int64_t ts_argmax(const float* x, int64_t count) {
-  int64_t best = 0;
-  for (int64_t i = 1; i < count; i++)
-    if (x[i] > x[best]) best = i;
-  return best;
 }
 
 }  // extern "C"
