@@ -96,7 +96,7 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "ts_pack_dense": (None, (_PTR, _PTR, _I64, _PTR)),
     "ts_unpack_rows": (None, (_PTR, _PTR, _I64, _PTR)),
     "ts_linear": (None, (_PTR, _PTR, _PTR, _I64, _I64, _I32, _PTR, _PTR, _I64, _I32)),
-    "ts_run": (None, (_PTR, _I64, _PTR, _PTR, _I64, _I32)),
+    "ts_run": (None, (_PTR, _I64, _PTR, _PTR, _I64, _I32, _PTR)),
 }
 
 

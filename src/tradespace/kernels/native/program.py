@@ -58,8 +58,9 @@ class Program:
         op.wait = int(before is not None and not by_row)
         self.ops.append(op)
 
-    def run(self, step: Step, scratch: Tensor, threads: int) -> None:
-        """One call into the library for all operations. `scratch` is (threads, floats)."""
+    def run(self, step: Step, scratch: Tensor, threads: int, nanoseconds: Tensor | None = None) -> None:
+        """One call into the library for all operations. `scratch` is (threads, floats); `nanoseconds`, int64, one per operation, is added to."""
         if self._array is None:
             self._array = (Op * len(self.ops))(*self.ops)
-        self.library.ts_run(self._array, len(self.ops), ctypes.byref(step), scratch.data_ptr(), scratch.shape[1], threads)
+        times = None if nanoseconds is None else nanoseconds.data_ptr()
+        self.library.ts_run(self._array, len(self.ops), ctypes.byref(step), scratch.data_ptr(), scratch.shape[1], threads, times)

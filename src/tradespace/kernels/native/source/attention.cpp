@@ -51,6 +51,12 @@ static Tiles tiles_of(const Cache& c, const int32_t* table, int64_t start, int64
   return found;
 }
 
+void expect_key(const Cache& c, const Step& step, int64_t sequence, int64_t position, int head) {
+  const int64_t width = width_bytes(c.store);
+  const char* tile = (const char*)c.keys + key_tile(c, step.tables + sequence * step.table_width, position / LANES * LANES, head) * width;
+  for (int64_t byte = 0; byte < c.key_width * LANES * width; byte += 64) __builtin_prefetch(tile + byte, 1, 3);
+}
+
 void write_key(const Cache& c, const Step& step, int64_t sequence, int64_t position, int head, const float* k) {
   const int64_t base = key_tile(c, step.tables + sequence * step.table_width, position / LANES * LANES, head) + position % LANES;
   for (int64_t d = 0; d < c.key_width; d++) store_one(c.keys, base + d * LANES, c.store, k[d]);
@@ -62,6 +68,9 @@ void write_value(const Cache& c, const Step& step, int64_t sequence, int64_t pos
 }
 
 int64_t partial_floats(int64_t value_width) { return ROWS * (round_up(value_width, LANES) + 2); }
+
+constexpr int MOST_SPLIT = 32;  // blocks whose chunks are shared out among the threads
+constexpr int FEW_ROWS = 4;     // rows of a block that waits for memory more than it computes
 
 // Up to ROWS query rows that share a key head, and the keys that each may see: positions [low, high).
 struct Block {
@@ -81,14 +90,17 @@ struct Partial {  // of a chunk, or of all chunks so far
   float* values;  // ROWS · padded value width
 };
 
+// `ahead`, where it is not null, are the tiles of the chunk that this thread computes next: they are asked for one line at a time, while this one is computed,
+// since pages are too short a run in memory for the hardware to see them coming.
 template <int STORE, int NQ, int TILES>
-TS_INLINE void score_tiles(const Attention& a, const Block& b, int first_row, const int64_t* tiles, float* scores) {
+TS_INLINE void score_tiles(const Attention& a, const Block& b, int first_row, const int64_t* tiles, float* scores, const int64_t* ahead) {
+  constexpr int WIDTH = STORE == STORE_F32 ? 4 : 2;
   vf acc[NQ][TILES];
   for (int i = 0; i < NQ; i++)
     for (int t = 0; t < TILES; t++) acc[i][t] = vf{};
   for (int64_t d = 0; d < a.cache.key_width; d++) {
-
-
+    if (ahead && d * LANES * WIDTH % 64 == 0)
+      for (int t = 0; t < TILES; t++) __builtin_prefetch((const char*)a.cache.keys + (ahead[t] + d * LANES) * WIDTH, 0, 2);
     vf k[TILES];
     for (int t = 0; t < TILES; t++) k[t] = load_stored<STORE>(a.cache.keys, tiles[t] + d * LANES);
 TS_UNROLL(12)
@@ -102,19 +114,20 @@ TS_UNROLL(12)
 }
 
 template <int STORE, int NQ>
-TS_INLINE void score_rows(const Attention& a, const Block& b, int first_row, const Tiles& chunk, float* scores) {
+TS_INLINE void score_rows(const Attention& a, const Block& b, int first_row, const Tiles& chunk, float* scores, const Tiles* next) {
   const int64_t* tiles = chunk.keys;
   const int num_tiles = chunk.count;
+  auto ahead = [&](int t, int count) { return next && t + count <= next->count ? next->keys + t : nullptr; };
   int t = 0;
   if constexpr (NQ <= 3)
-    for (; t + 4 <= num_tiles; t += 4) score_tiles<STORE, NQ, 4>(a, b, first_row, tiles + t, scores + t * LANES);
+    for (; t + 4 <= num_tiles; t += 4) score_tiles<STORE, NQ, 4>(a, b, first_row, tiles + t, scores + t * LANES, ahead(t, 4));
   if constexpr (NQ <= 6)
-    for (; t + 2 <= num_tiles; t += 2) score_tiles<STORE, NQ, 2>(a, b, first_row, tiles + t, scores + t * LANES);
-  for (; t < num_tiles; t++) score_tiles<STORE, NQ, 1>(a, b, first_row, tiles + t, scores + t * LANES);
+    for (; t + 2 <= num_tiles; t += 2) score_tiles<STORE, NQ, 2>(a, b, first_row, tiles + t, scores + t * LANES, ahead(t, 2));
+  for (; t < num_tiles; t++) score_tiles<STORE, NQ, 1>(a, b, first_row, tiles + t, scores + t * LANES, ahead(t, 1));
 }
 
 template <int STORE, int NQ>
-TS_INLINE void weigh_rows(const Attention& a, int first_row, const Tiles& chunk, int64_t from, int64_t to, const float* scores, float* values) {
+TS_INLINE void weigh_rows(const Attention& a, int first_row, const Tiles& chunk, int64_t from, int64_t to, const float* scores, float* values, const Tiles* next) {
   const int64_t width = a.cache.value_width, padded = round_up(width, LANES);
   int64_t rows[CHUNK];
   for (int64_t j = from; j < to; j++) rows[j] = chunk.values[j / LANES] + j % LANES * width;
@@ -124,6 +137,10 @@ TS_INLINE void weigh_rows(const Attention& a, int first_row, const Tiles& chunk,
     for (int i = 0; i < NQ; i++)
       for (int v = 0; v < 4; v++) acc[i][v] = vf{};
     for (int64_t j = from; j < to; j++) {
+      if (next && j < next->count * LANES) {
+        const char* row = (const char*)a.cache.values + (next->values[j / LANES] + j % LANES * width + c) * width_bytes(STORE);
+        for (int64_t byte = 0; byte < 4 * LANES * width_bytes(STORE); byte += 64) __builtin_prefetch(row + byte, 0, 2);
+      }
       vf x[4];
       for (int v = 0; v < 4; v++) x[v] = load_stored<STORE>(a.cache.values, rows[j] + c + v * LANES);
 TS_UNROLL(6)
@@ -154,23 +171,9 @@ TS_UNROLL(4)
   }
 }
 
-// Pages are short runs in memory, too short for the hardware to see them coming: what is needed next is asked for while the last of it is computed.
-TS_INLINE void ask_for(const void* base, int64_t element, int64_t count, int store) {
-  const char* at = (const char*)base + element * width_bytes(store);
-  for (int64_t byte = 0; byte < count * width_bytes(store); byte += 64) __builtin_prefetch(at + byte, 0, 2);
-}
-
-static void ask_for_values(const Attention& a, const Tiles& chunk) {
-  for (int t = 0; t < chunk.count; t++) ask_for(a.cache.values, chunk.values[t], LANES * a.cache.value_width, a.cache.store);
-}
-
-static void ask_for_keys(const Attention& a, const Tiles& chunk) {
-  for (int t = 0; t < chunk.count; t++) ask_for(a.cache.keys, chunk.keys[t], LANES * a.cache.key_width, a.cache.store);
-}
-
 // scores, exponentials and weighted values of one chunk
 template <int STORE>
-static void chunk_partial(const Attention& a, const Block& b, int64_t chunk, Partial& p) {
+static void chunk_partial(const Attention& a, const Block& b, int64_t chunk, Partial& p, const Tiles* next) {
   alignas(64) float scores[ROWS * CHUNK];
   const int64_t start = chunk * CHUNK;
   int64_t low = INT64_MAX, high = 0;
@@ -181,16 +184,11 @@ static void chunk_partial(const Attention& a, const Block& b, int64_t chunk, Par
   const int64_t from = std::max<int64_t>(0, low - start), to = std::min<int64_t>(CHUNK, high - start);
   const Tiles tiles = tiles_of(a.cache, b.table, start, start + to, b.head);
   const int num_tiles = tiles.count;
-  const bool decoding = b.count <= 4;  // more rows find what they share in the cache
-  if (decoding) {
-    ask_for_keys(a, tiles);
-    ask_for_values(a, tiles);
-  }
   int row = 0;
-  for (; row + 12 <= b.count; row += 12) score_rows<STORE, 12>(a, b, row, tiles, scores);
-  for (; row + 6 <= b.count; row += 6) score_rows<STORE, 6>(a, b, row, tiles, scores);
-  for (; row + 3 <= b.count; row += 3) score_rows<STORE, 3>(a, b, row, tiles, scores);
-  for (; row < b.count; row++) score_rows<STORE, 1>(a, b, row, tiles, scores);
+  for (; row + 12 <= b.count; row += 12) score_rows<STORE, 12>(a, b, row, tiles, scores, row ? nullptr : next);
+  for (; row + 6 <= b.count; row += 6) score_rows<STORE, 6>(a, b, row, tiles, scores, row ? nullptr : next);
+  for (; row + 3 <= b.count; row += 3) score_rows<STORE, 3>(a, b, row, tiles, scores, row ? nullptr : next);
+  for (; row < b.count; row++) score_rows<STORE, 1>(a, b, row, tiles, scores, row ? nullptr : next);
 
   const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   for (int i = 0; i < b.count; i++) {
@@ -218,9 +216,9 @@ static void chunk_partial(const Attention& a, const Block& b, int64_t chunk, Par
     p.total[i] = sum(total);
   }
   row = 0;
-  for (; row + 6 <= b.count; row += 6) weigh_rows<STORE, 6>(a, row, tiles, from, to, scores, p.values);
-  for (; row + 3 <= b.count; row += 3) weigh_rows<STORE, 3>(a, row, tiles, from, to, scores, p.values);
-  for (; row < b.count; row++) weigh_rows<STORE, 1>(a, row, tiles, from, to, scores, p.values);
+  for (; row + 6 <= b.count; row += 6) weigh_rows<STORE, 6>(a, row, tiles, from, to, scores, p.values, row ? nullptr : next);
+  for (; row + 3 <= b.count; row += 3) weigh_rows<STORE, 3>(a, row, tiles, from, to, scores, p.values, row ? nullptr : next);
+  for (; row < b.count; row++) weigh_rows<STORE, 1>(a, row, tiles, from, to, scores, p.values, row ? nullptr : next);
 }
 
 TS_INLINE float exp_one(float x) { return exp(splat(x))[0]; }
@@ -297,15 +295,27 @@ static Block make_block(const Attention& a, const Step& step, int64_t s, int hea
   return b;
 }
 
+// The tiles of `chunk` of a block with few rows; nothing for one with many, which finds in the cache what its rows share.
+static const Tiles* ask_for(const Attention& a, const Block& b, int64_t chunk, Tiles* tiles) {
+  if (b.count > FEW_ROWS) return nullptr;
+  int64_t high = 0;
+  for (int i = 0; i < b.count; i++) high = std::max(high, b.high[i]);
+  *tiles = tiles_of(a.cache, b.table, chunk * CHUNK, std::min(high, (chunk + 1) * CHUNK), b.head);
+  return tiles;
+}
+
+// `after`: the block that this thread computes next, or null
 template <int STORE>
-static void whole_block(const Attention& a, const Block& b, float* scratch) {
+static void whole_block(const Attention& a, const Block& b, float* scratch, const Block* after) {
   const int64_t padded = round_up(a.cache.value_width, LANES);
   Partial all, part;
   all.values = scratch;
   part.values = scratch + ROWS * padded;
   clear(all);
   for (int64_t chunk = b.first; chunk < b.last; chunk++) {
-    chunk_partial<STORE>(a, b, chunk, part);
+    Tiles tiles;
+    const Tiles* next = chunk + 1 < b.last ? ask_for(a, b, chunk + 1, &tiles) : after ? ask_for(a, *after, after->first, &tiles) : nullptr;
+    chunk_partial<STORE>(a, b, chunk, part, next);
     merge(a, b.count, all, part);
   }
   finish(a, b, all);
@@ -314,7 +324,7 @@ static void whole_block(const Attention& a, const Block& b, float* scratch) {
 // few blocks and long contexts: the chunks themselves are shared out, a wave of partial results at a time
 template <int STORE>
 static void split_blocks(Worker& worker, const Attention& a, const Step& step, int64_t num_blocks, const Block* blocks) {
-  const int64_t padded = round_up(a.cache.value_width, LANES), floats = partial_floats(a.cache.value_width);
+  const int64_t floats = partial_floats(a.cache.value_width);
   const int64_t kept = num_blocks, wave = std::max<int64_t>(1, (a.slots - kept) / num_blocks);
   auto at = [&](int64_t slot) {
     float* base = a.partials + slot * floats;
@@ -332,19 +342,33 @@ static void split_blocks(Worker& worker, const Attention& a, const Step& step, i
     std::memcpy(p.total, a.partials + slot * floats + ROWS, sizeof p.total);
     return p;
   };
-  (void)padded;
   int64_t waves = 0;
   for (int64_t i = 0; i < num_blocks; i++) waves = std::max(waves, (blocks[i].last - blocks[i].first + wave - 1) / wave);
   for (int64_t w = 0; w < waves; w++) {
     int64_t first, last;
-    while (worker.take(num_blocks * wave, 1, &first, &last))
+    // units without a chunk behind them are left out, so that all threads get as many
+    int64_t ends[MOST_SPLIT], total = 0;
+    for (int64_t i = 0; i < num_blocks; i++) ends[i] = total += std::clamp<int64_t>(blocks[i].last - blocks[i].first - w * wave, 0, wave);
+    const int64_t piece = std::max<int64_t>(1, total / (8 * worker.count));
+    auto find = [&](int64_t unit, int64_t* chunk) {
+      int64_t i = 0;
+      while (unit >= ends[i]) i++;
+      *chunk = unit - (i ? ends[i - 1] : 0);
+      return i;
+    };
+    while (worker.take(total, piece, &first, &last))
       for (int64_t unit = first; unit < last; unit++) {
-        const Block& b = blocks[unit / wave];
-        const int64_t chunk = b.first + w * wave + unit % wave;
-        if (chunk >= b.last) continue;
-        Partial p = at(kept + unit);
-        chunk_partial<STORE>(a, b, chunk, p);
-        save(kept + unit, p);
+        int64_t chunk, chunk_after;
+        const int64_t i = find(unit, &chunk);
+        Tiles tiles;
+        const Tiles* next = nullptr;
+        if (unit + 1 < total) {
+          const Block& after = blocks[find(unit + 1, &chunk_after)];
+          next = ask_for(a, after, after.first + w * wave + chunk_after, &tiles);
+        }
+        Partial p = at(kept + i * wave + chunk);
+        chunk_partial<STORE>(a, blocks[i], blocks[i].first + w * wave + chunk, p, next);
+        save(kept + i * wave + chunk, p);
       }
     worker.barrier();
     for (int64_t i = worker.index; i < num_blocks; i += worker.count) {
@@ -358,8 +382,6 @@ static void split_blocks(Worker& worker, const Attention& a, const Step& step, i
     if (w + 1 < waves) worker.barrier();
   }
 }
-
-constexpr int MOST_SPLIT = 32;
 
 template <int STORE>
 static void attend_with(Worker& worker, const Attention& a, const Step& step) {
@@ -377,15 +399,24 @@ static void attend_with(Worker& worker, const Attention& a, const Step& step) {
   total = 0;
   for (int64_t s = 0; s < step.num_sequences; s++) total += blocks_of(a, step, s) * a.cache.heads;
   float* scratch = a.partials + 2 * worker.index * partial_floats(a.cache.value_width);
-  const int64_t size = std::max<int64_t>(1, std::min<int64_t>(8, total / (16 * worker.count)));
+  const int64_t size = std::max<int64_t>(1, std::min<int64_t>(8, total / (8 * worker.count)));
   int64_t first, last, s = 0, before = 0;
-  while (worker.take(total, size, &first, &last))
+  auto block_of = [&](int64_t unit) {  // units mostly come in rising order, so the sequence that holds one is found by walking on
+    if (unit < before) s = before = 0;
+    while (unit >= before + blocks_of(a, step, s) * a.cache.heads) before += blocks_of(a, step, s++) * a.cache.heads;
+    const int64_t inside = unit - before, count = blocks_of(a, step, s);
+    return make_block(a, step, s, (int)(inside / count), inside % count);
+  };
+  while (worker.take(total, size, &first, &last)) {
+    Block block = block_of(first);
     for (int64_t unit = first; unit < last; unit++) {
-      // units come in rising order, so the sequence that holds one is found by walking on
-      while (unit >= before + blocks_of(a, step, s) * a.cache.heads) before += blocks_of(a, step, s++) * a.cache.heads;
-      const int64_t inside = unit - before, count = blocks_of(a, step, s);
-      whole_block<STORE>(a, make_block(a, step, s, (int)(inside / count), inside % count), scratch);
+      const bool more = unit + 1 < total;
+      Block after;
+      if (more) after = block_of(unit + 1);
+      whole_block<STORE>(a, block, scratch, more ? &after : nullptr);
+      block = after;
     }
+  }
 }
 
 void attend(Worker& worker, const Attention& a, const Step& step) {

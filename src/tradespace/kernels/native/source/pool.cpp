@@ -19,8 +19,13 @@ static inline void relax() {
 #endif
 }
 
+struct alignas(64) Taken {
+  std::atomic<int64_t> units{0};  // of one thread's share
+};
+
 struct Team {
   int count = 1;
+  std::vector<Taken> taken = std::vector<Taken>(1);
   std::vector<std::thread> threads;
   std::mutex mutex;
   std::condition_variable wake;
@@ -32,7 +37,10 @@ struct Team {
   alignas(64) std::atomic<int> sleeping{0};
   alignas(64) std::atomic<int> arrived{0};
   alignas(64) std::atomic<uint32_t> phase{0};
-  alignas(64) std::atomic<int64_t> next{0};
+
+  void share_out_anew() {
+    for (Taken& share : taken) share.units.store(0, std::memory_order_relaxed);
+  }
 
   void serve(int index) {
     uint64_t seen = 0;
@@ -59,6 +67,7 @@ struct Team {
     stop = false;
     pid = (int)getpid();
     generation.store(0);
+    taken = std::vector<Taken>((size_t)count);
     for (int index = 1; index < count; index++) threads.emplace_back([this, index] { serve(index); });
   }
 
@@ -83,12 +92,12 @@ struct Team {
 
 void Worker::barrier() {
   if (count == 1) {
-    team->next.store(0, std::memory_order_relaxed);
+    team->share_out_anew();
     return;
   }
   uint32_t phase = team->phase.load(std::memory_order_relaxed);
   if (team->arrived.fetch_add(1, std::memory_order_acq_rel) == count - 1) {
-    team->next.store(0, std::memory_order_relaxed);
+    team->share_out_anew();
     team->arrived.store(0, std::memory_order_relaxed);
     team->phase.store(phase + 1, std::memory_order_release);
     return;
@@ -104,11 +113,18 @@ void Worker::barrier() {
 
 bool Worker::take(int64_t total, int64_t size, int64_t* first, int64_t* last) {
   if (count == 1) size = total;
-  int64_t start = team->next.fetch_add(size, std::memory_order_relaxed);
-  if (start >= total) return false;
-  *first = start;
-  *last = start + size < total ? start + size : total;
-  return true;
+  for (int turn = 0; turn < count; turn++) {
+    const int64_t whose = (index + turn) % count;
+    const int64_t begin = total * whose / count / size * size, end = whose + 1 == count ? total : total * (whose + 1) / count / size * size;
+    std::atomic<int64_t>& units = team->taken[(size_t)whose].units;
+    if (units.load(std::memory_order_relaxed) >= end - begin) continue;
+    const int64_t start = begin + units.fetch_add(size, std::memory_order_relaxed);
+    if (start >= end) continue;
+    *first = start;
+    *last = start + size < end ? start + size : end;
+    return true;
+  }
+  return false;
 }
 
 // never destroyed: at exit the threads may still sleep in it
@@ -125,7 +141,7 @@ void pool_run(int threads, Job job, void* argument) {
   if (threads < 1) threads = 1;
   if (threads == 1) {
     static Team alone;
-    alone.next.store(0);
+    alone.share_out_anew();
     Worker worker{0, 1, &alone};
     job(worker, argument);
     return;
@@ -133,7 +149,7 @@ void pool_run(int threads, Job job, void* argument) {
   if (shared.count != threads || shared.pid != (int)getpid()) shared.grow(threads);
   shared.job = job;
   shared.argument = argument;
-  shared.next.store(0, std::memory_order_relaxed);
+  shared.share_out_anew();
   shared.generation.fetch_add(1);
   if (shared.sleeping.load()) {
     { std::lock_guard<std::mutex> wait_until_asleep(shared.mutex); }

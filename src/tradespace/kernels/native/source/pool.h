@@ -13,9 +13,10 @@ struct Worker {
   int index, count;
   Team* team;
 
-  // Waits for all threads; whoever comes last resets the shared counter for the next operation.
+  // Waits for all threads; whoever comes last resets what is shared out for the next operation.
   void barrier();
-  // The next `size` units of `total` that nobody took yet: [first, last), empty when all are taken.
+  // The next `size` units of `total` that nobody took yet: [first, last), empty when all are taken. Each thread has a run of neighbouring units of its own, the
+  // same at every step, so that it finds in its cache what it left there and memory is read in order; one that is through helps the others.
   bool take(int64_t total, int64_t size, int64_t* first, int64_t* last);
 };
 

@@ -1,5 +1,6 @@
 // A model's step as a list of operations over fixed buffers, recorded once and run by all threads together: no call comes back to Python between layers.
 #include <algorithm>
+#include <chrono>
 
 #include "attention.h"
 #include "decode.h"
@@ -98,6 +99,12 @@ static void heads(Worker& worker, const Op& op, const Step& step, float* scratch
     first *= all;
     last *= all;
   }
+  // where keys will be written is asked for first: a token's key lies in as many lines as it has numbers, or half as many
+  for (int64_t unit = first, of = 0; unit < last && last - first < 64 * all; unit++) {
+    const int64_t t = unit / all, head = unit % all - op.heads;
+    while (t >= step.starts[of + 1]) of++;
+    if (head >= 0 && head < op.kv_heads) expect_key(op.cache, step, of, step.positions[t], (int)head);
+  }
   for (int64_t unit = first; unit < last; unit++) {
     const int64_t t = unit / all, n = unit % all;
     while (t >= step.starts[s + 1]) s++;
@@ -182,14 +189,24 @@ struct Run {
   const Step* step;
   float* scratch;  // a row of the widest norm per thread
   int64_t scratch_stride;
+  int64_t* nanoseconds;  // per operation, waiting for the others included: for profiles; else null
 };
+
+static int64_t now_ns() { return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 static void run(Worker& worker, void* argument) {
   const Run& run = *(const Run*)argument;
   float* scratch = run.scratch + worker.index * run.scratch_stride;
+  int64_t* const timed = worker.index == 0 ? run.nanoseconds : nullptr;
+  int64_t started = timed ? now_ns() : 0;
   for (int64_t i = 0; i < run.count; i++) {
     const Op& op = run.ops[i];
     if (op.wait) worker.barrier();
+    if (timed) {
+      const int64_t now = now_ns();
+      if (i) timed[i - 1] += now - started;
+      started = now;
+    }
     switch (op.kind) {
       case OP_EMBED: embed(worker, op, *run.step); break;
       case OP_NORM: norm(worker, op, *run.step, scratch); break;
@@ -201,6 +218,7 @@ static void run(Worker& worker, void* argument) {
       case OP_FINISH_LOGITS: finish_logits(worker, op, *run.step); break;
     }
   }
+  if (timed && run.count) timed[run.count - 1] += now_ns() - started;
 }
 
 struct Linear {
@@ -228,8 +246,8 @@ extern "C" {
 int64_t ts_op_bytes() { return (int64_t)sizeof(Op); }
 int64_t ts_partial_floats(int64_t value_width) { return partial_floats(value_width); }
 
-void ts_run(const Op* ops, int64_t count, const Step* step, float* scratch, int64_t scratch_stride, int32_t threads) {
-  Run job{ops, count, step, scratch, scratch_stride};
+void ts_run(const Op* ops, int64_t count, const Step* step, float* scratch, int64_t scratch_stride, int32_t threads, int64_t* nanoseconds) {
+  Run job{ops, count, step, scratch, scratch_stride, nanoseconds};
   pool_run(threads, run, &job);
 }
 
