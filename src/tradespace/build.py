@@ -63,6 +63,7 @@ class Built:
     kernels: tuple[Choice, ...]
     measured_bytes: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    torch_threads: int = 1  # as they were before: for whoever closes the engine
 
 
 def build_engine(
@@ -89,6 +90,7 @@ def build_engine(
     """
     check_runs(plan, spec)
     threads = plan.threads or device.cores or 1
+    threads_before = torch.get_num_threads()
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
     measured: dict[str, int] = {}
@@ -102,6 +104,9 @@ def build_engine(
     measured["weights"] = sum(weight_bytes(transformer).values())
     measured["staging"] = max(0, peak_bytes("loading") - after_load)
 
+    if plan.linear == "native":
+        # a parallel operator of torch leaves a thread that spins for milliseconds, on a core that the next native step needs
+        torch.set_num_threads(1)
     sampler = Sampler(num_tokens=min(tokenizer.vocab_size, spec.V))
     model = Recorded(transformer, step_tokens=plan.step_tokens, logit_rows=plan.logit_rows, threads=threads) if plan.linear == "native" else transformer
     with _rehearsal_cache(spec, plan) as cache:
@@ -125,7 +130,7 @@ def build_engine(
         model.record(cache)
     peak_bytes("build")
     engine = Engine(Runner(model, cache, plan), Scheduler.from_plan(plan, policy=scheduling), sampler, tokenizer, on_step=on_step)
-    return Built(engine, tokenizer, transformer, cache, spec, plan, kernels, measured, notes)
+    return Built(engine, tokenizer, transformer, cache, spec, plan, kernels, measured, notes, threads_before)
 
 
 def _load(transformer: Transformer, files: ModelFiles, spec: ModelSpec, on_load: Callable[[int, int], None] | None) -> tuple[str, ...]:

@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tradespace import api
 from tradespace.build import STAGING_BYTES, Built, build_engine, weight_bytes
 from tradespace.choosing import check_plan, choose_plan, read_plan
@@ -186,6 +188,7 @@ class LLM:
         if self._built is None:
             return
         self._built.engine.scheduler.reset("abort")
+        torch.set_num_threads(self._built.torch_threads)
         self._built = None
         self._meter.__exit__(None, None, None)
         return_freed_memory()
@@ -323,8 +326,6 @@ def settled_bytes() -> int:
 
 def warm_runtime(dtype) -> None:
     """One tiny product and one tiny attention: what the libraries set up on first use is then counted as theirs and not as the model's."""
-    import torch
-
     with torch.inference_mode():
         rows = torch.ones(64, 64, dtype=dtype)
         heads = rows.view(1, 1, 64, 64)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tradespace.engine.step import Step
-from tradespace.kernels.view import Span, StepBatch, positions_of
+from tradespace.kernels.view import Span, StepBatch, as_tensor, positions_of
 from tradespace.spec.model import ModelSpec
 from tradespace.spec.plan import Plan
 
@@ -51,8 +52,8 @@ class Runner:
             tokens += item.tokens()
             rows += range(len(tokens) - item.num_logits, len(tokens))
         batch = StepBatch.from_spans(spans, block_size=self.block_size, device=self.device)
-        tokens_T = torch.tensor(tokens, dtype=torch.int64, device=self.device)
+        tokens_T = as_tensor(np.array(tokens, np.int64), self.device)
         hidden_TD = self.transformer.forward(tokens_T, positions_of(spans, device=self.device), batch, self.cache)
         if not rows:
             return torch.empty(0, self.vocab_size, dtype=torch.float32, device=self.device)
-        return self.transformer.logits(hidden_TD, torch.tensor(rows, dtype=torch.int64, device=self.device))
+        return self.transformer.logits(hidden_TD, as_tensor(np.array(rows, np.int64), self.device))

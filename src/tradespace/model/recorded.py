@@ -209,7 +209,7 @@ class Recorded:
         if self.step_tokens < T:
             raise EngineError(f"a step of {T} tokens; it was recorded for at most {self.step_tokens}")
         if T:
-            assert int(batch.lengths_B.max()) <= self.transformer.max_context, "a sequence longer than the context that the plan allows"
+            assert max(span.length for span in batch.spans) <= self.transformer.max_context, "a sequence longer than the context that the plan allows"
             step = Step(
                 tokens_T.data_ptr(),
                 positions_T.data_ptr(),

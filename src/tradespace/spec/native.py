@@ -180,4 +180,4 @@ def forms(formats: Mapping[str, str], activations: str) -> frozenset[str]:
 
 def partial_floats(value_width: int) -> int:
     """Floats of one partial result of attention: largest score and sum of each row, and its weighted values."""
-    return ROWS * (round_up(value_width, LANES) + 2)
+    return ROWS * round_up(value_width, LANES) + 2 * LANES

@@ -67,9 +67,10 @@ void write_value(const Cache& c, const Step& step, int64_t sequence, int64_t pos
   for (int64_t d = 0; d < c.value_width; d++) store_one(c.values, base + d, c.store, v[d]);
 }
 
-int64_t partial_floats(int64_t value_width) { return ROWS * (round_up(value_width, LANES) + 2); }
+int64_t partial_floats(int64_t value_width) { return ROWS * round_up(value_width, LANES) + 2 * LANES; }
 
 constexpr int MOST_SPLIT = 32;  // blocks whose chunks are shared out among the threads
+constexpr int MOST_ROWS_BY_FOUR = MOST_TOKENS >= 8 ? 6 : 3;  // sums of so many rows and four tiles stay in registers
 constexpr int FEW_ROWS = 4;     // rows of a block that waits for memory more than it computes
 
 // Up to ROWS query rows that share a key head, and the keys that each may see: positions [low, high).
@@ -85,10 +86,15 @@ struct Block {
 };
 
 struct Partial {  // of a chunk, or of all chunks so far
-  float largest[ROWS];
-  float total[ROWS];
+  alignas(64) float largest[LANES];  // ROWS, and what fills the register
+  alignas(64) float total[LANES];
   float* values;  // ROWS · padded value width
 };
+
+static void clear(Partial& p) {
+  store(p.largest, splat(-INFINITY));
+  store(p.total, vf{});
+}
 
 // `ahead`, where it is not null, are the tiles of the chunk that this thread computes next: they are asked for one line at a time, while this one is computed,
 // since pages are too short a run in memory for the hardware to see them coming.
@@ -119,7 +125,7 @@ TS_INLINE void score_rows(const Attention& a, const Block& b, int first_row, con
   const int num_tiles = chunk.count;
   auto ahead = [&](int t, int count) { return next && t + count <= next->count ? next->keys + t : nullptr; };
   int t = 0;
-  if constexpr (NQ <= 3)
+  if constexpr (NQ <= MOST_ROWS_BY_FOUR)
     for (; t + 4 <= num_tiles; t += 4) score_tiles<STORE, NQ, 4>(a, b, first_row, tiles + t, scores + t * LANES, ahead(t, 4));
   if constexpr (NQ <= 6)
     for (; t + 2 <= num_tiles; t += 2) score_tiles<STORE, NQ, 2>(a, b, first_row, tiles + t, scores + t * LANES, ahead(t, 2));
@@ -175,6 +181,7 @@ TS_UNROLL(4)
 template <int STORE>
 static void chunk_partial(const Attention& a, const Block& b, int64_t chunk, Partial& p, const Tiles* next) {
   alignas(64) float scores[ROWS * CHUNK];
+  clear(p);
   const int64_t start = chunk * CHUNK;
   int64_t low = INT64_MAX, high = 0;
   for (int i = 0; i < b.count; i++) {
@@ -185,7 +192,6 @@ static void chunk_partial(const Attention& a, const Block& b, int64_t chunk, Par
   const Tiles tiles = tiles_of(a.cache, b.table, start, start + to, b.head);
   const int num_tiles = tiles.count;
   int row = 0;
-  for (; row + 12 <= b.count; row += 12) score_rows<STORE, 12>(a, b, row, tiles, scores, row ? nullptr : next);
   for (; row + 6 <= b.count; row += 6) score_rows<STORE, 6>(a, b, row, tiles, scores, row ? nullptr : next);
   for (; row + 3 <= b.count; row += 3) score_rows<STORE, 3>(a, b, row, tiles, scores, row ? nullptr : next);
   for (; row < b.count; row++) score_rows<STORE, 1>(a, b, row, tiles, scores, row ? nullptr : next);
@@ -195,6 +201,19 @@ static void chunk_partial(const Attention& a, const Block& b, int64_t chunk, Par
     float* s = scores + i * CHUNK;
     const int32_t first = (int32_t)std::clamp<int64_t>(b.low[i] - start, 0, CHUNK), end = (int32_t)std::clamp<int64_t>(b.high[i] - start, 0, CHUNK);
     vf largest = splat(-INFINITY);
+    if (first == 0 && end == CHUNK && !(a.softcap > 0.f)) {  // nothing to hide
+      for (int t = 0; t < CHUNK / LANES; t++) largest = max(largest, load(s + t * LANES));
+      const float m = maximum(largest);
+      p.largest[i] = m;
+      vf total{};
+      for (int t = 0; t < CHUNK / LANES; t++) {
+        vf e = m == -INFINITY ? vf{} : exp(load(s + t * LANES) - m);
+        total = total + e;
+        store(s + t * LANES, e);
+      }
+      p.total[i] = sum(total);
+      continue;
+    }
     for (int t = 0; t < num_tiles; t++) {
       vf v = load(s + t * LANES);
       if (a.softcap > 0.f) v = a.softcap * tanh(v / a.softcap);
@@ -225,22 +244,24 @@ TS_INLINE float exp_one(float x) { return exp(splat(x))[0]; }
 
 static void merge(const Attention& a, int count, Partial& into, const Partial& part) {
   const int64_t padded = round_up(a.cache.value_width, LANES);
+  alignas(64) float keep[LANES], add[LANES];
+  {  // all rows at once
+    const vf before = load(into.largest), now = load(part.largest), m = max(before, now);
+    const vf kept = before == m ? splat(1.f) : exp(before - m), added = now == m ? splat(1.f) : exp(now - m);
+    const vf none = splat(-INFINITY);
+    store(keep, before == none ? vf{} : kept);
+    store(add, now == none ? vf{} : added);
+    store(into.largest, m);
+    store(into.total, fma(load(part.total), load(add), load(into.total) * load(keep)));
+  }
   for (int i = 0; i < count; i++) {
-    if (part.largest[i] == -INFINITY) continue;
-    if (into.largest[i] == -INFINITY) {
-      into.largest[i] = part.largest[i];
-      into.total[i] = part.total[i];
-      std::memcpy(into.values + i * padded, part.values + i * padded, (size_t)padded * 4);
-      continue;
-    }
-    const float m = std::max(into.largest[i], part.largest[i]);
-    const float keep = exp_one(into.largest[i] - m), add = exp_one(part.largest[i] - m);
-    into.largest[i] = m;
-    into.total[i] = into.total[i] * keep + part.total[i] * add;
-    for (int64_t c = 0; c < padded; c += LANES) {
-      float* x = into.values + i * padded + c;
-      store(x, fma(load(part.values + i * padded + c), splat(add), load(x) * keep));
-    }
+    if (add[i] == 0.f) continue;
+    float* x = into.values + i * padded;
+    const float* y = part.values + i * padded;
+    if (keep[i] == 0.f)
+      for (int64_t c = 0; c < padded; c += LANES) store(x + c, load(y + c) * add[i]);
+    else
+      for (int64_t c = 0; c < padded; c += LANES) store(x + c, fma(load(y + c), splat(add[i]), load(x + c) * keep[i]));
   }
 }
 
@@ -255,13 +276,6 @@ static void finish(const Attention& a, const Block& b, const Partial& p) {
     }
     const float by = scale / total;
     for (int64_t c = 0; c < width; c++) b.out[i][c] = p.values[i * padded + c] * by;
-  }
-}
-
-static void clear(Partial& p) {
-  for (int i = 0; i < ROWS; i++) {
-    p.largest[i] = -INFINITY;
-    p.total[i] = 0.f;
   }
 }
 
@@ -329,17 +343,17 @@ static void split_blocks(Worker& worker, const Attention& a, const Step& step, i
   auto at = [&](int64_t slot) {
     float* base = a.partials + slot * floats;
     Partial p;
-    p.values = base + 2 * ROWS;
+    p.values = base + 2 * LANES;
     return p;
   };
   auto save = [&](int64_t slot, const Partial& p) {
     std::memcpy(a.partials + slot * floats, p.largest, sizeof p.largest);
-    std::memcpy(a.partials + slot * floats + ROWS, p.total, sizeof p.total);
+    std::memcpy(a.partials + slot * floats + LANES, p.total, sizeof p.total);
   };
   auto fetch = [&](int64_t slot) {
     Partial p = at(slot);
     std::memcpy(p.largest, a.partials + slot * floats, sizeof p.largest);
-    std::memcpy(p.total, a.partials + slot * floats + ROWS, sizeof p.total);
+    std::memcpy(p.total, a.partials + slot * floats + LANES, sizeof p.total);
     return p;
   };
   int64_t waves = 0;

@@ -41,7 +41,7 @@ struct Attention {
   int64_t window;     // 0: none
   int32_t chunked;    // the window is the query's own chunk
   float softcap;      // 0: none
-  float* partials;    // `slots` partial results of ROWS · (value width padded + 2)
+  float* partials;    // `slots` partial results of partial_floats(value width) each
   int64_t slots;
 };
 

@@ -19,13 +19,14 @@ static inline void relax() {
 #endif
 }
 
-struct alignas(64) Taken {
-  std::atomic<int64_t> units{0};  // of one thread's share
+struct alignas(64) Seat {         // of one thread
+  std::atomic<int64_t> units{0};  // taken of its share
+  std::atomic<int> core{-1};      // where it last came to a barrier
 };
 
 struct Team {
   int count = 1;
-  std::vector<Taken> taken = std::vector<Taken>(1);
+  std::vector<Seat> seats = std::vector<Seat>(1);
   std::vector<std::thread> threads;
   std::mutex mutex;
   std::condition_variable wake;
@@ -39,7 +40,7 @@ struct Team {
   alignas(64) std::atomic<uint32_t> phase{0};
 
   void share_out_anew() {
-    for (Taken& share : taken) share.units.store(0, std::memory_order_relaxed);
+    for (Seat& seat : seats) seat.units.store(0, std::memory_order_relaxed);
   }
 
   void serve(int index) {
@@ -67,7 +68,7 @@ struct Team {
     stop = false;
     pid = (int)getpid();
     generation.store(0);
-    taken = std::vector<Taken>((size_t)count);
+    seats = std::vector<Seat>((size_t)count);
     for (int index = 1; index < count; index++) threads.emplace_back([this, index] { serve(index); });
   }
 
@@ -90,11 +91,37 @@ struct Team {
   }
 };
 
+#if defined(__linux__)
+static int core_now() { return sched_getcpu(); }
+
+// The scheduler can leave two of our threads on one core for seconds while another is idle. Whoever waits there for the other moves.
+static void leave_shared_core(Team& team, int index) {
+  const int mine = sched_getcpu();
+  bool shared = false;
+  for (int other = 0; other < team.count; other++) shared |= other != index && team.seats[(size_t)other].core.load(std::memory_order_relaxed) == mine;
+  cpu_set_t allowed, without;
+  if (!shared || mine < 0 || sched_getaffinity(0, sizeof allowed, &allowed) || CPU_COUNT(&allowed) < team.count) return;
+  without = allowed;
+  CPU_CLR(mine, &without);
+  for (int other = 0; other < team.count; other++) {
+    const int core = team.seats[(size_t)other].core.load(std::memory_order_relaxed);
+    if (other != index && core >= 0 && CPU_COUNT(&without) > 1) CPU_CLR(core, &without);
+  }
+  if (sched_setaffinity(0, sizeof without, &without) == 0) sched_setaffinity(0, sizeof allowed, &allowed);
+}
+#else
+static int core_now() { return -1; }
+static void leave_shared_core(Team&, int) {}
+#endif
+
+constexpr int LONG_WAIT = 2000;  // turns of a waiting loop, some tens of microseconds
+
 void Worker::barrier() {
   if (count == 1) {
     team->share_out_anew();
     return;
   }
+  team->seats[(size_t)index].core.store(core_now(), std::memory_order_relaxed);
   uint32_t phase = team->phase.load(std::memory_order_relaxed);
   if (team->arrived.fetch_add(1, std::memory_order_acq_rel) == count - 1) {
     team->share_out_anew();
@@ -102,12 +129,11 @@ void Worker::barrier() {
     team->phase.store(phase + 1, std::memory_order_release);
     return;
   }
-  for (int spin = 0; team->phase.load(std::memory_order_acquire) == phase; spin++) {
+  for (int spin = 1; team->phase.load(std::memory_order_acquire) == phase; spin++) {
     relax();
-    if (spin > 2000) {  // the other thread may have lost its core: give it ours
-      sched_yield();
-      spin = 1000;
-    }
+    if (spin == LONG_WAIT) leave_shared_core(*team, index);
+    // the other thread may have lost its core: it may have ours, but not soon, since who yields a core that others want goes without it for milliseconds
+    if (spin > 20 * LONG_WAIT && spin % LONG_WAIT == 0) sched_yield();
   }
 }
 
@@ -116,7 +142,7 @@ bool Worker::take(int64_t total, int64_t size, int64_t* first, int64_t* last) {
   for (int turn = 0; turn < count; turn++) {
     const int64_t whose = (index + turn) % count;
     const int64_t begin = total * whose / count / size * size, end = whose + 1 == count ? total : total * (whose + 1) / count / size * size;
-    std::atomic<int64_t>& units = team->taken[(size_t)whose].units;
+    std::atomic<int64_t>& units = team->seats[(size_t)whose].units;
     if (units.load(std::memory_order_relaxed) >= end - begin) continue;
     const int64_t start = begin + units.fetch_add(size, std::memory_order_relaxed);
     if (start >= end) continue;
