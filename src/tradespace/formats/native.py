@@ -137,8 +137,7 @@ class OperandBuffers:
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
-    def operand(self, width: int | None = None) -> Operand:
-        """The C view for rows of `width` columns (default: the widest)."""
-        width = self.width if width is None else width
+    def operand(self) -> Operand:
+        """The C view. Rows lie as far apart as the widest needs, whatever is in them: threads may be at different operations, each with tokens of its own."""
         found = {name: self.tensors[name].data_ptr() if name in self.tensors else None for name in ("f32", "bf16", "codes", "scales", "weighted", "sums")}
-        return Operand(*found.values(), width, width // SECTION)
+        return Operand(*found.values(), self.width, self.width // SECTION)

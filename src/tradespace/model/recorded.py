@@ -14,7 +14,7 @@ from tradespace.errors import EngineError, UnsupportedError
 from tradespace.formats.native import FORMS, NativeWeight, OperandBuffers
 from tradespace.kernels.native import load
 from tradespace.kernels.native import program as ops
-from tradespace.kernels.native.library import Cache, Matrix, Operand, Step
+from tradespace.kernels.native.library import Cache, Matrix, Step
 from tradespace.kernels.native.program import Buffer, Program
 from tradespace.kernels.view import StepBatch
 from tradespace.kv.cache import KVCache
@@ -25,7 +25,7 @@ from tradespace.model.transformer import Transformer
 from tradespace.spec import native
 from tradespace.spec.mixers import Attention
 from tradespace.spec.model import DenseFFN
-from tradespace.spec.native import LANES, SECTION, round_up
+from tradespace.spec.native import LANES, SECTION
 
 
 def _padded(vector: Tensor | None) -> Tensor | None:
@@ -82,9 +82,6 @@ class Recorded:
 
     # ------------------------------------------------------------------------------------------------ recording
 
-    def _operand_of(self, columns: int) -> Operand:
-        return self._operand.operand(round_up(columns, SECTION))
-
     def _norm_fields(self, norm: Norm | None, width: int) -> dict:
         if norm is None:
             return {"choice": ops.NORMS["none"], "width": width}
@@ -106,13 +103,13 @@ class Recorded:
         self.body.add(ops.EMBED, **fields)
 
     def _norm_to_operand(self, norm: Norm | None, form: str, program: Program, flags: int = 0) -> None:
-        program.add(ops.NORM, in_=self.h, form=FORMS[form], flags=flags, operand=self._operand_of(self.spec.D), **self._norm_fields(norm, self.spec.D))
+        program.add(ops.NORM, in_=self.h, form=FORMS[form], flags=flags, operand=self._operand.operand(), **self._norm_fields(norm, self.spec.D))
 
     def _product(self, weight: nn.Module, out: Buffer, program: Program, *, accumulate: bool = False, scale: float = 1.0, flags: int = 0) -> None:
         assert isinstance(weight, NativeWeight)
         program.keep.append(weight)
         flags |= ops.ACCUMULATE if accumulate else 0
-        operand = self._operand_of(weight.shape[-1])
+        operand = self._operand.operand()
         program.add(
             ops.PRODUCT,
             matrix=weight.matrix(),
@@ -157,7 +154,7 @@ class Recorded:
     def _prepare(self, source: Buffer, width: int, form: str, activation: str = "identity", gated: bool = False) -> None:
         kind = ops.PREPARE if activation == "identity" else ops.ACTIVATE
         flags = ops.GATED if gated else 0
-        self.body.add(kind, in_=source, width=width, form=FORMS[form], choice=ops.ACTIVATIONS[activation], flags=flags, operand=self._operand_of(width))
+        self.body.add(kind, in_=source, width=width, form=FORMS[form], choice=ops.ACTIVATIONS[activation], flags=flags, operand=self._operand.operand())
 
     def _record_layer(self, layer: Layer, index: int, cache: KVCache) -> None:
         spec, ffn = self.spec.layers[index], layer.ffn

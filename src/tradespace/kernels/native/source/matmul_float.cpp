@@ -158,16 +158,33 @@ void multiply_floats(const Product& p, int64_t first, int64_t last) {
   return sweep<WidenedBlock<BF16>, 4>(p, first, last);
 }
 
+static void multiply_panels(const Product& p, int64_t first, int64_t last) {
+  if (is_integer(p.weight.kind) && p.form == FORM_INT8) multiply_integers(p, first, last);
+  else multiply_floats(p, first, last);
+}
+
+// the same product for tokens [first, last) alone
+static Product of_tokens(const Product& p, int64_t first, int64_t last) {
+  Product part = p;
+  part.tokens = last - first;
+  part.y += first * p.y_stride;
+  part.x.f32 += first * p.x.stride;
+  part.x.bf16 += first * p.x.stride;
+  part.x.codes += first * p.x.stride;
+  part.x.scales += first * p.x.sections;
+  part.x.weighted += first * p.x.sections;
+  part.x.sums += 2 * first * p.x.sections;
+  return part;
+}
+
+void multiply_tokens(const Product& p, int64_t first, int64_t last) { multiply_panels(of_tokens(p, first, last), 0, p.weight.panels()); }
+
 void multiply(Worker& worker, const Product& p) {
   const int64_t panels = p.weight.panels();
   // several pieces a thread, so that one which loses its core for a while leaves the rest to the others; whole blocks of four panels
-  int64_t piece = std::max<int64_t>(4, round_up((panels + 8 * worker.count - 1) / (8 * worker.count), 4));
+  int64_t piece = std::max<int64_t>(4, round_up((panels + 8 * worker.count - 1) / (8 * worker.count), 4)), first, last;
   if (p.tokens >= 8) piece = std::max<int64_t>(piece / 2, std::max<int64_t>(1, 16384 / p.weight.panel_bytes));
-  int64_t first, last;
-  while (worker.take(panels, piece, &first, &last)) {
-    if (is_integer(p.weight.kind) && p.form == FORM_INT8) multiply_integers(p, first, last);
-    else multiply_floats(p, first, last);
-  }
+  while (worker.take(panels, piece, &first, &last)) multiply_panels(p, first, last);
 }
 
 }  // namespace ts

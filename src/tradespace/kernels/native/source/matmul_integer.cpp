@@ -4,9 +4,8 @@
 namespace ts {
 
 template <int KIND>
-struct GroupHead {  // what a scale group, or a super-block, says about its codes
+struct GroupHead {  // what a scale group, or a super-block, says about its codes: code · scale + minimum
   vf scale, minimum;
-  vi zero;
 };
 
 template <int KIND>
@@ -15,7 +14,8 @@ TS_INLINE GroupHead<KIND> read_head(const uint8_t* p) {
   GroupHead<KIND> head{};
   head.scale = load_half((const uint16_t*)p);
   if constexpr (META == META_MIN || META == META_K) head.minimum = load_half((const uint16_t*)(p + 32));
-  if constexpr (META == META_ZERO) head.zero = widen(p + 32);
+  if constexpr (META == META_ZERO) head.minimum = -head.scale * to_float(widen(p + 32));
+  if constexpr (META == META_SCALE) head.minimum = head.scale * (float)-KINDS[KIND].offset;
   return head;
 }
 
@@ -34,15 +34,11 @@ TS_INLINE void section(const uint8_t* p, const GroupHead<KIND>& head, const Oper
   vi whole[TOKENS][PARTS];
 TS_UNROLL(16)
   for (int i = 0; i < TOKENS; i++) {
-    const int32_t* sums = x.sums + 2 * ((token + i) * x.sections + s);
     for (int part = 0; part < PARTS; part++) whole[i][part] = vi{};
     if constexpr (INFO.meta == META_K6) {
+      const int32_t* sums = x.sums + 2 * ((token + i) * x.sections + s);
       whole[i][0] = splat(-INFO.offset * sums[0]);
       whole[i][1] = splat(-INFO.offset * sums[1]);
-    } else if constexpr (INFO.meta == META_ZERO) {
-      whole[i][0] = head.zero * splat(-(sums[0] + sums[1]));
-    } else if constexpr (INFO.offset != 0) {
-      whole[i][0] = splat(-INFO.offset * (sums[0] + sums[1]));
     }
   }
 TS_UNROLL(8)
@@ -75,7 +71,9 @@ TS_UNROLL(16)
     else total = whole[i][0];
     if constexpr (INFO.meta == META_ROW) acc[i] = fma(to_float(total), splat(x.scales[at]), acc[i]);
     else acc[i] = fma(scale * x.scales[at], to_float(total), acc[i]);
-    if constexpr (INFO.meta == META_MIN || INFO.meta == META_K) acc[i] = fma(minimum, splat(x.weighted[at]), acc[i]);
+    // what is subtracted from every code, or added, comes to as much as the activations sum up to
+    if constexpr (INFO.meta == META_ROW) acc[i] = fma(splat((float)-INFO.offset), splat(x.weighted[at]), acc[i]);
+    else if constexpr (INFO.meta != META_K6) acc[i] = fma(minimum, splat(x.weighted[at]), acc[i]);
   }
 }
 

@@ -34,9 +34,7 @@ TS_INLINE void share(const Worker& worker, int64_t total, int64_t* first, int64_
 }
 
 // out[t] = scale · row of the token (+ row of its position); `dims` is the offset of positions
-static void embed(Worker& worker, const Op& op, const Step& step) {
-  int64_t first, last;
-  share(worker, step.num_tokens, &first, &last);
+static void embed(const Op& op, const Step& step, int64_t first, int64_t last) {
   for (int64_t t = first; t < last; t++) {
     float* out = op.out + t * op.out_stride;
     decode_row(op.matrix, step.tokens[t], out);
@@ -49,9 +47,7 @@ static void embed(Worker& worker, const Op& op, const Step& step) {
 }
 
 // norm of `in` (of the rows that logits are wanted of, with FLAG_ROWS): into the operand, or with FLAG_ADD scaled and added to `out`
-static void norm(Worker& worker, const Op& op, const Step& step, float* scratch) {
-  int64_t first, last;
-  share(worker, op.flags & FLAG_ROWS ? step.num_rows : step.num_tokens, &first, &last);
+static void norm(const Op& op, const Step& step, int64_t first, int64_t last, float* scratch) {
   for (int64_t t = first; t < last; t++) {
     const float* in = op.in + (op.flags & FLAG_ROWS ? step.rows[t] : t) * op.in_stride;
     norm_row(in, scratch, op.width, op.choice, op.weight, op.bias, op.eps);
@@ -60,51 +56,46 @@ static void norm(Worker& worker, const Op& op, const Step& step, float* scratch)
       for (int64_t c = 0; c < op.width; c += LANES) store(out + c, fma(load(scratch + c), splat(op.scale), load(out + c)));
       continue;
     }
-    for (int64_t c = round_up(op.width, LANES); c < op.operand.stride; c++) scratch[c] = 0.f;
+    for (int64_t c = round_up(op.width, LANES); c < round_up(op.width, SECTION); c++) scratch[c] = 0.f;
     put_row(op.operand, t, scratch, op.width, op.form);
   }
 }
 
 // y (T, R) (+)= scale · (operand @ W.T + bias); `dims` is the first column of y, for one of several matrices side by side
-static void product(Worker& worker, const Op& op, const Step& step) {
+static Product product_of(const Op& op, int64_t tokens) {
   Product p;
   p.weight = op.matrix;
   p.x = op.operand;
-  p.tokens = op.flags & FLAG_ROWS ? step.num_rows : step.num_tokens;
+  p.tokens = tokens;
   p.form = op.form;
   p.y = op.out + op.dims;
   p.y_stride = op.out_stride;
   p.bias = op.bias;
   p.accumulate = (op.flags & FLAG_ACCUMULATE) != 0;
   p.scale = op.scale;
-  multiply(worker, p);
+  return p;
 }
 
-// q, k and v side by side in `in`: norm of heads, rotation, keys and values into the cache, queries scaled where they are
-static void heads(Worker& worker, const Op& op, const Step& step, float* scratch) {
-  const int64_t all = op.heads + 2 * op.kv_heads, units = step.num_tokens * all, H = op.head_width;
-  int64_t first, last;
-  share(worker, units, &first, &last);
-  int64_t s = 0;
+// q, k and v of tokens side by side in `in`: norm of heads, rotation, keys and values into the cache, queries scaled where they are. A unit is a token's head.
+static void heads(const Op& op, const Step& step, int64_t first, int64_t last, float* scratch) {
+  const int64_t all = op.heads + 2 * op.kv_heads, H = op.head_width;
   const bool full = op.flags & FLAG_NORM_FULL;
-  if (full) {  // the norm is as wide as the whole projection: a token at a time
-    share(worker, step.num_tokens, &first, &last);
-    for (int64_t t = first; t < last; t++) {
+  if (full) {  // the norm is as wide as the whole projection: units are whole tokens'
+    for (int64_t t = first / all; t < last / all; t++) {
       float* q = op.in + t * op.in_stride;
       norm_row(q, scratch, op.heads * H, NORM_RMS, op.weight, nullptr, op.eps);
       std::memcpy(q, scratch, (size_t)(op.heads * H) * 4);
       norm_row(q + op.heads * H, scratch, op.kv_heads * H, NORM_RMS, op.second, nullptr, op.eps);
       std::memcpy(q + op.heads * H, scratch, (size_t)(op.kv_heads * H) * 4);
     }
-    first *= all;
-    last *= all;
   }
   // where keys will be written is asked for first: a token's key lies in as many lines as it has numbers, or half as many
-  for (int64_t unit = first, of = 0; unit < last && last - first < 64 * all; unit++) {
+  for (int64_t unit = first, s = 0; unit < last && last - first < 64 * all; unit++) {
     const int64_t t = unit / all, head = unit % all - op.heads;
-    while (t >= step.starts[of + 1]) of++;
-    if (head >= 0 && head < op.kv_heads) expect_key(op.cache, step, of, step.positions[t], (int)head);
+    while (t >= step.starts[s + 1]) s++;
+    if (head >= 0 && head < op.kv_heads) expect_key(op.cache, step, s, step.positions[t], (int)head);
   }
+  int64_t s = 0;
   for (int64_t unit = first; unit < last; unit++) {
     const int64_t t = unit / all, n = unit % all;
     while (t >= step.starts[s + 1]) s++;
@@ -144,11 +135,11 @@ static void attention(Worker& worker, const Op& op, const Step& step) {
   attend(worker, a, step);
 }
 
-// activation of `in`, times the half beside it where gated → operand; without one (ACT_IDENTITY) it only changes the form. Shared out by sections.
-static void prepare(Worker& worker, const Op& op, const Step& step) {
-  const int64_t sections = (op.width + SECTION - 1) / SECTION;
-  int64_t first, last;
-  share(worker, step.num_tokens * sections, &first, &last);
+static int64_t sections_of(const Op& op) { return (op.width + SECTION - 1) / SECTION; }
+
+// activation of `in`, times the half beside it where gated → operand; without one (ACT_IDENTITY) it only changes the form. A unit is a token's section.
+static void prepare(const Op& op, int64_t first, int64_t last) {
+  const int64_t sections = sections_of(op);
   for (int64_t unit = first; unit < last; unit++) {
     const int64_t t = unit / sections, s = unit % sections, column = s * SECTION;
     const float* in = op.in + t * op.in_stride + column;
@@ -194,31 +185,80 @@ struct Run {
 
 static int64_t now_ns() { return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
+// Operations that read and write rows of their own tokens alone.
+static bool by_token(const Op& op) { return op.kind != OP_ATTEND && op.kind != OP_FINISH_LOGITS && !(op.flags & FLAG_ROWS); }
+
+static void run_tokens(const Op& op, const Step& step, int64_t first, int64_t last, float* scratch) {
+  const int64_t all = op.heads + 2 * op.kv_heads;
+  switch (op.kind) {
+    case OP_EMBED: return embed(op, step, first, last);
+    case OP_NORM: return norm(op, step, first, last, scratch);
+    case OP_PRODUCT: return multiply_tokens(product_of(op, step.num_tokens), first, last);
+    case OP_HEADS: return heads(op, step, first * all, last * all, scratch);
+    case OP_PREPARE:
+    case OP_ACTIVATE: return prepare(op, first * sections_of(op), last * sections_of(op));
+  }
+}
+
+// One operation, shared out in the way that suits few tokens: rows, panels of weights, heads, sections.
+static void run_one(Worker& worker, const Op& op, const Step& step, float* scratch) {
+  const int64_t rows = op.flags & FLAG_ROWS ? step.num_rows : step.num_tokens, all = op.heads + 2 * op.kv_heads;
+  int64_t first, last;
+  switch (op.kind) {
+    case OP_EMBED: share(worker, rows, &first, &last); return embed(op, step, first, last);
+    case OP_NORM: share(worker, rows, &first, &last); return norm(op, step, first, last, scratch);
+    case OP_PRODUCT: return multiply(worker, product_of(op, rows));
+    case OP_HEADS:
+      if (op.flags & FLAG_NORM_FULL) {
+        share(worker, rows, &first, &last);
+        return heads(op, step, first * all, last * all, scratch);
+      }
+      share(worker, rows * all, &first, &last);
+      return heads(op, step, first, last, scratch);
+    case OP_ATTEND: return attention(worker, op, step);
+    case OP_PREPARE:
+    case OP_ACTIVATE: share(worker, rows * sections_of(op), &first, &last); return prepare(op, first, last);
+    case OP_FINISH_LOGITS: return finish_logits(worker, op, step);
+  }
+}
+
+constexpr int64_t BLOCK_TOKENS = 64;  // whose rows stay in the second-level cache from one operation to the next
+
 static void run(Worker& worker, void* argument) {
   const Run& run = *(const Run*)argument;
+  const Step& step = *run.step;
   float* scratch = run.scratch + worker.index * run.scratch_stride;
   int64_t* const timed = worker.index == 0 ? run.nanoseconds : nullptr;
+  const bool many = step.num_tokens >= MANY_TOKENS * worker.count;
   int64_t started = timed ? now_ns() : 0;
-  for (int64_t i = 0; i < run.count; i++) {
-    const Op& op = run.ops[i];
-    if (op.wait) worker.barrier();
-    if (timed) {
-      const int64_t now = now_ns();
-      if (i) timed[i - 1] += now - started;
-      started = now;
+  auto lap = [&](int64_t op) {
+    if (!timed) return;
+    const int64_t now = now_ns();
+    timed[op] += now - started;
+    started = now;
+  };
+  for (int64_t i = 0; i < run.count;) {
+    if (run.ops[i].wait) {
+      worker.barrier();
+      lap(i - 1);  // waiting counts for the operation that is waited for
     }
-    switch (op.kind) {
-      case OP_EMBED: embed(worker, op, *run.step); break;
-      case OP_NORM: norm(worker, op, *run.step, scratch); break;
-      case OP_PRODUCT: product(worker, op, *run.step); break;
-      case OP_HEADS: heads(worker, op, *run.step, scratch); break;
-      case OP_ATTEND: attention(worker, op, *run.step); break;
-      case OP_PREPARE:
-      case OP_ACTIVATE: prepare(worker, op, *run.step); break;
-      case OP_FINISH_LOGITS: finish_logits(worker, op, *run.step); break;
+    if (!many || !by_token(run.ops[i])) {
+      run_one(worker, run.ops[i], step, scratch);
+      lap(i++);
+      continue;
     }
+    // With many tokens each thread takes blocks of them through all operations up to the next attention, which is the first to look at other tokens.
+    int64_t end = i, first, last;
+    while (end < run.count && by_token(run.ops[end])) end++;
+    const int64_t size = std::clamp<int64_t>(round_up(step.num_tokens / (2 * worker.count), 8), 16, BLOCK_TOKENS);
+    while (worker.take(step.num_tokens, size, &first, &last))
+      for (int64_t block = first; block < last; block += size)
+        for (int64_t op = i; op < end; op++) {
+          run_tokens(run.ops[op], step, block, std::min(block + size, last), scratch);
+          lap(op);
+        }
+    i = end;
   }
-  if (timed && run.count) timed[run.count - 1] += now_ns() - started;
 }
 
 struct Linear {
