@@ -48,6 +48,7 @@ from tradespace.units import format_bytes
 
 STAGING_BYTES = int(calibration.STAGING_BYTES.value)
 RESERVE_BYTES = int(calibration.RESERVE_BYTES.value)
+SHORT_STEP = 128  # tokens, at most, of a native step that is rehearsed
 
 
 @dataclass
@@ -211,11 +212,16 @@ def rehearse(model: Transformer | Recorded, cache: KVCache, sampler: Sampler, pl
     largest = [0] * 6
     starts = range(0, plan.step_tokens, plan.max_context)  # a step may be larger than a context: then several sequences fill it
     prefill = [Span(start, min(plan.max_context, plan.step_tokens - start), plan.max_context, table) for start in starts]
+    if isinstance(model, Recorded):
+        model.touch()  # its buffers are all that its steps need, so a short one rehearses as much as the longest
     for spans in (prefill, [Span(row, 1, plan.max_context, table) for row in range(sequences)]):
         batch = StepBatch.from_spans(spans, block_size=size)
         tokens_T, positions_T = torch.zeros(batch.num_tokens, dtype=torch.int64), positions_of(spans)
         held = (tokens_T, positions_T, batch.query_starts_B1, batch.lengths_B, batch.block_tables_BM, batch.slots_T)
         largest = [max(size, tensor.nbytes) for size, tensor in zip(largest, held, strict=True)]
+        if isinstance(model, Recorded) and batch.num_tokens > SHORT_STEP:
+            short = Span(0, SHORT_STEP, plan.max_context, table)
+            batch, tokens_T, positions_T = StepBatch.from_spans([short], block_size=size), tokens_T[:SHORT_STEP], positions_of([short])
         hidden_TD = model.forward(tokens_T, positions_T, batch, cache)
         rows = torch.arange(min(sequences, batch.num_tokens))
         sampler.sample(model.logits(hidden_TD, rows), [SampleRow(request, ())] * len(rows))

@@ -22,6 +22,7 @@ from tradespace.engine.scheduler import Policy
 from tradespace.errors import BudgetError, InputError
 from tradespace.formats import DTYPES
 from tradespace.kernels.native import is_compiled, unavailable
+from tradespace.loading.gguf import held_headers
 from tradespace.loading.resolve import resolve
 from tradespace.loading.tokenizer import Tokenizer
 from tradespace.measure.memory import MemoryMeter, limit_heap_growth, peak_rss_bytes, process_bytes, return_freed_memory
@@ -289,9 +290,11 @@ def _open(
     say: Callable[[str], None],
 ) -> LLM:
     files = resolve(model, revision=revision, offline=offline, progress=progress)
-    spec = api.spec_of_files(files)
+    with held_headers():
+        spec, defaults = api.spec_of_files(files), Defaults.of(files)
+        stored = api.stored_weights(files, spec) if chosen is None else None
     if chosen is None:
-        chosen = choose_plan(spec, device, budget, context, concurrency, goal, weights, attention, activations, stored=api.stored_weights(files, spec))
+        chosen = choose_plan(spec, device, budget, context, concurrency, goal, weights, attention, activations, stored=stored)
     else:
         check_plan(chosen, spec, {"context": context, "weights": weights, "attention": attention, "activations": activations})
     chosen = replace(chosen, memory_bytes=budget)
@@ -315,7 +318,7 @@ def _open(
         )
     for note in built.notes:
         say(f"note: {note}")
-    return LLM(built, device, ledger(spec, built.plan, device, staging_bytes=STAGING_BYTES), meter, measured, Defaults.of(files))
+    return LLM(built, device, ledger(spec, built.plan, device, staging_bytes=STAGING_BYTES), meter, measured, defaults)
 
 
 def settled_bytes() -> int:

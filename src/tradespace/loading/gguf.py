@@ -10,6 +10,8 @@ Format: the GGUF specification of the ggml project (docs/gguf.md). Needs no torc
 
 import os
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -85,7 +87,31 @@ def read_gguf(path: str | os.PathLike[str]) -> GGUFFile:
 
 def _read_one(path: Path) -> GGUFFile:
     with open_weight_file(path) as (file, size_bytes):
-        return _parse(_Cursor(file, path, size_bytes))
+        held = _HELD[-1] if _HELD else None
+        if held is None:
+            return _parse(_Cursor(file, path, size_bytes))
+        stated = os.fstat(file.fileno())
+        key = (path, stated.st_dev, stated.st_ino, stated.st_size, stated.st_mtime_ns)
+        if key not in held:
+            held[key] = _parse(_Cursor(file, path, size_bytes))
+        return held[key]
+
+
+_BLOCK_BYTES = 256 * 1024  # of strings that are read at once
+_HELD: list[dict[tuple[Path, int, int, int, int], GGUFFile]] = []
+
+
+@contextmanager
+def held_headers() -> Iterator[None]:
+    """Within it a header is parsed once, however many parts of the program read it: a vocabulary of a quarter of a million strings takes half a second.
+
+    What was parsed is let go of at the end, since those strings take tens of megabytes.
+    """
+    _HELD.append({})
+    try:
+        yield
+    finally:
+        _HELD.pop()
 
 
 def read_floats(file: GGUFFile, tensor_name: str) -> list[float]:
@@ -145,20 +171,28 @@ class _Cursor:
             raise self.error(what, f"{shown(data[:32])} is not UTF-8") from error
 
     def strings(self, count: int, what: str) -> list[str]:
-        """The hot loop: a vocabulary has a quarter of a million of these."""
-        read, decoded, left_bytes, index = self.file.read, [], self.limit_bytes - self.position_bytes, 0
+        """The hot loop: a vocabulary has a quarter of a million of these. Read in blocks, of which what was not used is given back at the end."""
+        decoded: list[str] = []
+        left_bytes, index, data, at = self.limit_bytes - self.position_bytes, 0, b"", 0
         try:
             for index in range(count):
-                length_bytes = int.from_bytes(read(8), "little")
+                if at + 8 > len(data):
+                    data, at = data[at:] + self.file.read(_BLOCK_BYTES), 0
+                start = at + 8
+                length_bytes = int.from_bytes(data[at:start], "little")
                 left_bytes -= 8 + length_bytes
                 if left_bytes < 0:
                     raise self.error(f"{what}[{index}]", f"needs {length_bytes} bytes, has {max(0, left_bytes + length_bytes)}")
-                decoded.append(read(length_bytes).decode())
+                if start + length_bytes > len(data):
+                    data, at, start = data[at:] + self.file.read(max(_BLOCK_BYTES, length_bytes)), 0, 8
+                    if start + length_bytes > len(data):
+                        raise self.error(what, "the file has shrunk while it was read")
+                at = start + length_bytes
+                decoded.append(data[start:at].decode())
         except UnicodeDecodeError as error:
             raise self.error(f"{what}[{index}]", f"{shown(error.object[:32])} is not UTF-8") from error
+        self.file.seek(at - len(data), os.SEEK_CUR)
         self.position_bytes = self.limit_bytes - left_bytes
-        if self.file.tell() != self.position_bytes:
-            raise self.error(what, "the file has shrunk while it was read")
         return decoded
 
     def numbers(self, code: str, count: int, what: str) -> list[Any]:

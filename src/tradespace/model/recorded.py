@@ -75,10 +75,18 @@ class Recorded:
         return Buffer(torch.zeros(rows * width + extra), width)
 
     @property
+    def _buffers(self) -> tuple[Tensor, ...]:
+        return (self.h.tensor, self.wide.tensor, self.mixed.tensor, self.out.tensor, self.partials, self.scratch, *self._operand.tensors.values())
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all buffers: `spec.native.Buffers.nbytes`."""
-        tensors = (self.h.tensor, self.wide.tensor, self.mixed.tensor, self.out.tensor, self.partials, self.scratch)
-        return sum(tensor.nbytes for tensor in tensors) + self._operand.nbytes
+        return sum(tensor.nbytes for tensor in self._buffers)
+
+    def touch(self) -> None:
+        """Writes to every page of the buffers: the memory is then the process's, and counted."""
+        for tensor in self._buffers:
+            tensor.zero_()
 
     # ------------------------------------------------------------------------------------------------ recording
 
