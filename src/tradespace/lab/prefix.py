@@ -110,7 +110,7 @@ def cost(quick: bool, say: Callable[[str], None]) -> tuple[dict[str, Figure], di
     """Throughput over prompts that share nothing, with and without sharing in turn: over that of the other, median of paired ratios."""
     import tradespace as ts
 
-    rounds, count, prompt, output = (3, 4, 128, 16) if quick else (9, 8, 128, 24)
+    rounds, count, prompt, output = (3, 4, 128, 16) if quick else (6, 8, 128, 24)
     with ts.open(MODEL, memory="2GiB", concurrency=count, context=256, prefix_sharing=True) as first:
         plan = first.plan
     opened = {on: ts.open(MODEL, plan=replace(plan, kv=replace(plan.kv, prefix_sharing=on))) for on in (True, False)}
@@ -153,7 +153,7 @@ def scheduler_seconds(*, sharing: bool, lengths: Sequence, seed: int) -> float:
 def run(*, quick: bool, say: Callable[[str], None]) -> Record:
     lengths = trace_lengths(60 if quick else 200, max_prompt=512, max_output=256)
     more_s = []
-    for turn in range(3 if quick else 7):
+    for turn in range(3 if quick else 5):
         without_s = scheduler_seconds(sharing=False, lengths=lengths, seed=turn)
         more_s.append(scheduler_seconds(sharing=True, lengths=lengths, seed=turn) - without_s)
     figures, row = gain(quick, say)
