@@ -31,10 +31,13 @@ def choose_plan(
     attention: str | None,
     activations: str | None = None,
     *,
+    prefix_sharing: bool | None = None,
     stored: WeightPlan | None = None,
 ) -> Plan:
     """The planner's best plan that runs; BudgetError with the nearest one where nothing fits. `stored` is how the checkpoint holds its weights."""
     pins = {axis: value for axis, value in (("weights", weights), ("attention", attention), ("activations", activations)) if value}
+    if prefix_sharing is not None:
+        pins["prefix_sharing"] = "on" if prefix_sharing else "off"
     frontier = api.plan(
         spec,
         memory=budget,
@@ -71,9 +74,8 @@ def check_plan(plan: Plan, spec: ModelSpec, flags: Mapping[str, object]) -> None
     """Whether a plan from outside can be obeyed to the letter here. Raises InputError for a flag that contradicts it, UnsupportedError for what cannot run."""
     stated = [name for name, value in flags.items() if value is not None]
     if stated:
-        raise InputError(
-            f"--plan is obeyed to the letter, and it states its own {', '.join(stated)}. Leave --{' and --'.join(stated)} away, or change the plan"
-        )
+        flag = " and --".join(stated).replace("_", "-")
+        raise InputError(f"--plan is obeyed to the letter, and it states its own {', '.join(stated)}. Leave --{flag} away, or change the plan")
     if plan.device not in ("cpu", api.find_machine(None).name):
         try:
             kind = find_device(plan.device).kind

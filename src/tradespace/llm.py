@@ -116,14 +116,14 @@ class LLM:
         return self.tokenizer.encode(self.tokenizer.apply_chat_template([dict(message) for message in messages]), add_special_tokens=False)
 
     def generate(self, prompts: str | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None) -> list[Completion]:
-        """Answers in the order of the prompts (texts or token ids), all in one continuous batch.
+        """Answers in the order of the prompts (texts or token ids), all in one continuous batch; for n > 1 `samples` of an answer are all n.
 
         Raises InputError for a prompt that is empty, not valid text, or longer than the plan's context allows; EngineError where the engine failed.
         """
         several = [prompts] if isinstance(prompts, str) else list(prompts)
         self._speeds = StepClock()
         done = self.engine.generate(several, self.sampling() if params is None else params)
-        self._lengths = [(len(completion.prompt_ids), len(completion.output_ids)) for completion in done]
+        self._lengths = [(len(sample.prompt_ids), len(sample.output_ids)) for completion in done for sample in completion.samples]
         return done
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str]:
@@ -138,7 +138,7 @@ class LLM:
         self._lengths = [(stream.request.num_prompt, stream.request.num_outputs)]
 
     def chat(self, messages: Messages, params: SamplingParams | None = None) -> Completion:
-        """The model's answer to a conversation, through its chat template."""
+        """The model's answer to a conversation, through its chat template; with params.n > 1 the others are its `siblings`."""
         return self.generate([self.render_chat(messages)], params)[0]
 
     def stream_chat(self, messages: Messages, params: SamplingParams | None = None) -> Iterator[str]:
@@ -166,6 +166,9 @@ class LLM:
             ("budget", f"{format_bytes(plan.memory_bytes)} ({'kept' if peak <= plan.memory_bytes else 'EXCEEDED'})"),
             ("plan", f"{plan.describe()} · attention by {used} · {plan.kv_tokens:,} cache slots"),
         ]
+        counters = built.engine.counters
+        if plan.kv.prefix_sharing:
+            facts += [(name, f"{getattr(counters, name):,} tokens") for name in ("prefix_cache_queries", "prefix_cache_hits")]
         facts += [("note", note) for note in built.notes]
         return Report(f"{self.spec.name}: predicted against measured", tuple(lines), tuple(facts))
 
@@ -212,6 +215,7 @@ def open(
     weights: str | None = None,
     attention: str | None = None,
     activations: str | None = None,
+    prefix_sharing: bool | None = None,
     scheduling: Policy = "continuous",
     revision: str | None = None,
     offline: bool = False,
@@ -226,6 +230,7 @@ def open(
     concurrency  sequences that the cache is sized for; more wait in the queue
     weights, attention, activations  fix these choices of the planner; weights "stored" runs a GGUF file's blocks as they are, activations "fp32" asks the
                  native kernels for exact products
+    prefix_sharing  prompts with equal first tokens share what the cache holds of them; default: where the plan allows it (paged, full retention, continuous)
     say          receives one line per decision (the default is silent); progress shows bars on a terminal
 
     Raises BudgetError (need, have, and the nearest plan that fits) where the budget cannot be met, InputError for a model or flag that makes no sense.
@@ -239,7 +244,23 @@ def open(
     meter = MemoryMeter().__enter__()
     try:
         return _open(
-            meter, device, str(model), budget, chosen, context, concurrency, goal, weights, attention, activations, scheduling, revision, offline, progress, say
+            meter,
+            device,
+            str(model),
+            budget,
+            chosen,
+            context,
+            concurrency,
+            goal,
+            weights,
+            attention,
+            activations,
+            prefix_sharing,
+            scheduling,
+            revision,
+            offline,
+            progress,
+            say,
         )
     except BaseException:
         meter.__exit__(*sys.exc_info())
@@ -283,6 +304,7 @@ def _open(
     weights: str | None,
     attention: str | None,
     activations: str | None,
+    prefix_sharing: bool | None,
     scheduling: Policy,
     revision: str | None,
     offline: bool,
@@ -294,9 +316,11 @@ def _open(
         spec, defaults = api.spec_of_files(files), Defaults.of(files)
         stored = api.stored_weights(files, spec) if chosen is None else None
     if chosen is None:
-        chosen = choose_plan(spec, device, budget, context, concurrency, goal, weights, attention, activations, stored=stored)
+        sharing = False if prefix_sharing is None and scheduling == "fixed" else prefix_sharing
+        chosen = choose_plan(spec, device, budget, context, concurrency, goal, weights, attention, activations, prefix_sharing=sharing, stored=stored)
     else:
-        check_plan(chosen, spec, {"context": context, "weights": weights, "attention": attention, "activations": activations})
+        flags = {"context": context, "weights": weights, "attention": attention, "activations": activations, "prefix_sharing": prefix_sharing}
+        check_plan(chosen, spec, flags)
     chosen = replace(chosen, memory_bytes=budget)
     predicted = ledger(spec, chosen, device, staging_bytes=STAGING_BYTES)
     need = round(predicted.total_bytes().require())

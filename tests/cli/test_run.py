@@ -227,3 +227,18 @@ def test_generation_config_is_the_default_and_flags_win(cli, broken):
     assert two[0] != two[1]
     two = [answers(cli("run", model, PROMPT, "-n", 12, "--temperature", 0, "--seed", seed, "--memory", ROOMY, "--json"))[0]["output_ids"] for seed in (1, 2)]
     assert two[0] == two[1]
+
+
+def test_several_answers_to_one_prompt(run):
+    """Numbered on a terminal; in JSON the first with its siblings, and the report counts what was found."""
+    done = run("one", "-n", 2, "--n", 3)
+    assert done.code == 0
+    assert [line for line in done.out.splitlines() if line.startswith("[")] == ["[1.1] one", "[1.2] one", "[1.3] one"]
+    found = run("a longer prompt than one block holds", "-n", 4, "--n", 3, "--seed", 1, "--temperature", 1, "--json", "--prefix-sharing")
+    (first,) = answers(found)
+    samples = [first, *first["siblings"]]
+    assert [sample["sample"] for sample in samples] == [0, 1, 2] and len({tuple(sample["output_ids"]) for sample in samples}) > 1
+    facts = json.loads(found.out)["report"]["facts"]
+    assert facts["prefix_cache_hits"] == f"{2 * (len(first['prompt_ids']) - 1)} tokens"
+    assert facts["prefix_cache_queries"] == f"{3 * len(first['prompt_ids'])} tokens"
+    assert run("one", "--n", 0).code == 2

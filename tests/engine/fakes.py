@@ -16,8 +16,20 @@ from tradespace.spec.plan import Plan
 V = 31
 
 
+class Slots:
+    """A cache of one number a token, as much of it as the hash machine and the runner need."""
+
+    def __init__(self, num_blocks: int, block_size: int):
+        self.slots = torch.full((num_blocks * block_size,), -1)
+        self.blocks = self.slots.view(num_blocks, block_size)
+
+    def copy_blocks(self, pairs):
+        sources, targets = map(list, zip(*pairs, strict=True))
+        self.blocks[targets] = self.blocks[sources]
+
+
 class HashModel:
-    """Logits are a function of the whole context, read back from `cache` (slots,): a wrong slot, table, length or position changes them."""
+    """Logits are a function of the whole context, read back from the cache: a wrong slot, table, length or position changes them."""
 
     def __init__(self, block_size: int):
         self.spec = SimpleNamespace(V=V)
@@ -31,14 +43,14 @@ class HashModel:
         if self.raises is not None:
             raised, self.raises = self.raises, None
             raise raised
-        cache[batch.slots_T] = tokens_T * 1_000_003 + positions_T
+        cache.slots[batch.slots_T] = tokens_T * 1_000_003 + positions_T
         hidden = []
         for index in range(len(batch.lengths_B)):
             first, last = batch.query_starts_B1[index : index + 2].tolist()
             length = int(batch.lengths_B[index])
             table = batch.block_tables_BM[index].tolist()
             slots = [table[p // self.block_size] * self.block_size + p % self.block_size for p in range(length)]
-            held = cache[torch.tensor(slots)].tolist()
+            held = cache.slots[torch.tensor(slots)].tolist()
             assert positions_T[first:last].tolist() == list(range(length - (last - first), length))
             hidden += [hash(tuple(held[: length - (last - first) + row + 1])) for row in range(last - first)]
         return torch.tensor(hidden)[:, None]
@@ -74,15 +86,15 @@ class Pieces:
 
 
 def plan_of(**changes) -> Plan:
-    kv = KVPlan(layout=changes.pop("layout", "paged"), block_size=changes.pop("block_size", 4))
+    kv = KVPlan(**{name: changes.pop(name) for name in ("layout", "block_size", "prefix_sharing") if name in changes})
     return Plan(**{"model": "hash", "kv": kv, "max_sequences": 8, "max_context": 64, "step_tokens": 32, "kv_tokens": 8 * 64, **changes})
 
 
 def hash_engine(*, tokenizer=None, drafter=None, policy="continuous", drafts=0, eos_ids=(), **changes) -> Engine:
-    plan = plan_of(speculation=drafts, **changes)
+    plan = plan_of(**{"speculation": drafts, "block_size": 4, **changes})
     scheduler = Scheduler.from_plan(plan, policy=policy)
     model = HashModel(scheduler.block_size)
-    cache = torch.full((scheduler.allocator.num_blocks * scheduler.block_size,), -1)
+    cache = Slots(scheduler.allocator.num_blocks, scheduler.block_size)
     return Engine(Runner(model, cache, plan), scheduler, Sampler(), tokenizer, drafter=drafter, eos_ids=eos_ids)
 
 

@@ -7,10 +7,12 @@ what must come out, computed from the prompt alone, with no cache and no schedul
 import random
 import zlib
 from array import array
+from collections import Counter
 from collections.abc import Sequence
 
 from tradespace.engine.request import FinishReason, Request, accept_tokens
 from tradespace.engine.scheduler import Scheduler
+from tradespace.engine.sharing import Sharing
 from tradespace.engine.speculative import accept_drafts
 from tradespace.engine.step import Step
 
@@ -32,7 +34,7 @@ def expected(request: Request) -> list[int]:
 
 
 class HashMachine:
-    """Slots that hold (position, token); what no running request holds is overwritten before every step."""
+    """Slots that hold (position, token); what no running request holds and nobody can find is overwritten before every step."""
 
     def __init__(self, scheduler: Scheduler):
         self.scheduler = scheduler
@@ -40,16 +42,24 @@ class HashMachine:
 
     def execute(self, step: Step) -> dict[str, list[int]]:
         """The sampled tokens of each request that samples."""
-        P = self.scheduler.block_size
+        P, allocator = self.scheduler.block_size, self.scheduler.allocator
+        copied = [(target, self.slots[source * P : (source + 1) * P]) for source, target in step.copies]
+        assert len(dict(copied)) == len(copied), "a block is the target of two copies"
+        for target, content in copied:
+            self.slots[target * P : (target + 1) * P] = content
         live = {block for request in self.scheduler.running for block in request.blocks}
-        for block in range(self.scheduler.allocator.num_blocks):
-            if block not in live:
+        for block in range(allocator.num_blocks):
+            if block not in live and allocator.name_of(block) is None:
                 self.slots[block * P : (block + 1) * P] = [(-1, -1)] * P
         sampled = {}
         for item in step.sequences:
             blocks = item.request.blocks
             for position, token in enumerate(item.tokens(), start=item.start):
-                self.slots[blocks[position // P] * P + position % P] = (position, token)
+                slot = blocks[position // P] * P + position % P
+                # a token may be computed again over itself, whoever reads it
+                alone = allocator.references[blocks[position // P]] == 1
+                assert alone or self.slots[slot] == (position, token), f"{item.request.id} writes into a block that others read"
+                self.slots[slot] = (position, token)
             rows = []
             for position in range(item.start + item.num_tokens - item.num_logits, item.start + item.num_tokens):
                 found = [self.slots[blocks[p // P] * P + p % P] for p in range(position + 1)]
@@ -84,7 +94,9 @@ def run_step(scheduler: Scheduler, machine: HashMachine, drafter: ScriptedDrafte
     if first is not None:
         assert first in scheduled and first not in step.preempted, "the first in order did not advance"
     if everyone and len({request.priority for request in everyone}) == 1:
-        assert min(everyone, key=lambda request: request.arrival) in scheduled, "the oldest did not advance"
+        oldest = min(everyone, key=lambda request: request.order)
+        # a fork stands before later arrivals that run already, and waits for them at most
+        assert oldest in scheduled or (oldest.sample and scheduled), "the oldest did not advance"
     accepted: dict[str, list[int]] = {}
     finished: dict[str, FinishReason] = {}
     sampled = machine.execute(step)
@@ -114,7 +126,11 @@ def check_invariants(scheduler: Scheduler, step: Step) -> None:
 
 def check_blocks(scheduler: Scheduler) -> None:
     owned = [block for request in scheduler.running for block in request.blocks] + scheduler._parked
-    assert len(owned) == len(set(owned)) == scheduler.allocator.num_used, "a block leaked or has two owners"
+    owners, allocator = Counter(owned), scheduler.allocator
+    assert len(owners) == allocator.num_used, "a block leaked"
+    assert all(allocator.references[block] == count for block, count in owners.items()), "a block has owners that are not counted"
+    assert isinstance(scheduler.sharing, Sharing) or len(owned) == len(owners), "a block has two owners"
+    assert allocator.num_free + allocator.num_used == allocator.num_blocks
     for request in scheduler.running:
-        assert len(request.blocks) * scheduler.block_size >= request.num_computed
-    scheduler.allocator.check()
+        assert len(request.blocks) == len(set(request.blocks)) and len(request.blocks) * scheduler.block_size >= request.num_computed
+    allocator.check()

@@ -60,8 +60,8 @@ class Recorder(Sampler):
         return super().sample(logits_RV, rows)
 
 
-def engine_of(model: Transformer, *, layout: str = "paged", block_size: int = 8, drafter=None, **changes) -> Engine:
-    kv = KVPlan(layout=layout, block_size=block_size, store="fp32")
+def engine_of(model: Transformer, *, layout: str = "paged", block_size: int = 8, prefix_sharing: bool = False, drafter=None, **changes) -> Engine:
+    kv = KVPlan(layout=layout, block_size=block_size, store="fp32", prefix_sharing=prefix_sharing)
     settings = {"max_sequences": 6, "max_context": CONTEXT, "step_tokens": 40, "kv_tokens": 6 * CONTEXT, "speculation": 3 if drafter else 0, **changes}
     plan = Plan(model="tiny", kv=kv, **settings)
     scheduler = Scheduler.from_plan(plan)

@@ -193,7 +193,27 @@ def test_the_measured_peak_is_within_the_budget(llm):
     assert dict(llm.report().facts)["budget"].endswith("(kept)")
 
 
+def test_a_prefix_is_found_by_the_next_request_and_reported(home, folder):
+    """Asked for: paged, and counted; a fixed batch has none; a plan that shares does not go with fixed batches."""
+    with ts.open(folder, memory=ROOMY, context=256, concurrency=4, weights="fp32", prefix_sharing=True) as opened:
+        assert opened.plan.kv.prefix_sharing and opened.plan.kv.layout == "paged"
+        first, second = (opened.generate([PROMPTS[2]], GREEDY)[0] for _ in range(2))
+        assert first.num_cached == 0 and second.num_cached >= 16 and first.output_ids == second.output_ids
+        facts = dict(opened.report().facts)
+        assert facts["prefix_cache_hits"] == f"{second.num_cached} tokens" and "prefix_cache_queries" in facts
+        four = opened.generate([PROMPTS[0]], dataclasses.replace(GREEDY, temperature=1.0, seed=1, n=4))[0].samples
+        assert len({sample.output_ids for sample in four}) == 4
+        plan = opened.plan
+    with ts.open(folder, memory=ROOMY, context=64, scheduling="fixed") as opened:
+        assert not opened.plan.kv.prefix_sharing
+    with pytest.raises(ts.InputError, match="schedule continuously"):
+        ts.open(folder, plan=plan, scheduling="fixed")
+    with pytest.raises(ts.InputError, match="Leave --prefix-sharing away"):
+        ts.open(folder, plan=plan, prefix_sharing=True)
+
+
 def test_decode_and_prefill_are_told_apart(llm):
+    llm.engine.forget_prefixes()
     llm.generate(PROMPTS[2], GREEDY)
     assert llm.speeds.decode_tokens == 15
     assert llm.speeds.prefill_tokens == len(make_tokenizer().encode(PROMPTS[2]).ids)

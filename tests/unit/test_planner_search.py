@@ -223,3 +223,21 @@ def test_plain_values():
     assert values["num_candidates"] == len(found.candidates) and values["nearest"] is None
     rows = found.to_dicts()
     assert len(rows) == len(found.pareto) and {"plan", "total_bytes", "decode_tokens_per_s", "quality_nats"} <= set(rows[0])
+
+
+def test_at_equal_speed_prefixes_are_shared_and_the_pin_decides():
+    """Native kernels read pages as fast as one piece: then the smallest blocks. "off" has none; "on" leaves only pages; the contiguous layout cannot."""
+    device = cpu()
+
+    def best(**pins):
+        return plan_frontier(MODEL, device, WORKLOAD, memory_bytes=1 << 40, pins={"weights": "bf16", **pins}).best.plan.kv
+
+    pages = {"layout": "paged"}
+    assert best(**pages).prefix_sharing and best(**pages).block_size == 16
+    assert not best(prefix_sharing="off", **pages).prefix_sharing
+    assert best(prefix_sharing="on").layout == "paged"
+    assert not best(layout="contiguous").prefix_sharing
+    with pytest.raises(InputError, match="contiguous layout has one region per sequence"):
+        best(layout="contiguous", prefix_sharing="on")
+    with pytest.raises(InputError, match="choose one of on, off"):
+        best(prefix_sharing="maybe")

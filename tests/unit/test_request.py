@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from tradespace.engine.request import Completion, Request, SamplingParams, Timings, accept_tokens
-from tradespace.errors import InputError, UnsupportedError
+from tradespace.errors import InputError
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,9 @@ from tradespace.errors import InputError, UnsupportedError
         ({"stop_token_ids": (-4,)}, "stop_token_ids"),
         ({"logprobs": 21}, "between 0 and 20"),
         ({"min_tokens": 5, "max_tokens": 4}, "between 0 and 4"),
-        ({"n": 0}, "at least 1"),
+        ({"n": 0}, "n is 0; at least 1"),
+        ({"n": 1.0}, "whole number"),
+        ({"n": True}, "whole number"),
     ],
 )
 def test_wrong_parameters_are_named(wrong, says):
@@ -41,9 +43,15 @@ def test_wrong_parameters_are_named(wrong, says):
         SamplingParams(**wrong)
 
 
-def test_more_than_one_sample_is_refused_clearly():
-    with pytest.raises(UnsupportedError, match="3 times"):
-        SamplingParams(n=3)
+def test_a_fork_goes_on_from_the_same_tokens_with_another_number():
+    first = request(n=3, seed=4)
+    first.token_ids.append(8)
+    forks = [first.fork(), first.fork()]
+    forks.append(forks[0].fork())
+    assert [fork.sample for fork in forks] == [1, 2, 3] and [fork.id for fork in forks] == ["a.1", "a.2", "a.3"]
+    assert all(fork.token_ids == [1, 2, 3, 8] and fork.seed == 4 and fork.root is first for fork in forks)
+    forks[0].token_ids.append(9)
+    assert first.token_ids == [1, 2, 3, 8]
 
 
 def test_unknown_parameters_are_not_swallowed():

@@ -13,7 +13,21 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from tradespace.cli.options import Activations, Attention, Context, Json, Memory, Model, Offline, PlanFile, Revision, WeightFormat, console, print_json
+from tradespace.cli.options import (
+    Activations,
+    Attention,
+    Context,
+    Json,
+    Memory,
+    Model,
+    Offline,
+    PlanFile,
+    PrefixSharing,
+    Revision,
+    WeightFormat,
+    console,
+    print_json,
+)
 from tradespace.errors import InputError, TradespaceError
 
 if TYPE_CHECKING:
@@ -28,6 +42,7 @@ TopP = Annotated[float | None, typer.Option("--top-p", min=0.0, max=1.0, help="K
 MinP = Annotated[float | None, typer.Option("--min-p", min=0.0, max=1.0, help="Keep tokens at least this share of the likeliest one.")]
 RepetitionPenalty = Annotated[float | None, typer.Option("--repetition-penalty", "--repeat-penalty", help="Above 1: repeat less.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Same seed, same text.")]
+Samples = Annotated[int, typer.Option("--n", min=1, help="Answers to each prompt, each with a draw of its own; the prompt is computed once.")]
 Stop = Annotated[list[str] | None, typer.Option("--stop", help="End the answer before this text; may be given several times.")]
 
 
@@ -41,6 +56,7 @@ def run(
     memory: Memory = None,
     prompt_file: Annotated[list[Path] | None, typer.Option("--prompt-file", "-f", help="A file that is one prompt; may be given several times.")] = None,
     max_tokens: MaxTokens = 128,
+    n: Samples = 1,
     temperature: Temperature = None,
     top_k: TopK = None,
     top_p: TopP = None,
@@ -55,6 +71,7 @@ def run(
     weights: WeightFormat = None,
     attention: Attention = None,
     activations: Activations = None,
+    prefix_sharing: PrefixSharing = None,
     report: Annotated[bool, typer.Option("--report", help="End with the table predicted | measured.")] = False,
     revision: Revision = None,
     offline: Offline = False,
@@ -73,10 +90,11 @@ def run(
         memory=memory,
         plan=plan,
         context=context,
-        concurrency=len(texts),
+        concurrency=len(texts) * n,
         weights=weights,
         attention=attention,
         activations=activations,
+        prefix_sharing=prefix_sharing,
         revision=revision,
         offline=offline,
         progress=not json,
@@ -91,17 +109,20 @@ def run(
             repetition_penalty=repetition_penalty,
             seed=seed,
             stop=tuple(stop or ()),
+            n=n,
         )
         prepared = texts if raw else [llm.render(text, system=system) for text in texts]
         if json:
             completions = llm.generate(prepared, params)
             print_json({"model": model, "completions": completions, "report": llm.report().to_dict()})
             return
-        if len(prepared) == 1:
+        if len(prepared) == n == 1:
             stream_to_terminal(llm, prepared[0], params)
         else:
             for number, completion in enumerate(llm.generate(prepared, params), 1):
-                print(f"[{number}] {texts[number - 1].strip()[:80]}\n{completion.text}\n")
+                for sample in completion.samples:
+                    name = f"{number}.{sample.sample + 1}" if n > 1 else f"{number}"
+                    print(f"[{name}] {texts[number - 1].strip()[:80]}\n{sample.text}\n")
         if report:
             notes.print(report_table(llm.report()))
 

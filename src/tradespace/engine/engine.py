@@ -74,7 +74,10 @@ class Engine:
         return self.scheduler.has_work
 
     def add(self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0, id: str | None = None) -> Request:
-        """Queue a prompt (text, or token ids). Raises InputError where it is empty, not of this vocabulary, or can never fit context or cache."""
+        """Queue a prompt (text, or token ids). Raises InputError where it is empty, not of this vocabulary, or can never fit context or cache.
+
+        With params.n > 1 the other outputs are the request's `siblings`, queued right behind it.
+        """
         params = params or SamplingParams()
         prompt_ids = self._encode(prompt)
         for what, ids in (("the prompt", prompt_ids), ("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
@@ -87,18 +90,45 @@ class Engine:
             raise InputError("stop strings need a tokenizer; without one give stop_token_ids")
         self._count += 1
         request = Request(id=id or f"r{self._count}", prompt_ids=prompt_ids, params=params, priority=priority, eos_ids=self.eos_ids)
-        request.timings.arrived_s = self.clock()
         self.scheduler.add(request)
-        if self.tokenizer is not None:
-            decoder = self.tokenizer.stream_decoder()
-            self._texts[request.id] = OutputText(decoder, stops=params.stop, stop_ids=request.stop_ids(), min_tokens=params.min_tokens)
+        self._open(request)
+        try:
+            for _ in range(1, params.n):
+                request.siblings.append(self.fork(request))
+        except BaseException:
+            self.abort(request)
+            raise
         return request
 
+    def fork(self, request: Request) -> Request:
+        """A second request that goes on from the tokens that `request` has now, with noise of its own; both share what they have in the cache.
+
+        Beams are made of this and `abort`. Raises InputError where the request has ended.
+        """
+        forked = self.scheduler.fork(request)
+        self._open(forked)
+        return forked
+
+    def _open(self, request: Request) -> None:
+        """The clock and the text of a request that has just been queued; a fork's text is spelt anew."""
+        request.timings.arrived_s = self.clock()
+        if self.tokenizer is not None:
+            decoder, params = self.tokenizer.stream_decoder(), request.params
+            text = OutputText(decoder, stops=params.stop, stop_ids=request.stop_ids(), min_tokens=params.min_tokens)
+            self._texts[request.id] = text
+            for token in request.output_ids:
+                self._emit(request, text.push(token))
+
     def abort(self, request: Request) -> None:
-        """End a request at any time; what it has generated stays. One that has ended already stays as it is."""
-        if not request.finished:
-            self.scheduler.abort(request)
-            self._close(request)
+        """End a request at any time, with its siblings; what they have generated stays. One that has ended already stays as it is."""
+        for member in (request, *request.siblings):
+            if not member.finished:
+                self.scheduler.abort(member)
+                self._close(member)
+
+    def forget_prefixes(self) -> None:
+        """Nothing that is in the cache now will be found by those who come: for measurements that must not profit from what ran before."""
+        self.scheduler.allocator.forget_all()
 
     def step(self) -> list[Request]:
         """One step for everyone. Returns the requests that got tokens or ended; failed ones carry `error`. Nothing to do: an empty list."""
@@ -126,7 +156,10 @@ class Engine:
         return changed
 
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None) -> list[Completion]:
-        """Completions of all prompts, in their order. `params`: one for all, or one for each. Raises EngineError if one fails; the others are then aborted."""
+        """Completions of all prompts, in their order; for n > 1 each holds its `siblings`. `params`: one for all, or one for each.
+
+        Raises EngineError if one fails; the others are then aborted.
+        """
         if isinstance(prompts, str):
             raise InputError("generate takes a list of prompts; for one, write [prompt]")
         each = [params] * len(prompts) if params is None or isinstance(params, SamplingParams) else list(params)
@@ -137,7 +170,8 @@ class Engine:
             for prompt, wanted in zip(prompts, each, strict=True):
                 requests.append(self.add(prompt, wanted))
             for request in requests:
-                self._run_until_changed(request, lambda request: request.finished)
+                for member in (request, *request.siblings):
+                    self._run_until_changed(member, lambda request: request.finished)
             return [Completion.of(request) for request in requests]
         except (KeyboardInterrupt, SystemExit):
             self._end_all("abort")  # it may have come between two lines of `add`
@@ -150,6 +184,8 @@ class Engine:
         """Pieces of text as they become certain. The request is queued at once; dropping or closing the stream aborts it."""
         if self.tokenizer is None:
             raise InputError("a stream of text needs a tokenizer; use add and step for token ids")
+        if params is not None and params.n > 1:
+            raise InputError(f"a stream is one text, and n is {params.n}. Use generate, or open {params.n} streams")
         return TextStream(self, self.add(prompt, params))
 
     def _run_until_changed(self, request: Request, enough: Callable[[Request], bool]) -> None:

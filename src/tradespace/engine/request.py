@@ -9,7 +9,7 @@ from math import isfinite
 from types import MappingProxyType
 from typing import Any, Literal
 
-from tradespace.errors import EngineError, InputError, UnsupportedError
+from tradespace.errors import EngineError, InputError
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 State = Literal["waiting", "running", "finished"]
@@ -38,6 +38,7 @@ class SamplingParams:
     ignore_eos            the model's own end-of-sequence tokens do not end the output
     min_tokens            no stop token is chosen before so many tokens; stop strings are ignored until then
     logprobs              log-probabilities of the chosen token and of so many best ones, from the unmodified logits
+    n                     outputs of one prompt, each with noise of its own; the prompt is computed once where prefixes are shared
     """
 
     max_tokens: int = 256
@@ -61,10 +62,6 @@ class SamplingParams:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         self._check_numbers()
-        if not isinstance(self.n, int) or self.n < 1:
-            raise InputError(f"n is {self.n!r}; at least 1 is needed")
-        if self.n > 1:
-            raise UnsupportedError(f"n is {self.n}: one sample per request so far. Send the prompt {self.n} times with different seeds")
         for text in self.stop:
             if not isinstance(text, str) or not text:
                 raise InputError(f"stop holds {text!r}; every stop string needs at least one character")
@@ -77,6 +74,7 @@ class SamplingParams:
 
     def _check_numbers(self) -> None:
         _whole("max_tokens", self.max_tokens, 1, None)
+        _whole("n", self.n, 1, None)
         _whole("min_tokens", self.min_tokens, 0, self.max_tokens)
         _whole("top_k", self.top_k, -1, None)
         if self.logprobs is not None:
@@ -171,6 +169,14 @@ class Request:
     num_computed   tokens whose keys and values are in the cache
     blocks         the cache blocks that hold them, in order
     seed           of the sampling noise: the parameters' own, or one drawn from the system
+    root           the request that its family of forks began with, which counts them in `num_samples`
+    sample         its number in the family, which the noise depends on
+    siblings       the other outputs of a prompt with n > 1; only the first of them knows the others
+    source         the request that it was forked from, until it begins
+    block_names    of the full blocks that its tokens make, as far as somebody has asked (`sharing.py`)
+    num_published  its first so many blocks can be found by their names
+    num_cached     tokens whose keys and values it did not have to compute itself
+    num_lost       tokens whose keys and values a preemption has cost it, and which have not been found again
     priority       lower goes first; equal ones go by arrival
     pieces         the output as text, as it became certain
     """
@@ -181,10 +187,19 @@ class Request:
     priority: int = 0
     eos_ids: frozenset[int] = frozenset()
     arrival: int = -1
+    num_samples: int = 1
+    sample: int = 0
+    source: Request | None = field(default=None, repr=False)
     state: State = "waiting"
     token_ids: list[int] = field(init=False)
     num_computed: int = 0
     blocks: tuple[int, ...] = ()
+    block_names: list[bytes] = field(default_factory=list)
+    num_published: int = 0
+    num_cached: int = 0
+    num_lost: int = 0
+    root: Request = field(init=False, repr=False)
+    siblings: list[Request] = field(default_factory=list, repr=False)
     seed: int = field(init=False)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)
@@ -199,11 +214,23 @@ class Request:
             raise InputError("the prompt is empty: a request needs at least one token")
         self.token_ids = list(self.prompt_ids)
         self.seed = secrets.randbits(63) if self.params.seed is None else self.params.seed
+        self.root = self
 
     @property
-    def order(self) -> tuple[int, int]:
-        """What the queues are sorted by."""
-        return self.priority, self.arrival
+    def order(self) -> tuple[int, int, int]:
+        """What the queues are sorted by. Forks stand behind the one that their family began with."""
+        return self.priority, self.arrival, self.sample
+
+    def fork(self) -> Request:
+        """A request that goes on from the tokens that this one has now, with noise of its own. Nobody has scheduled it yet."""
+        root = self.root
+        forked = Request(
+            id=f"{root.id}.{root.num_samples}", prompt_ids=self.prompt_ids, params=self.params, priority=self.priority, eos_ids=self.eos_ids, source=self
+        )
+        forked.arrival, forked.sample, forked.seed, forked.root = root.arrival, root.num_samples, root.seed, root
+        root.num_samples += 1
+        forked.token_ids, forked.logprobs = list(self.token_ids), list(self.logprobs)
+        return forked
 
     @property
     def num_tokens(self) -> int:
@@ -263,7 +290,11 @@ def accept_tokens(request: Request, sampled: Sequence[int]) -> tuple[list[int], 
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
-    """A finished request. `output_ids` ends with the stop token, if one ended it; `text` does not."""
+    """A finished request. `output_ids` ends with the stop token, if one ended it; `text` does not.
+
+    sample      its number among the outputs of the prompt; `siblings` holds the others for n > 1, `samples` all of them
+    num_cached  tokens whose keys and values were found in the cache
+    """
 
     id: str
     prompt_ids: tuple[int, ...]
@@ -275,6 +306,14 @@ class Completion:
     ttft_s: float | None = None
     tpot_s: float | None = None
     prefill_tokens_per_s: float | None = None
+    sample: int = 0
+    num_cached: int = 0
+    siblings: tuple[Completion, ...] = ()
+
+    @property
+    def samples(self) -> tuple[Completion, ...]:
+        """All outputs of the prompt, this one first."""
+        return (self, *self.siblings)
 
     @classmethod
     def of(cls, request: Request) -> Completion:
@@ -289,5 +328,8 @@ class Completion:
             num_preemptions=request.num_preemptions,
             ttft_s=request.timings.ttft_s,
             tpot_s=request.timings.tpot_s(request.num_outputs),
-            prefill_tokens_per_s=request.timings.prefill_tokens_per_s(request.num_prompt),
+            prefill_tokens_per_s=request.timings.prefill_tokens_per_s(request.num_prompt - request.num_cached),
+            sample=request.sample,
+            num_cached=request.num_cached,
+            siblings=tuple(cls.of(other) for other in request.siblings),
         )

@@ -44,6 +44,8 @@ class Runner:
 
         A sequence with drafts has a row for its last known token and one for each draft; one whose prompt is not through has none.
         """
+        if step.copies:
+            self.cache.copy_blocks(step.copies)
         tokens: list[int] = []
         spans: list[Span] = []
         rows: list[int] = []

@@ -166,7 +166,7 @@ def _draw(logits_RV: Tensor, rows: Sequence[SampleRow]) -> list[int | None]:
         temper_(part_RV, [row.params.temperature for row in picked])
         if truncated:
             truncate_(part_RV, [row.params for row in picked])
-        keys = [noise_key(row.request.seed, 0, row.position) for row in picked]
+        keys = [noise_key(row.request.seed, row.request.sample, row.position) for row in picked]
         tokens = _gumbel_argmax(part_RV, torch.tensor(keys, dtype=torch.int64, device=part_RV.device), sparse=truncated)
         for i, token in zip(chosen, tokens, strict=True):
             found[i] = token

@@ -9,6 +9,9 @@ so the first keeps its blocks and may take all others'; `add` refuses what does 
 budget. So the first advances in every step and finishes, then the next is the first. Preemptions back and forth are rare because a request is admitted only
 when the blocks of all its known tokens are free beside what running prompts still need, and one block more for each sequence that can still grow.
 
+Where prefixes are shared (`sharing.py`), a request begins with the blocks that hold its first tokens already; who writes into a block of several owners gets
+a copy first, which the step lists. A fork stands right behind its family, so it may wait for later arrivals that run already, but for nobody else.
+
 policy "fixed" is what continuous batching is compared with: a batch is filled while nothing runs, in order, up to `max_sequences` and as long as every
 member's prompt + max_tokens slots can be reserved at once; it runs until all its members have ended; their blocks stay reserved until then. Members that have
 ended cost no compute, and prompts are chunked and share steps with decodes as above, so the comparison favours fixed batches where it can.
@@ -23,6 +26,7 @@ from typing import Literal, get_args
 
 from tradespace.engine.allocator import BlockAllocator
 from tradespace.engine.request import FinishReason, Request
+from tradespace.engine.sharing import Sharing, Unshared
 from tradespace.engine.step import Counters, ScheduledSequence, SlotUse, Step
 from tradespace.errors import InputError
 from tradespace.spec.kv import num_blocks as blocks_for
@@ -39,6 +43,7 @@ class Scheduler:
     max_sequences            most requests that run at once
     step_tokens              most tokens of one step
     max_drafts               most drafted tokens of one sequence in a step
+    prefix_sharing           equal prefixes share blocks; only with the policy "continuous"
     """
 
     def __init__(
@@ -51,12 +56,15 @@ class Scheduler:
         step_tokens: int,
         max_drafts: int = 0,
         policy: Policy = "continuous",
+        prefix_sharing: bool = False,
     ):
         for name, value in (("num_blocks", num_blocks), ("block_size", block_size), ("max_sequences", max_sequences), ("step_tokens", step_tokens)):
             if value < 1:
                 raise InputError(f"scheduler: {name} is {value}; at least 1 is needed")
         if policy not in get_args(Policy):
             raise InputError(f"unknown scheduling policy '{policy}'. Known: {', '.join(get_args(Policy))}")
+        if prefix_sharing and policy == "fixed":
+            raise InputError("a fixed batch reserves its blocks beforehand and shares none. Plan without prefix_sharing, or schedule continuously")
         self.block_size = block_size
         self.max_sequences = max_sequences
         self.max_context = max_context
@@ -65,6 +73,7 @@ class Scheduler:
         self.policy: Policy = policy
         self.allocator = BlockAllocator(num_blocks)
         self.counters = Counters()
+        self.sharing = Sharing(self.allocator, block_size, self.counters) if prefix_sharing else Unshared(block_size)
         self.waiting: list[Request] = []  # both sorted by (priority, arrival)
         self.running: list[Request] = []
         self._live: dict[str, Request] = {}
@@ -73,6 +82,7 @@ class Scheduler:
         self._budget = 0
         self._scheduled: dict[str, ScheduledSequence] = {}
         self._preempted: list[Request] = []
+        self._copies: dict[str, tuple[int, int]] = {}  # by the request that needs the copy
 
     @classmethod
     def from_plan(cls, plan: Plan, *, policy: Policy = "continuous") -> Scheduler:
@@ -84,6 +94,7 @@ class Scheduler:
             step_tokens=plan.step_tokens,
             max_drafts=plan.speculation,
             policy=policy,
+            prefix_sharing=plan.kv.prefix_sharing,
         )
 
     @property
@@ -107,9 +118,24 @@ class Scheduler:
         if request.id in self._live:
             raise InputError(f"a request with the id '{request.id}' is under way already; give each its own")
         self._live[request.id] = request
-        request.arrival = self._arrivals
-        self._arrivals += 1
+        if request.root is request:
+            request.arrival = self._arrivals
+            self._arrivals += 1
         insort(self.waiting, request, key=lambda queued: queued.order)
+
+    def fork(self, request: Request) -> Request:
+        """A request that goes on from the tokens that `request` has now, with noise of its own, and stands behind it in order.
+
+        Where there is room for one more it begins at once, and shares its blocks; else it waits, and takes later what it finds. Raises InputError where the
+        request has ended.
+        """
+        if request.finished:
+            raise InputError(f"request {request.id} has ended and cannot be forked")
+        forked = request.fork()
+        self.add(forked)
+        if request.state == "running" and self.waiting[0] is forked and len(self.running) < self.max_sequences and self._may_begin(forked):
+            self._admit()
+        return forked
 
     @staticmethod
     def _shorter(room: int, otherwise: str) -> str:
@@ -124,7 +150,7 @@ class Scheduler:
         if self.policy == "fixed":
             self._parked += request.blocks
         else:
-            self.allocator.free(request.blocks)
+            self._release(request, keep=reason != "error")
         request.blocks = ()
         request.state, request.finish_reason = "finished", reason
         if not self.running:
@@ -141,13 +167,14 @@ class Scheduler:
         for request in ended:
             request.blocks = ()
             request.state, request.finish_reason = "finished", reason
-        self.waiting, self.running, self._parked, self._scheduled, self._live = [], [], [], {}, {}
+        self.waiting, self.running, self._parked, self._scheduled, self._copies, self._live = [], [], [], {}, {}, {}
         self.allocator.reset()
         return ended
 
     def schedule(self, propose: Propose | None = None) -> Step:
         """The next step; empty only when nothing is left to do. `propose` drafts tokens for a request that decodes."""
-        self._budget, self._scheduled, self._preempted = self.step_tokens, {}, []
+        self._budget, self._scheduled, self._preempted, self._copies = self.step_tokens, {}, [], {}
+        self.sharing.begin_step()
         if self.policy == "fixed" and not self.running:
             self._fill_batch()
         # the first in order always gets on, also when its prompt is long and the others' decodes would fill the step
@@ -156,7 +183,7 @@ class Scheduler:
             if request.state == "running" and request.num_uncomputed == 1 and self._budget > kept:
                 self._schedule(request)
         for request in tuple(self.running):
-            if request.state == "running" and request.num_uncomputed > 1 and self._budget:
+            if request.state == "running" and request.num_uncomputed > 1 and self._budget and not self._finds_more(request):
                 self._schedule(request)
         if self.policy == "continuous":
             self._admit_what_fits()
@@ -181,6 +208,7 @@ class Scheduler:
                 self.counters.accepted_drafts += len(tokens) - 1
             else:
                 request.num_computed += item.num_tokens
+            self.sharing.publish(request)
             if request.id in finished:
                 self.finish(request, finished[request.id])
             elif item.draft_tokens:
@@ -193,28 +221,48 @@ class Scheduler:
         if self._make_room(request, request.num_computed + count):
             self._scheduled[request.id] = ScheduledSequence(request, request.num_computed, count)
             self._budget -= count
+            if count > 1:
+                self.sharing.will_fill(request, count)
+
+    def _finds_more(self, request: Request) -> bool:
+        """A prompt that runs gets the blocks that others have filled meanwhile. True: others fill its next one in this step, so that it does better to wait."""
+        self.sharing.adopt(request)
+        return self.sharing.awaits(request)
 
     def _make_room(self, request: Request, num_tokens: int) -> bool:
         """Give `request` the blocks for `num_tokens` tokens. False: it was itself the last in order, and is preempted."""
         missing = blocks_for(num_tokens, self.block_size) - len(request.blocks)
-        while missing > self.allocator.num_free:
+        # a victim may be the other owner of a block that would have to be copied
+        while missing + self.sharing.must_copy(request) > self.allocator.num_free:
             victim = self.running[-1]
             self._preempt(victim)
             if victim is request:
                 return False
+        if copy := self.sharing.own(request):
+            # all copies are made at once: what would be copied in two leaps, because its owner got the block in this very step, is copied from where it lies
+            lies = {target: source for source, target in self._copies.values()}
+            self._copies[request.id] = (lies.get(copy[0], copy[0]), copy[1])
         if missing > 0:
             request.blocks += self.allocator.allocate(missing, after=request.blocks[-1] if request.blocks else None)
         return True
+
+    def _release(self, request: Request, *, keep: bool = True) -> None:
+        """Give a request's blocks back. What they hold can still be found, unless it is not to be kept."""
+        if not keep:
+            self.allocator.forget(request.blocks)
+        self.allocator.free(reversed(request.blocks))  # its first blocks are those that others most likely begin with: they are evicted last
 
     def _preempt(self, victim: Request) -> None:
         _remove(self.running, victim)
         item = self._scheduled.pop(victim.id, None)
         if item is not None:
             self._budget += item.num_tokens
-        self.allocator.free(victim.blocks)
+            self._copies.pop(victim.id, None)
+        self._release(victim)
         self.counters.preemptions += 1
         self.counters.recomputed_tokens += victim.num_computed
-        victim.blocks, victim.num_computed, victim.state = (), 0, "waiting"
+        victim.num_lost += victim.num_computed
+        victim.blocks, victim.num_computed, victim.num_published, victim.state = (), 0, 0, "waiting"
         victim.num_preemptions += 1
         self._preempted.append(victim)
         insort(self.waiting, victim, key=lambda queued: queued.order)
@@ -223,19 +271,22 @@ class Scheduler:
         request = self.waiting.pop(0)
         request.state = "running"
         insort(self.running, request, key=lambda queued: queued.order)
+        self.sharing.adopt(request)
         return request
 
     def _admit_what_fits(self) -> None:
         # where someone had to make room in this very step, nobody new comes in
-        while self.waiting and not self._preempted and self._budget and len(self.running) < self.max_sequences and self._fits_now(self.waiting[0]):
+        while self.waiting and not self._preempted and self._budget and len(self.running) < self.max_sequences and self._may_begin(self.waiting[0]):
             self._schedule(self._admit())
 
-    def _fits_now(self, request: Request) -> bool:
-        """The admission rule of continuous batching (see above). A request that would be alone always fits: `add` saw to that."""
+    def _may_begin(self, request: Request) -> bool:
+        """The admission rule of continuous batching (see above). A request that would be alone always may: `add` saw to that."""
         if not self.running:
             return True
+        if self.sharing.awaits(request):
+            return False
         growing = sum(self._can_grow(other) for other in [*self.running, request])
-        return blocks_for(request.num_tokens, self.block_size) + growing <= self._spare_blocks()
+        return self.sharing.fresh_blocks(request) + growing <= self._spare_blocks()
 
     def _spare_blocks(self) -> int:
         """Free blocks that no running request's known tokens need."""
@@ -278,8 +329,10 @@ class Scheduler:
 
     def _step(self) -> Step:
         held = sum(request.num_computed for request in self.running) + sum(item.num_tokens for item in self._scheduled.values())
+        # a shared block's tokens were counted once for each owner; one that is not full is about to be copied
+        held = max(0, held - self.allocator.num_surplus * self.block_size)
         slots = SlotUse(allocated=self.allocator.num_used * self.block_size, held=held)
-        step = Step(tuple(self._scheduled.values()), tuple(self._preempted), slots)
+        step = Step(tuple(self._scheduled.values()), tuple(self._preempted), slots, tuple(self._copies.values()))
         assert step.sequences or not self.has_work, f"{len(self.running)} running and {len(self.waiting)} waiting requests, but nothing to do"
         assert step.num_tokens <= self.step_tokens, f"a step of {step.num_tokens} tokens; at most {self.step_tokens} were planned"
         if step.sequences:

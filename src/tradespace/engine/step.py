@@ -1,4 +1,4 @@
-"""One step as the scheduler hands it out: whose tokens, from where, which drafts; and what it says about the cache. No torch."""
+"""One step as the scheduler hands it out: whose tokens, from where, which drafts, which blocks to copy first; and what it says about the cache. No torch."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class ScheduledSequence:
 
 @dataclass(frozen=True, slots=True)
 class SlotUse:
-    """Token slots of the cache at one step: in allocated blocks, and holding a token once the step is computed."""
+    """Token slots of the cache at one step: in allocated blocks, and holding a token once the step is computed. A shared block counts once, as a full one."""
 
     allocated: int
     held: int
@@ -46,11 +46,15 @@ class SlotUse:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What the runner computes at once, and who had to make room."""
+    """What the runner computes at once, and who had to make room.
+
+    copies   (source, target) blocks that the runner copies, as if all at once, before it computes: whoever writes into a shared block gets its own
+    """
 
     sequences: tuple[ScheduledSequence, ...]
     preempted: tuple[Request, ...]
     slots: SlotUse
+    copies: tuple[tuple[int, int], ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -63,7 +67,12 @@ class Step:
 
 @dataclass(slots=True)
 class Counters:
-    """Sums since the scheduler was made. Slots are summed over steps: `slot_waste` is their time average, in steps."""
+    """Sums since the scheduler was made. Slots are summed over steps: `slot_waste` is their time average, in steps.
+
+    recomputed_tokens      computed again after a preemption
+    prefix_cache_queries   tokens of requests when they began, or began again, where prefixes are shared
+    prefix_cache_hits      those of them whose keys and values were found in blocks that others had computed
+    """
 
     steps: int = 0
     tokens: int = 0
@@ -73,6 +82,9 @@ class Counters:
     recomputed_tokens: int = 0
     allocated_slots: int = 0
     held_slots: int = 0
+    prefix_cache_queries: int = 0
+    prefix_cache_hits: int = 0
+    copied_blocks: int = 0
 
     @property
     def slot_waste(self) -> float:

@@ -64,7 +64,7 @@ def _case(weights: str, regions: int, lengths: list[Length], rounds: int, say: C
 
     context = MAX_PROMPT + MAX_OUTPUT
     with ts.open(MODEL, memory="4GiB", concurrency=regions, context=context, weights=weights) as first:
-        base = replace(first.plan, kv=replace(first.plan.kv, layout="paged", block_size=16), kv_tokens=regions * context)
+        base = replace(first.plan, kv=replace(first.plan.kv, layout="paged", block_size=16, prefix_sharing=False), kv_tokens=regions * context)
     tokens = sum(length.output for length in lengths)
     speeds: dict[str, list[float]] = {policy: [] for policy in POLICIES}
     row: dict[str, Any] = {"weights": weights, "regions": regions, "requests": len(lengths), "output_tokens": tokens, "steps": {}, "rows": {}}

@@ -70,7 +70,8 @@ def decode_speeds(quick: bool, say: Callable[[str], None]) -> dict[str, Figure]:
     for sequences in (1, 16):
         with ts.open("smollm2-135m", memory="4GiB", concurrency=sequences, context=1024, weights="bf16") as first:
             base = first.plan
-        plans = {layout: replace(base, kv=replace(base.kv, layout=layout), kv_tokens=sequences * 1024) for layout in ("paged", "contiguous")}
+        both = {layout: replace(base.kv, layout=layout, prefix_sharing=False) for layout in ("paged", "contiguous")}
+        plans = {layout: replace(base, kv=kv, kv_tokens=sequences * 1024) for layout, kv in both.items()}
         opened = {layout: ts.open("smollm2-135m", plan=plan) for layout, plan in plans.items()}
         speeds: dict[str, list[float]] = {layout: [] for layout in opened}
         for turn in range(rounds + 1):

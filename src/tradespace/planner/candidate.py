@@ -6,7 +6,8 @@ The rule for "best", in this order:
    unknowns the format with more bits, first of the weights, then of the cache;
 3. a quantized checkpoint's own formats, before any that it would have to be quantized to once more;
 4. speed: seconds to serve the workload once (`cost.time.request_seconds`), prompts included, so that sequences which have to wait count;
-5. bytes, and between plans equal in all that the smaller loss.
+5. shared prefixes: at equal speed a layout in which requests can share them, the smaller its blocks the more;
+6. bytes, and between plans equal in all that the smaller loss.
 """
 
 from __future__ import annotations
@@ -115,9 +116,10 @@ class Candidate:
 
     @cached_property
     def preference(self) -> tuple[float, ...]:
-        """Smaller is better: comfort, quality, own formats, speed, bytes, and between equals the loss below the limit."""
-        loss = self.quality.value
-        return (self.comfort, *self.quality_key, float(self.requantized), self.request_s, float(self.total_bytes), float("inf") if loss is None else loss)
+        """Smaller is better: comfort, quality, own formats, speed, shared prefixes, bytes, and between equals the loss below the limit."""
+        loss = float("inf") if self.quality.value is None else self.quality.value
+        grain = float(self.kv.block_size) if self.kv.prefix_sharing else float("inf")
+        return (self.comfort, *self.quality_key, float(self.requantized), self.request_s, grain, float(self.total_bytes), loss)
 
     @cached_property
     def objectives(self) -> tuple[float, ...]:

@@ -34,7 +34,7 @@ from tradespace.planner.space import Space
 from tradespace.spec import native
 from tradespace.spec.estimate import Estimate
 from tradespace.spec.formats import ELEMENT_BYTES
-from tradespace.spec.kv import KVPlan
+from tradespace.spec.kv import KVPlan, Retain, sharing_refusal
 from tradespace.spec.plan import Placement, Plan
 from tradespace.spec.weights import WeightPlan
 
@@ -234,7 +234,8 @@ class Pricer:
                 for store in self.space.stores_for(weights):
                     slot_bytes = memory.kv_slot_bytes(self.summary, store, degree)
                     for layout, block in self.space.layouts:
-                        kv = KVPlan(layout=layout, block_size=block, store=store)
+                        sharing = self.space.prefix_sharing and sharing_refusal(layout, Retain()) is None
+                        kv = KVPlan(layout=layout, block_size=block, store=store, prefix_sharing=sharing)
                         for kernel in self.kernels_for(weights, kv):
                             for step_tokens in self.space.step_tokens:
                                 yield from self._placed(weights, share, placed, kv, slot_bytes, kernel, step_tokens, degree)

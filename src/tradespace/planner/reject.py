@@ -101,6 +101,8 @@ def _compared(strongest: Candidate, best: Candidate) -> str:
     if strongest.request_s > best.request_s:
         slow, fast = format_seconds(strongest.request_s), format_seconds(best.request_s)
         return f"slower: {slow} against {fast} for the workload" if slow != fast else f"no faster: {slow} for the workload either way"
+    if best.kv.prefix_sharing and (not strongest.kv.prefix_sharing or strongest.kv.block_size > best.kv.block_size):
+        return f"equal speed, and requests share {'less of their' if strongest.kv.prefix_sharing else 'no'} prefixes"
     if strongest.total_bytes > best.total_bytes:
         return f"equal speed, {format_bytes(strongest.total_bytes - best.total_bytes)} more"
     return f"equal speed and bytes, no smaller loss: {_loss(strongest)} against {_loss(best)}"

@@ -12,7 +12,7 @@ from tradespace.spec.attention import KERNELS, find_kernel, refusal
 from tradespace.spec.device import DeviceSpec
 from tradespace.spec.formats import FORMATS, find_format
 from tradespace.spec.formats import refusal as unsuitable
-from tradespace.spec.kv import STORES, KVPlan
+from tradespace.spec.kv import STORES, KVPlan, Retain, sharing_refusal
 from tradespace.spec.model import ModelSpec
 from tradespace.spec.plan import ACTIVATIONS, LINEAR_KERNELS
 from tradespace.spec.tensors import QUANTIZABLE_ROLES, model_tensors
@@ -25,16 +25,23 @@ DEGREES = (1, 2, 4, 8)
 # the formats that are searched: of those that differ by the size of their groups or by zero points alone, one or two stand for all. Any other can be pinned
 OFFERED = ("fp32", "bf16", "fp16", "int8", "w8a8", "fp8", "int4", "int4-g32", "nf4", "int3", "int2", "e8")
 _EAGER = ("reference", "chunked", "sdpa")
-PINS = ("weights", "head", "kv_store", "layout", "block_size", "attention", "linear", "activations", "step_tokens", "placement", "tensor_parallel")
+PINS = (
+    *("weights", "head", "kv_store", "layout", "block_size", "prefix_sharing", "attention", "linear", "activations"),
+    *("step_tokens", "placement", "tensor_parallel"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Space:
-    """The axes. `sources`: where layers may be streamed from; `must_stream`: only plans that do; `refused`: kernels with the reason why they are left out."""
+    """The axes. `sources`: where layers may be streamed from; `must_stream`: only plans that do; `refused`: kernels with the reason why they are left out.
+
+    `prefix_sharing`: plans share prefixes where layout and retention allow it.
+    """
 
     weights: tuple[WeightPlan, ...]
     stores: tuple[str, ...] | None  # None: the activations' own dtype and every quantized one
     layouts: tuple[tuple[str, int], ...]
+    prefix_sharing: bool
     kernels: tuple[str, ...]
     linear: str
     activations: str
@@ -150,6 +157,14 @@ def build_space(model: ModelSpec, device: DeviceSpec, workload: Workload, pins: 
     if not kernels:  # nothing here computes such a layer: priced all the same, with the reason why it does not run
         kernels = tuple(kernel for kernel in KERNELS if kernel in _EAGER or (kernel == "flash" and device.kind == "cuda"))
     layouts = tuple(layout for layout in LAYOUTS if layout[0] in _one_of(pins, "layout", ("paged", "contiguous")))
+    sharing = pins.get("prefix_sharing", "where it can be")
+    if sharing not in ("on", "off", "where it can be"):
+        raise InputError(f"prefix_sharing '{sharing}': choose one of on, off")
+    if sharing == "on":
+        refusals = [reason for layout, _ in layouts if (reason := sharing_refusal(layout, Retain()))]
+        layouts = tuple(layout for layout in layouts if sharing_refusal(layout[0], Retain()) is None)
+        if not layouts:
+            raise InputError(f"prefix sharing: {refusals[0]}")
     if "block_size" in pins:
         layouts = tuple(dict.fromkeys((name, _number(pins, "block_size") if name == "paged" else block) for name, block in layouts))
     placement = _one_of(pins, "placement", ("resident", "host", "disk"))
@@ -172,6 +187,7 @@ def build_space(model: ModelSpec, device: DeviceSpec, workload: Workload, pins: 
         own=frozenset(own),
         stores=(pins["kv_store"],) if "kv_store" in pins else None,
         layouts=layouts,
+        prefix_sharing=sharing != "off",
         kernels=kernels,
         linear=next(name for name in _one_of(pins, "linear", LINEAR_KERNELS) if name != "native" or pins.get("linear") == "native"),
         activations=next(iter(_one_of(pins, "activations", ACTIVATIONS))),

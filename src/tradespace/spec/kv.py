@@ -81,12 +81,16 @@ class Retain:
 
 @dataclass(frozen=True, kw_only=True)
 class KVPlan:
-    """One point on the three axes. `block_size` is the paged layout's tokens per block; the contiguous layout has one block per sequence."""
+    """One point on the three axes. `block_size` is the paged layout's tokens per block; the contiguous layout has one block per sequence.
+
+    prefix_sharing   sequences with equal first tokens share the blocks that hold them: needs blocks (paged) and retention that keeps every token
+    """
 
     retain: Retain = Retain()
     layout: str = "paged"  # "paged" | "contiguous"
     block_size: int = 16
     store: str = "bf16"
+    prefix_sharing: bool = False
 
     def __post_init__(self):
         if self.layout not in ("paged", "contiguous"):
@@ -95,6 +99,8 @@ class KVPlan:
             raise InputError(f"unknown KV store '{self.store}'. Known: {', '.join(STORES)}")
         if not 1 <= self.block_size <= 256:
             raise InputError(f"block size {self.block_size}: choose between 1 and 256 tokens")
+        if self.prefix_sharing and (reason := sharing_refusal(self.layout, self.retain)):
+            raise InputError(f"prefix sharing: {reason}")
 
     @property
     def runs_since(self) -> str | None:
@@ -104,6 +110,15 @@ class KVPlan:
         where = f"paged({self.block_size})" if self.layout == "paged" else "contiguous"
         kept = "full" if self.retain.kind == "full" else f"sliding({self.retain.window}, {self.retain.sinks})"
         return f"{kept} × {where} × {self.store}"
+
+
+def sharing_refusal(layout: str, retain: Retain) -> str | None:
+    """Why sequences cannot share the blocks of their prefixes, or None."""
+    if layout != "paged":
+        return f"the {layout} layout has one region per sequence, and nothing smaller that two could share. Choose the paged layout"
+    if retain.kind != "full":
+        return f"{retain.kind} retention forgets tokens, each sequence its own, so equal tokens do not mean equal blocks. Choose full retention"
+    return None
 
 
 def layer_token_bytes(model: ModelSpec, layer: int, store: str) -> int:

@@ -146,7 +146,7 @@ def _build(cls: type, values: Any, where: str) -> Any:
             continue
         default = known[key].default
         expected = Mapping if key == "exceptions" else str if default is MISSING else type(default)
-        if not isinstance(value, expected) or isinstance(value, bool):
+        if not isinstance(value, expected) or isinstance(value, bool) != (expected is bool):
             raise InputError(f"{where}.{key}: expected {expected.__name__}, got {value!r}")
         arguments[key] = value
     try:
