@@ -27,6 +27,7 @@ from tradespace.engine.step import Step
 from tradespace.errors import BudgetError, UnsupportedError
 from tradespace.formats import DTYPES, Weight
 from tradespace.kernels.attention.dispatch import Choice, resolve_kernels
+from tradespace.kernels.sample.native import NativeSampling
 from tradespace.kernels.view import Span, StepBatch, positions_of
 from tradespace.kv.cache import KVCache
 from tradespace.loading.gguf import read_gguf
@@ -108,7 +109,7 @@ def build_engine(
     if plan.linear == "native":
         # a parallel operator of torch leaves a thread that spins for milliseconds, on a core that the next native step needs
         torch.set_num_threads(1)
-    sampler = Sampler(num_tokens=min(tokenizer.vocab_size, spec.V))
+    sampler = make_sampler(plan, num_tokens=min(tokenizer.vocab_size, spec.V), threads=threads)
     model = Recorded(transformer, step_tokens=plan.step_tokens, logit_rows=plan.logit_rows, threads=threads) if plan.linear == "native" else transformer
     with _rehearsal_cache(spec, plan) as cache:
         if isinstance(model, Recorded):
@@ -132,6 +133,13 @@ def build_engine(
     peak_bytes("build")
     engine = Engine(Runner(model, cache, plan), Scheduler.from_plan(plan, policy=scheduling), sampler, tokenizer, on_step=on_step)
     return Built(engine, tokenizer, transformer, cache, spec, plan, kernels, measured, notes, threads_before)
+
+
+def make_sampler(plan: Plan, *, num_tokens: int, threads: int) -> Sampler:
+    """Tokens of a native plan are chosen by the native kernel on the step's own threads, those of any other plan by torch."""
+    if plan.linear == "native":
+        return Sampler(num_tokens=num_tokens, kernel=NativeSampling(vocab_size=num_tokens, max_rows=plan.logit_rows, threads=threads))
+    return Sampler(num_tokens=num_tokens)
 
 
 def _load(transformer: Transformer, files: ModelFiles, spec: ModelSpec, on_load: Callable[[int, int], None] | None) -> tuple[str, ...]:
@@ -207,7 +215,7 @@ def rehearse(model: Transformer | Recorded, cache: KVCache, sampler: Sampler, pl
     # descending, so that the table is not one run of consecutive blocks and the gather is rehearsed, too
     table = tuple((last - index) % (last + 1) for index in range(-(-plan.max_context // size)))
     sequences = min(plan.max_sequences, plan.step_tokens)
-    drawn = SamplingParams(temperature=1.0, top_k=50, top_p=0.95, seed=0)
+    drawn = SamplingParams(temperature=1.0, top_k=50, top_p=0.95, repetition_penalty=1.1, seed=0)  # adjusted rows are copied
     request = Request(id="rehearsal", prompt_ids=(0,) * max(1, plan.max_context - 1), params=drawn)
     largest = [0] * 6
     starts = range(0, plan.step_tokens, plan.max_context)  # a step may be larger than a context: then several sequences fill it

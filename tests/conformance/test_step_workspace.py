@@ -32,7 +32,7 @@ MODELS = {
     "parallel": ((LayerSpec(mixer=replace(HEADS, K=1), ffn=DenseFFN(F=1024, activation="gelu", gated=False), arrangement="parallel"),), 256, 2048),
     "much vocabulary": ((LayerSpec(mixer=HEADS, ffn=DenseFFN(F=128)),), 256, 2**14),
 }
-DRAWN = SamplingParams(temperature=1.0, top_k=50, top_p=0.95, seed=0)
+DRAWN = SamplingParams(temperature=1.0, top_k=50, top_p=0.95, repetition_penalty=1.1, seed=0)
 
 
 def build(name: str, weights: WeightPlan, plan: Plan) -> tuple[ModelSpec, Transformer, KVCache]:

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import torch
 
 from tradespace.engine.engine import Engine
-from tradespace.engine.noise import gumbel
 from tradespace.engine.runner import Runner
 from tradespace.engine.sampler import Sampler
 from tradespace.engine.scheduler import Scheduler
+from tradespace.kernels.sample.noise import gumbel
 from tradespace.spec.kv import KVPlan
 from tradespace.spec.plan import Plan
 

@@ -9,9 +9,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from tradespace.engine import noise
 from tradespace.engine.request import Request, SamplingParams
-from tradespace.engine.sampler import PROBE, Sampler, SampleRow, adjust_, temper_, truncate_
+from tradespace.engine.sampler import Sampler, SampleRow, adjust_
+from tradespace.kernels.sample import noise
+from tradespace.kernels.sample.reference import PROBE, temper_, truncate_
 
 torch.set_num_threads(1)
 

@@ -224,7 +224,8 @@ def _step_lines(summary: Summary, plan: Plan, pool: str, device: DeviceSpec) -> 
         lines.append(("reference tile", size, "rows of a matrix widened to fp32", "running"))
     formula = f"worst moment of a layer: {shape.T} tokens, {plan.attention} over {shape.S} keys"
     lines.append(("workspace", workspace.activation_bytes(summary, weights, shape), formula, "layers"))
-    formula = f"{min(shape.rows, shape.T)} rows × {model.V} logits; {calibration.SAMPLER_BYTES_PER_LOGIT.value:.0f} B each where sampled"
+    sampled = "two more of each row sampled at once" if weights.layout == "native" else f"{calibration.SAMPLER_BYTES_PER_LOGIT.value:.0f} B each where sampled"
+    formula = f"{min(shape.rows, shape.T)} rows × {model.V} logits; {sampled}"
     lines.append(("logits", workspace.head_bytes(summary, weights, shape), formula, "head"))
     return [LedgerLine(name, pool, Estimate(size, MODELLED), formula, phase) for name, size, formula, phase in lines]
 

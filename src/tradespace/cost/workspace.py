@@ -246,7 +246,8 @@ def head_bytes(summary: Summary, weights: WeightPlan, shape: StepShape) -> float
     V, D, e = summary.model.V, summary.model.D, shape.e
     rows = min(shape.rows, shape.T)
     if weights.layout == "native":
-        return sampler_bytes(rows, V)
+        # the logits lie in the step's buffers; rows that are adjusted are copied, so many at a time
+        return native.sample_bytes(V, rows, shape.threads) + 4 * min(rows * V, max(calibration.SAMPLER_LOGITS_AT_ONCE.value, V))
     padded = bucket(rows) if shape.linear == "torch" and e == 2 else rows
     widened = 4 * rows * V if e < 4 else 0
     product = product_bytes(formats_of(weights, "embed" if summary.model.tied else "lm_head"), V, D, padded, shape)

@@ -77,14 +77,14 @@ def tokenizer_bytes(model: str) -> float:
 
 
 def sampler_bytes() -> float:
-    """Bytes per logit that top-k and top-p sampling allocates at most, by torch's own record."""
+    """Bytes per logit that top-k and top-p sampling of penalized rows allocates at most, by torch's own record."""
     import torch
 
     from tradespace.engine.request import Request, SamplingParams
     from tradespace.engine.sampler import Sampler, SampleRow
 
     rows, V = 4, int(calibration.SAMPLER_LOGITS_AT_ONCE.value) // 4
-    request = Request(id="r", prompt_ids=(0,), params=SamplingParams(temperature=1.0, top_k=50, top_p=0.95, seed=0))
+    request = Request(id="r", prompt_ids=(0,), params=SamplingParams(temperature=1.0, top_k=50, top_p=0.95, repetition_penalty=1.1, seed=0))
     logits_RV = torch.randn(rows, V)
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.inference_mode(), torch.profiler.profile(activities=activities, profile_memory=True) as profile:

@@ -181,3 +181,8 @@ def forms(formats: Mapping[str, str], activations: str) -> frozenset[str]:
 def partial_floats(value_width: int) -> int:
     """Floats of one partial result of attention: largest score and sum of each row, and its weighted values."""
     return ROWS * round_up(value_width, LANES) + 2 * LANES
+
+
+def sample_bytes(vocab_size: int, rows: int, threads: int) -> int:
+    """Bytes that sampling holds for each row that is chosen from at once: its tempered logits, and those of them that it looks at closer."""
+    return min(rows, threads) * 2 * 4 * round_up(vocab_size, LANES)

@@ -86,6 +86,20 @@ class Op(c.Structure):
     )
 
 
+class Choice(c.Structure):
+    """A row of logits and how a token is chosen from it (`source/sample.cpp`)."""
+
+    _fields_ = (
+        ("logits", c.c_void_p),
+        ("key", c.c_int64),
+        ("top_k", c.c_int64),
+        ("token", c.c_int64),
+        ("top_p", c.c_double),
+        ("temperature", c.c_float),
+        ("min_logit", c.c_float),
+    )
+
+
 _PTR, _I64, _I32 = c.c_void_p, c.c_int64, c.c_int32
 _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "ts_op_bytes": (_I64, ()),
@@ -96,6 +110,8 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "ts_pack_dense": (None, (_PTR, _PTR, _I64, _PTR)),
     "ts_unpack_rows": (None, (_PTR, _PTR, _I64, _PTR)),
     "ts_linear": (None, (_PTR, _PTR, _PTR, _I64, _I64, _I32, _PTR, _PTR, _I64, _I32)),
+    "ts_choice_bytes": (_I64, ()),
+    "ts_sample": (None, (_PTR, _I64, _I64, _PTR, _I32)),
     "ts_run": (None, (_PTR, _I64, _PTR, _PTR, _I64, _I32, _PTR)),
 }
 
@@ -111,6 +127,7 @@ class Library:
             function.restype, function.argtypes = result, arguments
             setattr(self, name, function)
         assert self.ts_op_bytes() == c.sizeof(Op), f"library.Op has {c.sizeof(Op)} bytes, program.cpp's {self.ts_op_bytes()}"
+        assert self.ts_choice_bytes() == c.sizeof(Choice), f"library.Choice has {c.sizeof(Choice)} bytes, sample.cpp's {self.ts_choice_bytes()}"
 
     def __getattr__(self, name: str):
         raise AttributeError(f"the native kernels have no function {name}")

@@ -17,6 +17,7 @@ typedef uint8_t vb __attribute__((vector_size(64)));
 typedef uint16_t vh __attribute__((vector_size(32)));
 #if defined(__AVX2__)
 typedef float vf8 __attribute__((vector_size(32)));
+union vf_parts { vf whole; __m256 part[2]; };
 #endif
 
 constexpr int LANES = 16;  // rows of a panel, positions of a key tile
@@ -50,6 +51,10 @@ TS_INLINE vf fma(vf a, vf b, vf c) {
 TS_INLINE vf max(vf a, vf b) {
 #if defined(__AVX512F__)
   return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  vf_parts x{a}, y{b};  // compilers compare wider vectors than the machine's lane by lane
+  for (int i = 0; i < 2; i++) x.part[i] = _mm256_max_ps(x.part[i], y.part[i]);
+  return x.whole;
 #else
   return a > b ? a : b;
 #endif
@@ -58,6 +63,10 @@ TS_INLINE vf max(vf a, vf b) {
 TS_INLINE vf min(vf a, vf b) {
 #if defined(__AVX512F__)
   return (vf)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  vf_parts x{a}, y{b};  // compilers compare wider vectors than the machine's lane by lane
+  for (int i = 0; i < 2; i++) x.part[i] = _mm256_min_ps(x.part[i], y.part[i]);
+  return x.whole;
 #else
   return a < b ? a : b;
 #endif
