@@ -56,7 +56,7 @@ class Recipe:
         spec = self.weights.spec
         if self.target == "gguf":
             return GGUFCheckpoint(source, spec, self.weights.stored_spec, self.plan)
-        return Checkpoint.of(files, source, spec, self.plan.dense)
+        return Checkpoint.of(files, source, spec, self.plan)
 
     def job(self, files: ModelFiles) -> dict[str, Any]:
         """What another run must have in common to go on with this one's work."""
