@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from tradespace import api
 from tradespace.errors import InputError, UnsupportedError
@@ -27,11 +27,15 @@ from tradespace.quantize.pipeline import Outcome, Pipeline, Recipe, check_output
 from tradespace.quantize.sensitivity import Sensitivity, SensitivityPass
 from tradespace.quantize.source import StoredWeights, Weights
 from tradespace.spec.formats import find_format
+from tradespace.spec.model import RoutedFFN
 from tradespace.spec.tensors import num_parameters
 from tradespace.spec.weights import WeightPlan, weight_bytes
 from tradespace.units import MiB, parse_bytes
 
 Target = Literal["compressed-tensors", "gguf"]
+TARGETS: tuple[Target, ...] = get_args(Target)
+# what a budget is spent on in a GGUF file: blocks of 32, which fit more widths than the K-quants' 256
+GGUF_CANDIDATES = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "bf16")
 OnProgress = Callable[[str, int, int], None]
 
 
@@ -91,7 +95,8 @@ def quantize(
 
     format, group_size  one format for all linears ("int4" with 64, or "int4-g64"); `embed` holds embedding and head, by default as dense as they are
     bytes, bits         a budget instead: all weights together, or per parameter; formats are chosen per matrix, out of `formats`, by measured sensitivity
-    method              of `quantize.methods.METHODS`; default: gptq where there is a text to learn from (smoothquant for w8a8), else rtn-search
+    method              of `quantize.methods.METHODS`; default: gptq where there is a text to learn from (smoothquant for w8a8), else rtn-search; rtn for GGUF
+    to                  "compressed-tensors", a folder that transformers and vLLM open; "gguf", a file that llama.cpp opens, from a folder or a file
     calibrate           a text file of `samples` windows of `context` tokens; alpha: SmoothQuant's, by default searched for
     memory              what the process may take at its peak; default: 80% of what is free
 
@@ -102,15 +107,19 @@ def quantize(
     budget = bytes is not None or bits is not None
     if budget == (format is not None) or (bytes is not None and bits is not None):
         raise InputError("say what is wanted by one of --format (all linears alike), --bytes or --bits (formats chosen per matrix)")
-    chosen = _method(method, format, has_text=calibrate is not None, budget=budget)
+    if to not in TARGETS:
+        raise InputError(f"--to {to}: write {' or '.join(TARGETS)}")
+    chosen = _method(method, format, to, has_text=calibrate is not None, budget=budget)
     if calibrate is None and (chosen.needs_text or budget):
         what = "a budget is spent by measured sensitivities, and they need" if budget else f"--method {chosen.name} learns from"
         raise InputError(f"{what} text of the kind that the model is for. Give --calibrate FILE, or use --format with --method rtn-search, which needs none")
     files = resolve(str(model), revision=revision, offline=offline)
     spec = api.spec_of_files(files)
+    if any(isinstance(layer.ffn, RoutedFFN) for layer in spec.layers):
+        raise UnsupportedError(f"{spec.name} routes tokens to experts; no such model runs here yet, and none is quantized. Its dense relatives are")
     if spec.quantization and files.kind == "safetensors":
         raise UnsupportedError(f"{spec.name} is stored as {spec.quantization} already. Quantize the model's bf16 weights, or a GGUF file")
-    if context > spec.max_context:
+    if calibrate is not None and context > spec.max_context:
         raise InputError(f"--context {context}: {spec.name} takes at most {spec.max_context} tokens")
     memory_bytes = parse_bytes(api.DEFAULT_SHARE if memory is None else memory, free_bytes=api.this_machine().free_bytes)
     limit_heap_growth(4 * MiB)  # matrices of small models stay in the heap: a page fault for each of their temporaries would cost a third of the time
@@ -121,7 +130,7 @@ def quantize(
         check_budget(job.weights.spec, chosen, memory_bytes, process_bytes=process_bytes(), samples=samples, context=context)
         if budget:
             limit = budget_of_bits(job.weights.spec, bits) if bits is not None else parse_bytes(bytes or 0)
-            names = [find_format(name).name for name in formats] if formats else list(CANDIDATES)
+            names = [find_format(name).name for name in formats] if formats else list(GGUF_CANDIDATES if to == "gguf" else CANDIDATES)
             plan = job.allocate(names, limit)
         else:
             plan = uniform_plan(named(format or "", group_size), embed)
@@ -135,10 +144,10 @@ def uniform_plan(fmt: str, embed: str | None) -> WeightPlan:
     return WeightPlan(default=fmt, exceptions=dict.fromkeys(("embed", "lm_head"), outside) if outside != fmt else {})
 
 
-def _method(name: str | None, fmt: str | None, *, has_text: bool, budget: bool) -> Method:
+def _method(name: str | None, fmt: str | None, to: Target, *, has_text: bool, budget: bool) -> Method:
     if name is not None:
         found = find_method(name)
-    elif fmt is not None and find_format(fmt).block is not None and not fmt.startswith("e8"):
+    elif (fmt is None and to == "gguf") or (fmt is not None and find_format(fmt).block is not None and not fmt.startswith("e8")):
         found = find_method("rtn")  # GGUF's own blocks
     elif fmt == "w8a8":
         found = find_method("smoothquant" if has_text else "rtn")
@@ -165,9 +174,10 @@ class _Job:
     def allocate(self, names: Sequence[str], budget_bytes: int) -> WeightPlan:
         """The plan for a budget. Sensitivities wait beside the output until it is whole."""
         allocate(self.weights.spec, [], names, budget_bytes)  # a budget that cannot be met is told before hours are spent
+        recipe = Recipe(weights=self.weights, plan=WeightPlan(), method=self.method, windows=self.windows, seed=self.seed, target=self.to)
         for name in names:
             check_formats(self.weights.spec, WeightPlan(default=name), self.method)
-        recipe = Recipe(weights=self.weights, plan=WeightPlan(), method=self.method, windows=self.windows, seed=self.seed)
+            replace(recipe, plan=WeightPlan(default=name)).naming(self.files, self.source)  # so is what the written form cannot say
         work = self.sensitivity_folder
         self.found = SensitivityPass(self.weights, self.method, names, self.windows, work, progress=self.on_progress).run(recipe.job(self.files))
         plan, self.expected_kl = allocate(self.weights.spec, self.found, names, budget_bytes)
