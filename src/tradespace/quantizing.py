@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from tradespace import api
-from tradespace.errors import InputError, UnsupportedError
+from tradespace.errors import BudgetError, InputError, UnsupportedError
 from tradespace.loading.gguf import read_gguf
 from tradespace.loading.resolve import ModelFiles, resolve
 from tradespace.loading.safetensors import read_sharded
@@ -27,10 +29,10 @@ from tradespace.quantize.pipeline import Outcome, Pipeline, Recipe, check_output
 from tradespace.quantize.sensitivity import Sensitivity, SensitivityPass
 from tradespace.quantize.source import StoredWeights, Weights
 from tradespace.spec.formats import find_format
-from tradespace.spec.model import RoutedFFN
+from tradespace.spec.model import ModelSpec, RoutedFFN
 from tradespace.spec.tensors import num_parameters
 from tradespace.spec.weights import WeightPlan, weight_bytes
-from tradespace.units import MiB, parse_bytes
+from tradespace.units import MiB, format_bytes, parse_bytes
 
 Target = Literal["compressed-tensors", "gguf"]
 TARGETS: tuple[Target, ...] = get_args(Target)
@@ -131,11 +133,40 @@ def quantize(
         if budget:
             limit = budget_of_bits(job.weights.spec, bits) if bits is not None else parse_bytes(bytes or 0)
             names = [find_format(name).name for name in formats] if formats else list(GGUF_CANDIDATES if to == "gguf" else CANDIDATES)
-            plan = job.allocate(names, limit)
+            with _told_of_a_full_disk(out):
+                plan = job.allocate(names, limit)
         else:
             plan = uniform_plan(named(format or "", group_size), embed)
-        outcome = job.run(plan, alpha)
+        check_disk(out, job.weights.spec, plan, to, tokens=samples * context if chosen.needs_text else 0)
+        with _told_of_a_full_disk(out):
+            outcome = job.run(plan, alpha)
     return _report(job, plan, outcome, memory_bytes, meter.peak_bytes, time.monotonic() - start_s)
+
+
+def check_disk(out: Path, spec: ModelSpec, plan: WeightPlan, to: Target, *, tokens: int) -> None:
+    """Raises BudgetError (need, have, remedy) where the disk under `out` has no room for the weights, for a GGUF file's copy of them, and for the hidden states
+    of `tokens` calibration tokens before and after a layer. What an earlier run left there counts as room."""
+    folder = next(parent for parent in out.absolute().parents if parent.exists())
+    partial = out.with_name(out.name + ".partial")
+    left_bytes = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file()) if partial.exists() else 0
+    need_bytes = weight_bytes(spec, replace(plan, layout="stored")) * (2 if to == "gguf" else 1) + 2 * 4 * tokens * spec.D
+    have_bytes = shutil.disk_usage(folder).free + left_bytes
+    if need_bytes > have_bytes:
+        need, have = format_bytes(need_bytes), format_bytes(have_bytes)
+        remedy = "Give -o on another disk, or free some" + (", or calibrate on fewer --samples" if tokens else "")
+        raise BudgetError(f"writing {out} needs {need} of disk; {have} are free under {folder}. {remedy}", need_bytes=need_bytes, have_bytes=have_bytes)
+
+
+@contextmanager
+def _told_of_a_full_disk(out: Path) -> Iterator[None]:
+    """A disk that fills up on the way ends the run with what is to be done; what is whole so far is kept."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        kept = "What is finished waits beside it: with the same command the run goes on from there"
+        raise InputError(f"the disk is full ({error.strerror}); {out} was not written. Free some space. {kept}") from error
 
 
 def uniform_plan(fmt: str, embed: str | None) -> WeightPlan:

@@ -39,6 +39,8 @@ FAMILIES = {
 # where llama.cpp reads biases of projections that the architecture may lack, and a head of its own
 MAY_HAVE_BIASES = ("llama", "gpt2", "starcoder")
 NEVER_UNTIED = ("gemma2",)
+# which architectures take tensors of rotary factors there
+TAKE_FACTORS = {"llama3": ("llama",), "longrope": ("llama", "phi3")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +70,7 @@ def outline(spec: ModelSpec) -> Outline:
     factors: dict[str, tuple[float, ...]] = {}
     if rope is not None:
         own |= {"rope.freq_base": float(rope.theta), "rope.dimension_count": rope.dims} | _scaling(spec, rope)
-        factors = _factors(rope)
+        factors = _factors(spec, name, rope)
         near = next((mixer.rope for mixer in _mixers(spec) if mixer.rope is not None and mixer.window is not None), rope)
         if near.theta != rope.theta and near.theta != ARCHITECTURES[name].local_theta:
             own["rope.freq_base_swa"] = float(near.theta)
@@ -88,7 +90,7 @@ def _check_known(spec: ModelSpec, name: str) -> None:
     if len(mixers) != spec.L or any(not isinstance(layer.ffn, DenseFFN) for layer in spec.layers):
         raise UnsupportedError(f"{spec.name}: only dense models with attention in all layers are written to GGUF")
     windows = {mixer.window for mixer in mixers if mixer.window is not None and mixer.window < spec.max_context}
-    if windows and not arch.global_every and name != "phi3":
+    if windows and not arch.global_every:  # Phi-3's has a key, and llama.cpp passes it over
         raise UnsupportedError(f"{spec.name}: sliding windows have no key in GGUF's {name}, so llama.cpp would attend to everything")
     biased = [mixer.out_bias or (mixer.qkv_bias and name != "qwen2") for mixer in mixers] + [layer.ffn.bias for layer in spec.layers if layer.ffn is not None]
     if name not in MAY_HAVE_BIASES and any(biased):
@@ -116,7 +118,7 @@ def _attention(spec: ModelSpec, name: str) -> dict[str, Any]:
     found: dict[str, Any] = {"attention.head_count": first.N, "attention.head_count_kv": first.K}
     found |= {"attention.key_length": first.H, "attention.value_length": first.Hv}
     window = next((mixer.window for mixer in _mixers(spec) if mixer.window is not None), None)
-    if window is not None and (ARCHITECTURES[name].global_every or name == "phi3"):
+    if window is not None and ARCHITECTURES[name].global_every:
         found["attention.sliding_window"] = window
     if first.logit_softcap is not None:
         found["attn_logit_softcapping"] = float(first.logit_softcap)
@@ -139,10 +141,12 @@ def _scaling(spec: ModelSpec, rope: Rope) -> dict[str, Any]:
     raise UnsupportedError(f"{spec.name}: rotary scaling {scaling.kind} as this model has it is not written to GGUF")
 
 
-def _factors(rope: Rope) -> dict[str, tuple[float, ...]]:
+def _factors(spec: ModelSpec, name: str, rope: Rope) -> dict[str, tuple[float, ...]]:
     """Tensors of what each frequency is divided by: Llama 3.1's three bands worked out, or Phi-3's two lists."""
     if rope.scaling is None or rope.scaling.kind not in ("llama3", "longrope"):
         return {}
+    if name not in TAKE_FACTORS[rope.scaling.kind]:
+        raise UnsupportedError(f"{spec.name}: rotary scaling {rope.scaling.kind} has no tensor in llama.cpp's {name}")
     if rope.scaling.kind == "llama3":
         return {"rope_freqs.weight": llama3_factors(rope)}
     return {"rope_factors_long.weight": rope.scaling.long_factor, "rope_factors_short.weight": rope.scaling.short_factor}

@@ -75,7 +75,22 @@ class Checkpoint:
         found = cls(spec, config, DTYPES[dtype], pieces, fold=False)
         formats = found.module_formats(plan)
         is_ours = quantization_config(formats)["quant_method"] == OWN_METHOD
-        return replace(found, fold=not is_ours and folds(formats.values()))
+        found = replace(found, fold=not is_ours and folds(formats.values()))
+        found.check_widths(formats)
+        return found
+
+    def check_widths(self, formats: Mapping[str, str]) -> None:
+        """Raises UnsupportedError, naming the first module whose width its format cannot be stored in: before anything is written, and not at that module."""
+        seen: set[tuple[str, int]] = set()
+        for piece in (piece for pieces in self.pieces.values() for piece in pieces if not piece.is_vector):
+            module = piece.source.removesuffix(".weight")
+            fmt = formats.get(module, "bf16")
+            if fmt in DTYPES or (fmt, piece.num_columns) in seen:
+                continue
+            seen.add((fmt, piece.num_columns))
+            if piece.transposed:
+                raise UnsupportedError(f"{module}: {self.spec.family} stores its matrices as (in, out), which no quantized checkpoint does. Use --to gguf")
+            export_tensors(module, fmt, _empty_like(fmt, piece.num_columns), (32, piece.num_columns), fold=self.fold)
 
     @property
     def norm_offset(self) -> float:
