@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from tradespace import api
-from tradespace.errors import InputError, UnsupportedError
+from tradespace.errors import BudgetError, InputError, UnsupportedError
 from tradespace.loading.gguf import read_gguf
 from tradespace.loading.resolve import ModelFiles, resolve
 from tradespace.loading.safetensors import read_sharded
@@ -27,11 +29,15 @@ from tradespace.quantize.pipeline import Outcome, Pipeline, Recipe, check_output
 from tradespace.quantize.sensitivity import Sensitivity, SensitivityPass
 from tradespace.quantize.source import StoredWeights, Weights
 from tradespace.spec.formats import find_format
+from tradespace.spec.model import ModelSpec, RoutedFFN
 from tradespace.spec.tensors import num_parameters
 from tradespace.spec.weights import WeightPlan, weight_bytes
-from tradespace.units import MiB, parse_bytes
+from tradespace.units import MiB, format_bytes, parse_bytes
 
 Target = Literal["compressed-tensors", "gguf"]
+TARGETS: tuple[Target, ...] = get_args(Target)
+# what a budget is spent on in a GGUF file: blocks of 32, which fit more widths than the K-quants' 256
+GGUF_CANDIDATES = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "bf16")
 OnProgress = Callable[[str, int, int], None]
 
 
@@ -91,7 +97,8 @@ def quantize(
 
     format, group_size  one format for all linears ("int4" with 64, or "int4-g64"); `embed` holds embedding and head, by default as dense as they are
     bytes, bits         a budget instead: all weights together, or per parameter; formats are chosen per matrix, out of `formats`, by measured sensitivity
-    method              of `quantize.methods.METHODS`; default: gptq where there is a text to learn from (smoothquant for w8a8), else rtn-search
+    method              of `quantize.methods.METHODS`; default: gptq where there is a text to learn from (smoothquant for w8a8), else rtn-search; rtn for GGUF
+    to                  "compressed-tensors", a folder that transformers and vLLM open; "gguf", a file that llama.cpp opens, from a folder or a file
     calibrate           a text file of `samples` windows of `context` tokens; alpha: SmoothQuant's, by default searched for
     memory              what the process may take at its peak; default: 80% of what is free
 
@@ -102,15 +109,19 @@ def quantize(
     budget = bytes is not None or bits is not None
     if budget == (format is not None) or (bytes is not None and bits is not None):
         raise InputError("say what is wanted by one of --format (all linears alike), --bytes or --bits (formats chosen per matrix)")
-    chosen = _method(method, format, has_text=calibrate is not None, budget=budget)
+    if to not in TARGETS:
+        raise InputError(f"--to {to}: write {' or '.join(TARGETS)}")
+    chosen = _method(method, format, to, has_text=calibrate is not None, budget=budget)
     if calibrate is None and (chosen.needs_text or budget):
         what = "a budget is spent by measured sensitivities, and they need" if budget else f"--method {chosen.name} learns from"
         raise InputError(f"{what} text of the kind that the model is for. Give --calibrate FILE, or use --format with --method rtn-search, which needs none")
     files = resolve(str(model), revision=revision, offline=offline)
     spec = api.spec_of_files(files)
+    if any(isinstance(layer.ffn, RoutedFFN) for layer in spec.layers):
+        raise UnsupportedError(f"{spec.name} routes tokens to experts; no such model runs here yet, and none is quantized. Its dense relatives are")
     if spec.quantization and files.kind == "safetensors":
         raise UnsupportedError(f"{spec.name} is stored as {spec.quantization} already. Quantize the model's bf16 weights, or a GGUF file")
-    if context > spec.max_context:
+    if calibrate is not None and context > spec.max_context:
         raise InputError(f"--context {context}: {spec.name} takes at most {spec.max_context} tokens")
     memory_bytes = parse_bytes(api.DEFAULT_SHARE if memory is None else memory, free_bytes=api.this_machine().free_bytes)
     limit_heap_growth(4 * MiB)  # matrices of small models stay in the heap: a page fault for each of their temporaries would cost a third of the time
@@ -121,12 +132,41 @@ def quantize(
         check_budget(job.weights.spec, chosen, memory_bytes, process_bytes=process_bytes(), samples=samples, context=context)
         if budget:
             limit = budget_of_bits(job.weights.spec, bits) if bits is not None else parse_bytes(bytes or 0)
-            names = [find_format(name).name for name in formats] if formats else list(CANDIDATES)
-            plan = job.allocate(names, limit)
+            names = [find_format(name).name for name in formats] if formats else list(GGUF_CANDIDATES if to == "gguf" else CANDIDATES)
+            with _told_of_a_full_disk(out):
+                plan = job.allocate(names, limit)
         else:
             plan = uniform_plan(named(format or "", group_size), embed)
-        outcome = job.run(plan, alpha)
+        check_disk(out, job.weights.spec, plan, to, tokens=samples * context if chosen.needs_text else 0)
+        with _told_of_a_full_disk(out):
+            outcome = job.run(plan, alpha)
     return _report(job, plan, outcome, memory_bytes, meter.peak_bytes, time.monotonic() - start_s)
+
+
+def check_disk(out: Path, spec: ModelSpec, plan: WeightPlan, to: Target, *, tokens: int) -> None:
+    """Raises BudgetError (need, have, remedy) where the disk under `out` has no room for the weights, for a GGUF file's copy of them, and for the hidden states
+    of `tokens` calibration tokens before and after a layer. What an earlier run left there counts as room."""
+    folder = next(parent for parent in out.absolute().parents if parent.exists())
+    partial = out.with_name(out.name + ".partial")
+    left_bytes = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file()) if partial.exists() else 0
+    need_bytes = weight_bytes(spec, replace(plan, layout="stored")) * (2 if to == "gguf" else 1) + 2 * 4 * tokens * spec.D
+    have_bytes = shutil.disk_usage(folder).free + left_bytes
+    if need_bytes > have_bytes:
+        need, have = format_bytes(need_bytes), format_bytes(have_bytes)
+        remedy = "Give -o on another disk, or free some" + (", or calibrate on fewer --samples" if tokens else "")
+        raise BudgetError(f"writing {out} needs {need} of disk; {have} are free under {folder}. {remedy}", need_bytes=need_bytes, have_bytes=have_bytes)
+
+
+@contextmanager
+def _told_of_a_full_disk(out: Path) -> Iterator[None]:
+    """A disk that fills up on the way ends the run with what is to be done; what is whole so far is kept."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        kept = "What is finished waits beside it: with the same command the run goes on from there"
+        raise InputError(f"the disk is full ({error.strerror}); {out} was not written. Free some space. {kept}") from error
 
 
 def uniform_plan(fmt: str, embed: str | None) -> WeightPlan:
@@ -135,10 +175,10 @@ def uniform_plan(fmt: str, embed: str | None) -> WeightPlan:
     return WeightPlan(default=fmt, exceptions=dict.fromkeys(("embed", "lm_head"), outside) if outside != fmt else {})
 
 
-def _method(name: str | None, fmt: str | None, *, has_text: bool, budget: bool) -> Method:
+def _method(name: str | None, fmt: str | None, to: Target, *, has_text: bool, budget: bool) -> Method:
     if name is not None:
         found = find_method(name)
-    elif fmt is not None and find_format(fmt).block is not None and not fmt.startswith("e8"):
+    elif (fmt is None and to == "gguf") or (fmt is not None and find_format(fmt).block is not None and not fmt.startswith("e8")):
         found = find_method("rtn")  # GGUF's own blocks
     elif fmt == "w8a8":
         found = find_method("smoothquant" if has_text else "rtn")
@@ -165,9 +205,10 @@ class _Job:
     def allocate(self, names: Sequence[str], budget_bytes: int) -> WeightPlan:
         """The plan for a budget. Sensitivities wait beside the output until it is whole."""
         allocate(self.weights.spec, [], names, budget_bytes)  # a budget that cannot be met is told before hours are spent
+        recipe = Recipe(weights=self.weights, plan=WeightPlan(), method=self.method, windows=self.windows, seed=self.seed, target=self.to)
         for name in names:
             check_formats(self.weights.spec, WeightPlan(default=name), self.method)
-        recipe = Recipe(weights=self.weights, plan=WeightPlan(), method=self.method, windows=self.windows, seed=self.seed)
+            replace(recipe, plan=WeightPlan(default=name)).naming(self.files, self.source)  # so is what the written form cannot say
         work = self.sensitivity_folder
         self.found = SensitivityPass(self.weights, self.method, names, self.windows, work, progress=self.on_progress).run(recipe.job(self.files))
         plan, self.expected_kl = allocate(self.weights.spec, self.found, names, budget_bytes)

@@ -92,6 +92,7 @@ def test_w8a8_sums_are_exact(rows, columns, tokens, seed):
     fill_rtn(weight, 0, values_RC.clone())
     codes_TC, scale_T1 = quantize_tokens(x_TC)
     assert ((codes_TC * scale_T1 - x_TC).abs() <= scale_T1 * 0.5001).all()
+    assert torch.equal(scale_T1, x_TC.abs().amax(dim=1, keepdim=True) / 127.5)
     sums_TR = codes_TC.long() @ weight.weight.long().T
     assert torch.equal(weight._sums_in_fp32(codes_TC, weight.weight).long(), sums_TR)
     assert torch.equal(weight.linear(x_TC), sums_TR.float() * scale_T1 * weight.scale[:, 0])

@@ -171,7 +171,7 @@ def _changed(folder, change):
 
 
 TOKENIZERS = {
-    "sentencepiece": (lambda v: v["model"].update(byte_fallback=True), UnsupportedError, "SentencePiece"),
+    "sentencepiece": (lambda v: v["model"].update(byte_fallback=True), UnsupportedError, "SentencePiece in GGUF does not have"),
     "unigram": (lambda v: v["model"].update(type="Unigram"), UnsupportedError, "Unigram"),
     "suffix": (lambda v: v["model"].update(end_of_word_suffix="</w>"), UnsupportedError, "end_of_word_suffix"),
     "metaspace": (lambda v: v.update(pre_tokenizer={"type": "Metaspace"}), UnsupportedError, "step 'Metaspace'"),

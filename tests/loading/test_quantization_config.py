@@ -23,6 +23,7 @@ VALID: dict[str, dict[str, Any]] = {
     "float-quantized": quantization_config(dict.fromkeys(MODULES, "fp8-block")),
     "int-quantized": quantization_config(dict.fromkeys(MODULES, "w8a8")),
     "mixture": quantization_config({name: "int8" if "mlp" in name else "int3-g32" for name in MODULES}),
+    "folded": quantization_config({name: "int2-g64-zp" if "mlp" in name else "fp8" for name in MODULES}),
     "tradespace": quantization_config({name: "nf4" if "mlp" in name else "int3-g32" for name in MODULES}),
     "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 64, "desc_act": False, "sym": True, "checkpoint_format": "gptq", "lm_head": False,
              "dynamic": None},
@@ -32,7 +33,7 @@ VALID: dict[str, dict[str, Any]] = {
     "fp8": {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128], "scale_fmt": "float"},
 }  # fmt: skip
 # what says nothing about the meaning of codes; and what may be absent, since its default is what stands there
-INERT = {"version", "global_compression_ratio", "ignore"}
+INERT = {"version", "global_compression_ratio", "ignore", "dequantize"}
 SKIPS = {"llm_int8_skip_modules", "modules_to_not_convert"}  # which may name modules that are not there
 STRANGE: list[Any] = [None, True, False, 0, 1, 7, -1, 2**70, 3.5, float("nan"), "", "x", "int8", [], ["x"], {}, {"x": 1}, [[]]]
 
@@ -124,13 +125,18 @@ def test_a_field_that_nobody_knows_is_named(place, key):
     section = VALID[name]
     for step in path[:-1]:
         section = section[step]
-    known = {"observer", "observer_kwargs", "run_compressed", *section}
+    known = {"observer", "observer_kwargs", "run_compressed", "dequantize", *section}
     if key in known or (path[:1] in (("config_groups",), ("formats",)) and len(path) < 3):
         return
     changed = _changed(VALID[name], (*path[:-1], key), 12345)
     with pytest.raises(UnsupportedError) as caught:
         _meaning(changed)
     assert key in str(caught.value) or repr(key) in str(caught.value)
+
+
+def test_dequantize_contradicts_quantized_activations():
+    with pytest.raises(UnsupportedError, match=r"quantization_config.dequantize = True: it leaves out what input_activations ask for"):
+        _meaning(VALID["int-quantized"] | {"dequantize": True})
 
 
 def test_methods_that_are_not_read_are_named():

@@ -129,8 +129,6 @@ def test_gguf_files_keep_names_and_order(fmt: str, method: str | None, places: P
     assert {key for key in before.fields if not key.startswith("GGUF.")} <= set(after.fields)
     with pytest.raises(InputError, match="--to gguf has no int4"):
         run(places, tmp_path / "no", model="tiny.gguf", to="gguf", format="int4-g32")
-    with pytest.raises(UnsupportedError, match="takes a GGUF file"):
-        run(places, tmp_path / "no", to="gguf", format="q8_0", text=False)
 
 
 def test_smoothquant_finds_alpha_and_folds(places: Path, tmp_path: Path):

@@ -11,13 +11,10 @@ from rich.table import Table
 
 from tradespace.cli.evaluate import progress_bar
 from tradespace.cli.options import Json, Memory, Model, Offline, Revision, console, print_json
-from tradespace.errors import InputError
 from tradespace.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from tradespace.quantizing import Quantized
-
-TARGETS = ("compressed-tensors", "gguf")
 
 
 def register(app: typer.Typer) -> None:
@@ -40,7 +37,9 @@ def quantize(
     samples: Annotated[int, typer.Option("--samples", min=1, help="Windows of that text to learn from.")] = 128,
     context: Annotated[int, typer.Option("--context", "-c", min=2, help="Tokens of a window.")] = 2048,
     alpha: Annotated[float | None, typer.Option("--alpha", min=0.0, max=1.0, help="SmoothQuant's balance. Default: searched for.")] = None,
-    to: Annotated[str, typer.Option("--to", help="compressed-tensors (a folder that transformers and vLLM open) or gguf.")] = "compressed-tensors",
+    to: Annotated[
+        str, typer.Option("--to", help="compressed-tensors (a folder that transformers and vLLM open) or gguf (a file that llama.cpp opens).")
+    ] = "compressed-tensors",
     memory: Memory = None,
     seed: Annotated[int, typer.Option("--seed", help="Of samples and rotations. Same seed, same bytes.")] = 0,
     revision: Revision = None,
@@ -55,8 +54,6 @@ def quantize(
     """
     import tradespace as ts
 
-    if to not in TARGETS:
-        raise InputError(f"--to {to}: write {' or '.join(TARGETS)}")
     with progress_bar(show=not json) as on_progress:
         found = ts.quantize(
             model,
@@ -72,7 +69,7 @@ def quantize(
             samples=samples,
             context=context,
             alpha=alpha,
-            to=to,  # pyright: ignore[reportArgumentType] (checked above)
+            to=to,  # pyright: ignore[reportArgumentType] (checked there)
             memory=memory,
             seed=seed,
             revision=revision,

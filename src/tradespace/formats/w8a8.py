@@ -1,7 +1,9 @@
 """W8A8: int8 weights with a scale per row, and activations in int8 with a scale per token, symmetric; sums in int32, exact (arXiv:2211.10438).
 
-y = (x_codes @ w_codes.T) · x_scale · w_scale, x_scale = max|x| / 127 of each token. The integer product is torch's where the CPU has instructions for it; else
-the same integers come out of fp32 products over runs of columns so short that no sum leaves the 24 bits in which fp32 is exact.
+y = (x_codes @ w_codes.T) · x_scale · w_scale, x_scale = max|x| / 127.5 of each token, codes -128 … 127: the arithmetic of compressed-tensors, which halves its
+range of 255 steps for a symmetric scale, so that the largest positive magnitude is half a step too large and is cut. Then its checkpoints give the same
+logits here as in transformers. The integer product is torch's where the CPU has instructions for it; else the same integers come out of fp32 products over
+runs of columns so short that no sum leaves the 24 bits in which fp32 is exact.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ from tradespace.formats.scaled import ScaledWeight
 from tradespace.spec.buckets import bucket
 from tradespace.spec.weights import tile_rows
 
-# columns whose products of two codes, at most 127² each, sum up to less than 2^24
+# half of the 255 steps between -128 and 127
+HALF_RANGE = 127.5
+# columns whose products of two codes, at most 128 · 127 each, sum up to less than 2^24
 EXACT_COLUMNS = 1024
 # torch's integer product is wrong for a width of 1 (found by test), and reads whole vectors: it is trusted with whole ones only
 INTEGER_COLUMNS = 32
@@ -22,8 +26,8 @@ INTEGER_COLUMNS = 32
 
 def quantize_tokens(x_TC: Tensor) -> tuple[Tensor, Tensor]:
     """(int8 codes [T, C], fp32 scales [T, 1]): each token by its own largest magnitude. Takes 8 bytes a value beside x."""
-    scale_T1 = x_TC.abs().amax(dim=1, keepdim=True).float() / 127
-    codes_TC = (x_TC.float() / scale_T1.masked_fill(scale_T1 == 0, torch.inf)).round_().clamp_(-127, 127)
+    scale_T1 = x_TC.abs().amax(dim=1, keepdim=True).float() / HALF_RANGE
+    codes_TC = (x_TC.float() / scale_T1.masked_fill(scale_T1 == 0, torch.inf)).clamp_(-128, 127).round_()
     return codes_TC.to(torch.int8), scale_T1
 
 

@@ -44,6 +44,9 @@ EXPERIMENTS: dict[str, Experiment] = {
         Experiment(name="quality", question="what does each weight format cost in KL divergence?", minutes=5, module="quality"),
         Experiment(name="agreement", question="does it compute what llama.cpp computes?", minutes=6, module="agreement"),
         Experiment(name="calibration", question="what do the cost model's measured constants come to here?", minutes=12, module="calibrate"),
+        Experiment(
+            name="quantize_safety", question="does quantize keep its budget, survive SIGKILL, and does int4 run as int4?", minutes=12, module="quantizing"
+        ),
         Experiment(name="demo", question="what does make demo print here?", minutes=1, module="commands", runner="run_demo"),
         Experiment(name="tests", question="how do the tests end here, and in what time?", minutes=9, module="commands", runner="run_tests"),
     )

@@ -28,6 +28,7 @@ from tradespace.loading.checkpoint_tensors import (
     unpack_whole_codes,
     unpack_words,
 )
+from tradespace.loading.compressed_tensors import FOLDED
 from tradespace.loading.safetensors import SafetensorsFile
 
 FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
@@ -46,6 +47,7 @@ class Scheme:
     group: int = 0  # columns of a stored scale; -1: the whole row, 0: the whole matrix
     repeat: int = 1
     zero_points: bool = False
+    folded: bool = False  # zero points are in the codes, which have one bit more than `fmt` (as `loading/compressed_tensors` writes them)
 
 
 class CompressedTensors:
@@ -58,6 +60,7 @@ class CompressedTensors:
         settings.one_of("quant_method", "compressed-tensors")
         settings.one_of("quantization_status", "compressed", "frozen")
         settings.inert("version", "global_compression_ratio", "run_compressed")
+        dequantizes = settings.one_of("dequantize", True, False, default=False)  # as transformers loads
         for key in ("kv_cache_scheme", "moe_sparsity_config"):
             if settings.raw(key) is not None:
                 raise settings.refused(key, "not supported here")
@@ -74,6 +77,8 @@ class CompressedTensors:
         self.classes: dict[str, Scheme] = {}
         for key in groups.values:
             self._add_group(groups, key, overall)
+        if dequantizes and any(scheme.fmt == "w8a8" for scheme in (*self.exact.values(), *self.classes.values(), *(entry[2] for entry in self.patterns))):
+            raise settings.refused("dequantize", "it leaves out what input_activations ask for")
         ignored = settings.names("ignore")
         self.ignored = name_matcher(settings, "ignore", ignored)
         self.ignored_classes = {name for name in ignored if re.fullmatch(r"[A-Z]\w*", name)}
@@ -107,8 +112,10 @@ class CompressedTensors:
             raise group.refused("output_activations", "not supported here")
         weights = group.section("weights")
         weights.inert("observer", "observer_kwargs")
+        folded = isinstance(weights.raw("observer_kwargs"), Mapping) and FOLDED in weights.raw("observer_kwargs")
+        told = weights.section("observer_kwargs").one_of(FOLDED, 2, 3, 4) if folded else 0
         kind = weights.one_of("type", "int", "float", default="int")
-        bits = weights.one_of("num_bits", 2, 3, 4, 8, default=8)
+        bits = weights.one_of("num_bits", *((told + 1,) if folded else (2, 3, 4, 8)), default=8)
         symmetric = weights.one_of("symmetric", True, False, default=True)
         weights.one_of("dynamic", False, default=False)
         weights.one_of("actorder", "weight", "static", False, default=False)
@@ -150,9 +157,12 @@ class CompressedTensors:
             raise group.refused("input_activations", f"{bits}-bit weights run here with activations as they are")
         if strategy == "tensor" and not symmetric:
             raise weights.refused("symmetric", "a zero point for the whole matrix is not read here")
-        fmt, repeat = grouped_format(weights, "group_size", bits, group_size if strategy == "group" else -1, zero_points=not symmetric)
+        if folded and (strategy != "group" or not symmetric):
+            raise weights.refused("observer_kwargs", "folded zero points are read in groups, symmetric")
+        columns = group_size if strategy == "group" else -1
+        fmt, repeat = grouped_format(weights, "group_size", bits - folded, columns, zero_points=folded or not symmetric)
         stored_group = {"group": group_size, "channel": -1, "tensor": 0}[strategy]
-        return Scheme(fmt=fmt, packed=True, bits=bits, group=stored_group, repeat=repeat, zero_points=not symmetric)
+        return Scheme(fmt=fmt, packed=True, bits=bits, group=stored_group, repeat=repeat, zero_points=not symmetric, folded=folded)
 
     def _activations(self, group: Settings) -> str | None:
         """None: left alone; "int": int8, one scale per token; "float": 8-bit floats on the fly, which we leave out."""
@@ -256,11 +266,27 @@ class CompressedTensors:
         if scheme.zero_points:
             zero_RG = read_packed_rows(self.source, f"{module}.weight_zero_point", (start, stop), bits, unpack)
             zero_RG = repeat_groups(zero_RG, scheme.repeat, num_groups).contiguous()
+        if scheme.folded:
+            bits -= 1
+            codes_RC, zero_RG = unfolded(codes_RC, bits, _group(scheme.fmt), f"{self.source.path}: tensor {module}.weight_packed")
         return grouped_codes(codes_RC, scale_RG, zero_RG, bits, _group(scheme.fmt), f"{module}.weight_scale")
 
 
 def _group(fmt: str) -> int:
     return int(fmt.split("-g")[1].removesuffix("-zp"))
+
+
+def unfolded(codes_RC: torch.Tensor, bits: int, group: int, where: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(codes, zero points) of `bits` whose differences are those of the folded codes (difference + 2^bits): the smallest zero points that do.
+
+    Raises CorruptFileError where a group's differences span more than codes of `bits` do.
+    """
+    differences = codes_RC.short().unflatten(1, (-1, group)) - 2**bits
+    zeros = (-differences.amin(-1)).clamp_min(0)
+    codes = differences + zeros.unsqueeze(-1)
+    if int(zeros.max()) >= 2**bits or int(codes.max()) >= 2**bits:
+        raise CorruptFileError(f"{where}: a group spans more than {2**bits} codes, which {FOLDED} = {bits} excludes")
+    return codes.flatten(1).to(torch.uint8), zeros.to(torch.uint8)
 
 
 def grouped_codes(codes_RC: torch.Tensor, scale_RG: torch.Tensor, zero_RG: torch.Tensor | None, bits: int, group: int, name: str) -> Codes:

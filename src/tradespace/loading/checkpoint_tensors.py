@@ -72,8 +72,12 @@ def read_strip(tensor: SafetensorsTensor, rows: tuple[int, int], columns: tuple[
 
 
 def unpack_words(words_RW: Tensor, bits: int, count: int) -> Tensor:
-    """The first `count` codes of each row of a dense bit stream: int32 (R, W) → uint8 (R, count). bits: 2, 3, 4 or 8."""
+    """The first `count` codes of each row of a dense bit stream: int32 (R, W) → uint8 (R, count). bits: 2, 3, 4, 5 or 8."""
     bytes_RB = words_RW.contiguous().view(torch.uint8).view(len(words_RW), -1)
+    if bits == 5:
+        fives_RN5 = torch.nn.functional.pad(bytes_RB, (0, -bytes_RB.shape[1] % 5)).unflatten(1, (-1, 5)).long()
+        eights_RN = (fives_RN5 << 8 * torch.arange(5)).sum(-1)
+        return torch.stack([(eights_RN >> 5 * index & 31).to(torch.uint8) for index in range(8)], dim=-1).flatten(1)[:, :count]
     return bytes_RB[:, :count] if bits == 8 else unpack(bytes_RB, bits, count)
 
 
@@ -88,7 +92,13 @@ def pack_words(codes_RC: Tensor, bits: int) -> Tensor:
     >>> pack_words(torch.tensor([[1, 2, 3, 4, 5, 6, 7, 0, 1]], dtype=torch.uint8), 4).tolist()
     [[124076833, 1]]
     """
-    bytes_RB = codes_RC if bits == 8 else pack(codes_RC, bits)
+    if bits == 5:  # eight codes to five bytes
+        eights_RN8 = torch.nn.functional.pad(codes_RC, (0, -codes_RC.shape[1] % 8)).unflatten(1, (-1, 8)).long()
+        sums_RN = (eights_RN8 << 5 * torch.arange(8)).sum(-1)
+        fives_RB = torch.stack([(sums_RN >> 8 * index & 255).to(torch.uint8) for index in range(5)], dim=-1).flatten(1)
+        bytes_RB = fives_RB[:, : -(-codes_RC.shape[1] * 5 // 8)]
+    else:
+        bytes_RB = codes_RC if bits == 8 else pack(codes_RC, bits)
     # a fresh tensor: one row of a wider one counts as contiguous whatever its stride, and cannot be viewed as words
     words_RW = torch.zeros(len(bytes_RB), -(-bytes_RB.shape[1] // 4), dtype=torch.int32)
     words_RW.view(torch.uint8)[:, : bytes_RB.shape[1]] = bytes_RB

@@ -10,6 +10,11 @@ compressed-tensors (read by transformers and vLLM), of a linear module M with we
 
 It wants rows that are whole groups: int4-g128 with a width of 576 is refused. A mixture is one config group per format, naming its modules.
 
+Zero points need care, because transformers (5.24, over compressed-tensors 0.20) makes room for unpacked ones and then finds them packed, whoever wrote them.
+It opens them where it decodes the weights while it loads, which the config asks for ("dequantize"). That is done in the dtype of the scales, which are fp32
+therefore; and by one scheme for all modules. So in a mixture zero points are folded: code - zero, which takes one bit more and is symmetric (int2-g64-zp
+becomes 3 bits in groups of 64). `observer_kwargs` of such a group says from how many bits, and our reader finds zero points that give the same values again.
+
 What it cannot say (nf4, e8, GGUF blocks, a quantized embedding), or a mixture with such a thing in it, has quant_method "tradespace":
 
     {"quant_method": "tradespace", "version": 1, "formats": {format: [module names]}, "ignore": [modules kept as floats]}
@@ -22,7 +27,7 @@ M.weight_offset fp32 [1]. A reader that does not know version or format must ref
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,6 +44,8 @@ DENSE = ("fp32", "bf16", "fp16")
 FLOAT8 = ("fp8", "fp8-tensor", "fp8-block")
 # the layout follows compressed-tensors 0.9 and later; 3 bits are packed densely since 0.14
 _TENSORS_VERSION = "0.14.0"
+# in a group's observer_kwargs: how many bits its codes have when their zero points are not folded into them
+FOLDED = "zero_points_folded_from_bits"
 
 
 def is_integer(fmt: WeightFormat) -> bool:
@@ -51,10 +58,20 @@ def expressible(name: str) -> bool:
     return name in ("int8", "int8-tensor", "w8a8", *FLOAT8) or is_integer(find_format(name))
 
 
-def export_tensors(name: str, fmt_name: str, codes: Codes, shape: Sequence[int]) -> dict[str, Tensor]:
+def folds(formats: Iterable[str]) -> bool:
+    """Whether zero points are folded into codes, in a checkpoint with these formats of its modules: in a mixture that compressed-tensors can say.
+
+    >>> folds(["int4-g64-zp", "bf16"]), folds(["int4-g64-zp", "int8"]), folds(["int4-g64-zp", "nf4"])
+    (False, True, False)
+    """
+    coded = {find_format(name).name for name in formats} - set(DENSE)
+    return len(coded) > 1 and all(map(expressible, coded))
+
+
+def export_tensors(name: str, fmt_name: str, codes: Codes, shape: Sequence[int], *, fold: bool = False) -> dict[str, Tensor]:
     """The stored tensors of the linear module `name` (as its checkpoint calls it, without ".weight") whose weight, (R, C) = `shape`, is `codes`.
 
-    Raises UnsupportedError, naming the field, where compressed-tensors has the format but not for this width.
+    `fold`: zero points into codes (see `folds`). Raises UnsupportedError, naming the field, where compressed-tensors has the format but not for this width.
     """
     rows, columns = shape
     fmt = find_format(fmt_name)
@@ -69,10 +86,14 @@ def export_tensors(name: str, fmt_name: str, codes: Codes, shape: Sequence[int])
                 f"{name}: compressed-tensors' group_size {fmt.group} must divide the width {columns}. "
                 f"Use {'groups that do' if any(columns % group == 0 for group in (32, 64)) else 'another format for this module'}"
             )
-        found = _packed(name, codes.codes_RC, fmt_bits(fmt), shape) | {f"{name}.weight_scale": scale_RG.half()}
-        if codes.zero_RG is not None:
-            found[f"{name}.weight_zero_point"] = pack_words(codes.zero_RG.T.contiguous(), fmt_bits(fmt)).T.contiguous()
-        return found
+        bits = fmt_bits(fmt)
+        if codes.zero_RG is None:
+            return _packed(name, codes.codes_RC, bits, shape) | {f"{name}.weight_scale": scale_RG.half()}
+        if fold:
+            folded_RC = codes.codes_RC + 2**bits - codes.zero_RG.repeat_interleave(fmt.group, dim=1)  # in uint8: at most 31
+            return _packed(name, folded_RC, bits + 1, shape) | {f"{name}.weight_scale": scale_RG.half()}
+        zeros = pack_words(codes.zero_RG.T.contiguous(), bits).T.contiguous()
+        return _packed(name, codes.codes_RC, bits, shape) | {f"{name}.weight_scale": scale_RG.float().contiguous(), f"{name}.weight_zero_point": zeros}
     if fmt_name == "fp8-block":
         if columns % BLOCK:
             raise UnsupportedError(f"{name}: compressed-tensors' block_structure {BLOCK}x{BLOCK} must divide the width {columns}. Use fp8")
@@ -124,12 +145,15 @@ def _run_start(scale_N: Tensor, run: int) -> int:
     return start
 
 
-def _scheme(name: str) -> tuple[str, dict[str, Any], dict[str, Any] | None]:
+def _scheme(name: str, fold: bool) -> tuple[str, dict[str, Any], dict[str, Any] | None]:
     """(compression format, weights, input_activations) of one of our formats."""
     fmt = find_format(name)
     weights: dict[str, Any] = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "group_size": None, "dynamic": False}
     if is_integer(fmt):
-        weights |= {"num_bits": fmt_bits(fmt), "symmetric": not fmt.zero_bits, "strategy": "group", "group_size": fmt.group}
+        bits = fmt_bits(fmt)
+        weights |= {"num_bits": bits, "symmetric": not fmt.zero_bits, "strategy": "group", "group_size": fmt.group}
+        if fmt.zero_bits and fold:
+            weights |= {"num_bits": bits + 1, "symmetric": True, "observer_kwargs": {FOLDED: bits}}
         return "pack-quantized", weights, None
     if name.endswith("-tensor"):
         weights["strategy"] = "tensor"
@@ -159,12 +183,15 @@ def quantization_config(formats: Mapping[str, str]) -> dict[str, Any]:
     if embeds or not all(expressible(name) for name in by_format):
         return {"quant_method": OWN_METHOD, "version": OWN_VERSION, "formats": by_format, "ignore": ignore}
     # one format for every linear: the usual short form
-    return tensors_config({name: ["Linear"] for name in by_format} if len(by_format) == 1 else by_format, ignore)
+    config = tensors_config({name: ["Linear"] for name in by_format} if len(by_format) == 1 else by_format, ignore, fold=folds(by_format))
+    if any(not group["weights"]["symmetric"] for group in config["config_groups"].values()):
+        config["dequantize"] = True
+    return config
 
 
-def tensors_config(targets: Mapping[str, Sequence[str]], ignore: Sequence[str]) -> dict[str, Any]:
+def tensors_config(targets: Mapping[str, Sequence[str]], ignore: Sequence[str], *, fold: bool = False) -> dict[str, Any]:
     """A config of compressed-tensors: one group for each format (all of them `expressible`), with these targets."""
-    schemes = {name: _scheme(name) for name in targets}
+    schemes = {name: _scheme(name, fold) for name in targets}
     compressions = {compression for compression, _, _ in schemes.values()}
     return {
         "quant_method": "compressed-tensors",

@@ -1,20 +1,30 @@
-"""tokenizer.json → the metadata keys that a GGUF file keeps its tokenizer under: byte-level BPE whose way of cutting text llama.cpp knows by a name.
+"""tokenizer.json → the metadata keys that a GGUF file keeps its tokenizer under: byte-level BPE whose way of cutting text llama.cpp knows by a name, or
+SentencePiece's BPE (`loading/gguf_sentencepiece`).
 
-Which name is found by comparing the expressions that cut, never guessed from the model's. SentencePiece vocabularies need scores that tokenizer.json lacks.
-Needs no torch.
+Which name is found by comparing the expressions that cut, never guessed from the model's. At last the tokenizer is made again out of the metadata, and both
+must cut PROBES alike. Needs no torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tradespace.errors import CorruptFileError, UnsupportedError
-from tradespace.loading.gguf_tokenizer import CONTROL, NORMAL, PRE_TOKENIZERS, UNUSED, USER_DEFINED
+from tradespace.loading.gguf_sentencepiece import ELSEWHERE, is_sentence_piece, sentence_piece_metadata
+from tradespace.loading.gguf_tokenizer import CONTROL, END_TOKENS, NORMAL, PRE_TOKENIZERS, UNUSED, USER_DEFINED, tokenizer_from_gguf
 from tradespace.loading.resolve import ModelFiles, read_json_object
 from tradespace.loading.tokenizer import Tokenizer
 
 _DIGIT = r"\p{N}"
+# what tokenizers stumble over: spaces in runs and at either end, line ends, digits, capitals, signs, other scripts, what has no piece of its own
+PROBES = (
+    "The quick brown fox doesn't jump 1234567 times over  two   lazy dogs.",
+    " a leading space, and two at the end  ",
+    "\n\nlines\r\n\tof text\n\n\n",
+    "naïve Ünïcödé — 日本語, русский, عربى, 🙂👍🏽",
+    "def f(x):\n    return {'a': [x+1, -2.5e-3]} // 0xFF",
+)
 
 
 def vocabulary_metadata(files: ModelFiles, num_rows: int) -> tuple[dict[str, Any], dict[str, str]]:
@@ -27,40 +37,55 @@ def vocabulary_metadata(files: ModelFiles, num_rows: int) -> tuple[dict[str, Any
     values = read_json_object(files.tokenizer_json)
     assert values is not None, f"{files.tokenizer_json} has just been found"
     where = str(files.tokenizer_json)
-    model = _byte_level_model(values, where)
+    model = _bpe_model(values, where)
     tokens, types = _tokens(values, model, num_rows, where)
-    pre = _pre_tokenizer(values, bool(model.get("ignore_merges")), where)
+    if is_sentence_piece(model):
+        kind = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.pre": "default"} | sentence_piece_metadata(values, tokens, types, where)
+    else:
+        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+        pre = _pre_tokenizer(values, bool(model.get("ignore_merges")), where)
+        kind = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": pre, "tokenizer.ggml.merges": merges}
     tokenizer = Tokenizer.from_files(files)
     plain, dressed = (tokenizer.encode("a", add_special_tokens=special) for special in (False, True))
     ids = {token: token_id for token_id, token in enumerate(tokens)}
-    metadata: dict[str, Any] = {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": pre,
+    metadata: dict[str, Any] = kind | {
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": types,
-        "tokenizer.ggml.merges": [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]],
         "tokenizer.ggml.add_bos_token": dressed != plain and dressed[-len(plain) - 1 :] != plain and dressed[1 : 1 + len(plain)] == plain,
         "tokenizer.ggml.add_eos_token": dressed != plain and dressed[-1:] != plain[-1:],
     }
     special = _special_ids(files, ids)
     if metadata["tokenizer.ggml.add_bos_token"] and special.get("bos") != dressed[0]:
         raise UnsupportedError(f"{where} puts {tokens[dressed[0]]!r} before a text, which is not its begin token: GGUF has no key for that")
-    metadata |= {f"tokenizer.ggml.{name}_token_id": token_id for name, token_id in special.items()}
+    metadata |= {f"tokenizer.ggml.{name}_token_id": token_id for name, token_id in (special | _more_ends(tokenizer, special, tokens, where)).items()}
     if files.chat_template:
         metadata["tokenizer.chat_template"] = files.chat_template
+    again = tokenizer_from_gguf(metadata, where).tokenizer
+    for text in PROBES:
+        if again.encode(text).ids != tokenizer.encode(text):
+            raise UnsupportedError(f"{where} cuts {text!r} in another way than a GGUF file's tokenizer would. {ELSEWHERE}")
     return metadata, {"tokenizer.ggml.token_type": "array[int32]"}
 
 
-def _byte_level_model(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _more_ends(tokenizer: Tokenizer, special: Mapping[str, int], tokens: Sequence[str], where: str) -> dict[str, int]:
+    """End tokens besides "eos" (of a turn, of a message), which GGUF has two more keys for; those that readers know by their text need none."""
+    others = sorted(token_id for token_id in tokenizer.eos_ids if token_id != special.get("eos") and tokens[token_id] not in END_TOKENS)
+    if len(others) > 2:
+        raise UnsupportedError(f"{where}: {len(others) + 1} tokens end a text; GGUF has keys for three. Name fewer in generation_config.json")
+    return dict(zip(("eot", "eom"), others, strict=False))
+
+
+def _bpe_model(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     model = values.get("model")
+    if isinstance(model, dict) and model.get("type", "BPE") != "BPE":
+        raise UnsupportedError(f"{where}: a {model['type']} vocabulary is not written to GGUF; byte-level BPE and SentencePiece's BPE are. {ELSEWHERE}")
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict):
         raise CorruptFileError(f"{where}: 'model' with a 'vocab' is missing. Fetch it again")
-    if model.get("type", "BPE") != "BPE" or model.get("byte_fallback") or not isinstance(model.get("merges"), list):
-        kind = "a SentencePiece vocabulary (byte_fallback)" if model.get("byte_fallback") else f"a {model.get('type')} vocabulary"
-        raise UnsupportedError(f"{where}: {kind} cannot be written to GGUF: only byte-level BPE can. Start from a GGUF file of the model")
+    if not isinstance(model.get("merges"), list):
+        raise CorruptFileError(f"{where}: 'model.merges' is missing. Fetch it again")
     for key in ("continuing_subword_prefix", "end_of_word_suffix", "dropout", "unk_token"):
         if model.get(key) and key != "unk_token":
-            raise UnsupportedError(f"{where}: 'model.{key}' has no counterpart in GGUF. Start from a GGUF file of the model")
+            raise UnsupportedError(f"{where}: 'model.{key}' has no counterpart in GGUF. {ELSEWHERE}")
     return model
 
 
@@ -85,7 +110,7 @@ def _pre_tokenizer(values: Mapping[str, Any], ignore_merges: bool, where: str) -
             # Qwen's texts are composed (NFC) first, which llama.cpp leaves out; others that change text are refused
             if normalizer is None or (normalizer == "NFC" and name == "qwen2"):
                 return name
-            raise UnsupportedError(f"{where}: its normalizer {normalizer!r} has no counterpart in GGUF. Start from a GGUF file of the model")
+            raise UnsupportedError(f"{where}: its normalizer {normalizer!r} has no counterpart in GGUF. {ELSEWHERE}")
     raise UnsupportedError(
         f"{where} cuts text in a way that has no name in GGUF's tokenizer.ggml.pre, so its tokens would differ there. Known: GPT-2's and kin"
     )
@@ -104,7 +129,7 @@ def _splits(value: Any, where: str) -> tuple[str, ...]:
             if step.get("use_regex", True):
                 found.append(PRE_TOKENIZERS["gpt-2"].splits[0])
         else:
-            raise UnsupportedError(f"{where}: its pre-tokenizer has the step {kind!r}, which GGUF has no name for. Start from a GGUF file of the model")
+            raise UnsupportedError(f"{where}: its pre-tokenizer has the step {kind!r}, which GGUF has no name for. {ELSEWHERE}")
     return tuple(found)
 
 

@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from tradespace.formats.w8a8 import quantize_tokens
+
 
 class Gram:
     """Statistics of inputs (T, C), added up chunk by chunk in fp32."""
@@ -65,6 +67,6 @@ def tap(module: nn.Module, name: str, see: Callable[[Tensor, int | None], Tensor
 
 
 def fake_int8(x_TC: Tensor) -> Tensor:
-    """Activations as w8a8 multiplies them: int8 per token, symmetric, max|x| / 127."""
-    scale_T1 = x_TC.abs().amax(dim=1, keepdim=True).float().div_(127).clamp_min_(torch.finfo(torch.float32).tiny)
-    return (x_TC / scale_T1).round_().mul_(scale_T1).to(x_TC.dtype)
+    """Activations as w8a8 multiplies them: int8 per token, symmetric."""
+    codes_TC, scale_T1 = quantize_tokens(x_TC)
+    return (codes_TC * scale_T1).to(x_TC.dtype)

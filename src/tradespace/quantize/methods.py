@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Literal
 
 import torch
@@ -63,7 +64,9 @@ METHODS: dict[str, Method] = {
 def find_method(name: str) -> Method:
     """The method of this name, or InputError with the list."""
     if name not in METHODS:
-        raise InputError(f"unknown method '{name}'. Known: {', '.join(METHODS)}")
+        close = get_close_matches(name[:40], METHODS, n=2, cutoff=0.5)
+        hint = f"Closest: {', '.join(close)}. " if close else ""
+        raise InputError(f"unknown method '{name}'. {hint}Known: {', '.join(METHODS)}")
     return METHODS[name]
 
 

@@ -55,8 +55,8 @@ class Recipe:
         """How tensors are called and stored in what is written. Raises UnsupportedError or InputError where that cannot hold the model."""
         spec = self.weights.spec
         if self.target == "gguf":
-            return GGUFCheckpoint(source, spec, self.weights.stored_spec, self.plan)
-        return Checkpoint.of(files, source, spec, self.plan.dense)
+            return GGUFCheckpoint(files, source, spec, self.weights.stored_spec, self.plan)
+        return Checkpoint.of(files, source, spec, self.plan)
 
     def job(self, files: ModelFiles) -> dict[str, Any]:
         """What another run must have in common to go on with this one's work."""

@@ -83,8 +83,6 @@ class StoredWeights:
         out_RC = torch.empty(num_rows, max(1, columns))
         for piece in pieces:
             self._read_piece(piece, out_RC)
-        if not out_RC.isfinite().all():
-            raise InputError(f"tensor {shown(pieces[0].source)} holds NaN or infinity. The checkpoint is damaged, or training had diverged")
         if ".attn.qkv." in name:
             out_RC = self._halved(int(name.split(".")[1]), out_RC)
         return out_RC if columns else out_RC[:, 0]
@@ -99,7 +97,7 @@ class StoredWeights:
         return rows_RC
 
     def _read_piece(self, piece: Piece, out_RC: Tensor) -> None:
-        for row, values_RC in iter_rows(self.source, piece.source, staging_bytes=self.staging_bytes):
+        for row, values_RC in self._finite_rows(piece):
             if piece.is_vector:
                 values_RC = values_RC.T
             if piece.transposed:
@@ -116,6 +114,9 @@ class StoredWeights:
         """Of a matrix that is stored as one tensor, rows in order (embeddings and heads are). Raises InputError for NaN or infinity."""
         (piece,) = self.pieces[name]
         assert piece.order == "stacked" and not piece.transposed, f"{name} is not stored row by row"
+        yield from self._finite_rows(piece)
+
+    def _finite_rows(self, piece: Piece) -> Iterator[tuple[int, Tensor]]:
         for row, values_RC in iter_rows(self.source, piece.source, staging_bytes=self.staging_bytes):
             if not values_RC.isfinite().all():
                 raise InputError(f"tensor {shown(piece.source)} holds NaN or infinity. The checkpoint is damaged, or training had diverged")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tradespace.errors import UnsupportedError
 from tradespace.formats import DTYPES, Codes
-from tradespace.loading.compressed_tensors import export_tensors, quantization_config
+from tradespace.loading.compressed_tensors import OWN_METHOD, export_tensors, folds, quantization_config
 from tradespace.loading.gguf import GGUFFile
 from tradespace.loading.names import Piece, hugging_face_pieces
 from tradespace.loading.resolve import ModelFiles
@@ -43,16 +43,21 @@ _COPIED = (
 
 @dataclass
 class Checkpoint:
-    """How the tensors of one model are called and stored. `dtype` holds what no format does; `config` is the config.json without quantization."""
+    """How the tensors of one model are called and stored. `dtype` holds what no format does; `config` is the config.json without quantization.
+
+    fold  whether zero points are folded into codes (`loading/compressed_tensors`)
+    """
 
     spec: ModelSpec
     config: dict[str, Any]
     dtype: torch.dtype
     pieces: dict[str, list[Piece]]
+    fold: bool
 
     @classmethod
-    def of(cls, files: ModelFiles, source: Source, spec: ModelSpec, dtype: str) -> Checkpoint:
+    def of(cls, files: ModelFiles, source: Source, spec: ModelSpec, plan: WeightPlan) -> Checkpoint:
         """For the model of `files`, whose spec (rotary pairs in halves, perhaps untied) is `spec`. Raises UnsupportedError where no config.json can say it."""
+        dtype = plan.dense
         if isinstance(source, GGUFFile):
             config = config_from_spec(spec, dtype=str(DTYPES[dtype]).removeprefix("torch."))
             names: Mapping[str, Any] = {}
@@ -67,7 +72,25 @@ class Checkpoint:
         pieces: dict[str, list[Piece]] = {}
         for piece in hugging_face_pieces(model_spec_from_config(config, spec.name), names):
             pieces.setdefault(piece.target, []).append(piece)
-        return cls(spec, config, DTYPES[dtype], pieces)
+        found = cls(spec, config, DTYPES[dtype], pieces, fold=False)
+        formats = found.module_formats(plan)
+        is_ours = quantization_config(formats)["quant_method"] == OWN_METHOD
+        found = replace(found, fold=not is_ours and folds(formats.values()))
+        found.check_widths(formats)
+        return found
+
+    def check_widths(self, formats: Mapping[str, str]) -> None:
+        """Raises UnsupportedError, naming the first module whose width its format cannot be stored in: before anything is written, and not at that module."""
+        seen: set[tuple[str, int]] = set()
+        for piece in (piece for pieces in self.pieces.values() for piece in pieces if not piece.is_vector):
+            module = piece.source.removesuffix(".weight")
+            fmt = formats.get(module, "bf16")
+            if fmt in DTYPES or (fmt, piece.num_columns) in seen:
+                continue
+            seen.add((fmt, piece.num_columns))
+            if piece.transposed:
+                raise UnsupportedError(f"{module}: {self.spec.family} stores its matrices as (in, out), which no quantized checkpoint does. Use --to gguf")
+            export_tensors(module, fmt, _empty_like(fmt, piece.num_columns), (32, piece.num_columns), fold=self.fold)
 
     @property
     def norm_offset(self) -> float:
@@ -95,7 +118,7 @@ class Checkpoint:
             module = piece.source.removesuffix(".weight")
             if piece.transposed:
                 raise UnsupportedError(f"{module}: {self.spec.family} stores its matrices as (in, out), which no quantized checkpoint does. Use --to gguf")
-            found |= export_tensors(module, fmt, _stored_codes(piece, codes), (piece.num_rows, piece.num_columns))
+            found |= export_tensors(module, fmt, _stored_codes(piece, codes), (piece.num_rows, piece.num_columns), fold=self.fold)
         return found
 
     def quantized_chunks(self, name: str, fmt: str, chunks: Iterator[Codes]) -> tuple[Iterator[dict[str, Tensor]], dict[str, Tensor]]:
@@ -109,11 +132,11 @@ class Checkpoint:
                 if fmt in DTYPES:
                     yield {piece.source: codes.codes_RC}
                     continue
-                found = export_tensors(module, fmt, codes, (len(codes), piece.num_columns))
+                found = export_tensors(module, fmt, codes, (len(codes), piece.num_columns), fold=self.fold)
                 yield {key: tensor for key, tensor in found.items() if key != shape_name}
 
         packed = f"{module}.weight_packed"
-        probe = {} if fmt in DTYPES else export_tensors(module, fmt, _empty_like(fmt, piece.num_columns), (32, piece.num_columns))
+        probe = {} if fmt in DTYPES else export_tensors(module, fmt, _empty_like(fmt, piece.num_columns), (32, piece.num_columns), fold=self.fold)
         return parts(), {shape_name: torch.tensor([piece.num_rows, piece.num_columns])} if packed in probe else {}
 
     def module_formats(self, plan: WeightPlan) -> dict[str, str]:

@@ -1,11 +1,13 @@
-"""Quantized tensors as a GGUF file: the source's own metadata and tensor names, new blocks. The same interface as `writing.Checkpoint`.
+"""Quantized tensors as a GGUF file. Metadata are the source's own, or made for a Hugging Face folder. The same interface as `writing.Checkpoint`.
 
 Tensors wait in safetensors shards under their GGUF names, so that a killed run goes on; at the end they are copied into one file, a MiB at a time.
 """
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,11 +15,14 @@ from torch import Tensor
 
 from tradespace.errors import InputError, UnsupportedError
 from tradespace.formats import DTYPES, Codes
-from tradespace.loading.ggml_types import GGML_TYPES
-from tradespace.loading.gguf import GGUFFile, write_gguf
+from tradespace.loading.gguf import GGUFFile, GGUFTensor
+from tradespace.loading.gguf_export import DTYPES as GGML_DTYPES
+from tradespace.loading.gguf_export import FILE_TYPES, TYPES, made_metadata
+from tradespace.loading.gguf_metadata import NEVER_UNTIED, outline
+from tradespace.loading.gguf_writer import TensorToWrite, write_gguf
 from tradespace.loading.names import Piece, gguf_pieces
 from tradespace.loading.resolve import ModelFiles
-from tradespace.loading.safetensors import read_safetensors_header
+from tradespace.loading.safetensors import SafetensorsTensor, read_safetensors_header
 from tradespace.loading.weights import Source
 from tradespace.quantize.shards import COPY_BYTES
 from tradespace.quantize.source import halves_order
@@ -27,15 +32,7 @@ from tradespace.spec.model import ModelSpec
 from tradespace.spec.tensors import model_tensors
 from tradespace.spec.weights import WeightPlan
 
-_DENSE_TYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
-# general.file_type, by which programs name what most tensors are
-_FILE_TYPES = {"fp32": 0, "fp16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "q4_k": 15, "q5_k": 17, "q6_k": 18, "bf16": 32}
-
-
-def ggml_type(fmt: str) -> str | None:
-    """GGML's name of one of our formats; None where it has none."""
-    name = _DENSE_TYPES.get(fmt, fmt.upper())
-    return name if name in GGML_TYPES else None
+QUANTIZED = tuple(name for name in TYPES if name not in DTYPES)
 
 
 class GGUFCheckpoint:
@@ -43,19 +40,28 @@ class GGUFCheckpoint:
 
     dtype = torch.float32  # of norms and biases
 
-    def __init__(self, source: Source, spec: ModelSpec, stored_spec: ModelSpec, plan: WeightPlan):
-        """Raises UnsupportedError for a source that is no GGUF file, InputError for a format that GGUF does not have."""
-        if not isinstance(source, GGUFFile):
-            raise UnsupportedError(f"{spec.name}: --to gguf takes a GGUF file, whose metadata and tokenizer it keeps. Use --to compressed-tensors for a folder")
-        if spec.tied != stored_spec.tied:
-            raise UnsupportedError(f"{spec.name}: a rotated model has a head of its own, which its GGUF metadata do not know. Use --to compressed-tensors")
+    def __init__(self, files: ModelFiles, source: Source, spec: ModelSpec, stored_spec: ModelSpec, plan: WeightPlan):
+        """`spec` is what is written (rotary pairs in halves, perhaps untied), `stored_spec` what `source` holds.
+
+        Raises InputError for a format that GGUF does not have, UnsupportedError for a model or a tokenizer that it cannot say.
+        """
         for name in plan.names:
-            if ggml_type(name) is None:
-                known = ", ".join(key for key in _FILE_TYPES if key not in DTYPES)
-                raise InputError(f"--to gguf has no {name}. It has {known}; other formats go --to compressed-tensors")
-        self.spec, self.stored_spec = spec, stored_spec
+            if find_format(name).name not in TYPES:
+                raise InputError(f"--to gguf has no {name}. It has {', '.join(QUANTIZED)}; other formats go --to compressed-tensors")
+        self.spec = spec
+        self.factors: dict[str, tuple[float, ...]] = {}
+        if isinstance(source, GGUFFile):
+            architecture = source.metadata["general.architecture"]
+            if spec.tied != stored_spec.tied and architecture in NEVER_UNTIED:
+                raise UnsupportedError(f"{spec.name}: a rotated model has a head of its own, for which llama.cpp's {architecture} has no tensor")
+            self.stored_spec = replace(stored_spec, tied=spec.tied)
+            self.metadata, self.types = dict(source.metadata), dict(source.metadata_types)
+        else:
+            made = outline(spec)
+            architecture, self.stored_spec, self.factors = made.architecture, made.stored_spec, dict(made.factors)
+            self.metadata, self.types = made_metadata(made, files)
         self.pieces: dict[str, list[Piece]] = {}
-        for piece in gguf_pieces(stored_spec, source.metadata["general.architecture"]):
+        for piece in gguf_pieces(self.stored_spec, architecture):
             self.pieces.setdefault(piece.target, []).append(piece)
 
     @property
@@ -90,34 +96,41 @@ class GGUFCheckpoint:
 
     def finish(self, folder: Path, plan: WeightPlan, weight_map: Mapping[str, str], total_bytes: int, files: ModelFiles, source: Source) -> Path:
         """Writes model.gguf beside the shards, and returns its path."""
-        assert isinstance(source, GGUFFile)
         types: dict[str, str] = {}
         for tensor in model_tensors(self.spec):
-            kind = "F32" if len(tensor.shape) < 2 else ggml_type(plan.format_of(tensor).name)
-            assert kind is not None, f"{tensor.name} in {plan.format_of(tensor).name} was refused before"
+            kind = "F32" if len(tensor.shape) < 2 else TYPES[plan.format_of(tensor).name]
             types |= {piece.source: kind for piece in self.pieces[tensor.name]}
         headers = {name: read_safetensors_header(folder / name) for name in set(weight_map.values())}
-        listed = []
-        for name, stored in source.tensors.items():
+        # a GGUF source's own order, and what it has besides: rotary factors, as they are
+        first = tuple(source.tensors) if isinstance(source, GGUFFile) else ()
+        listed: list[TensorToWrite] = []
+        for name in (*first, *(name for name in types if name not in first)):
             if name in weight_map:
                 entry = headers[weight_map[name]].tensors[name]
-                listed.append((name, stored.shape, types[name], _copier(entry.path, entry.offset_bytes, entry.nbytes)))
-            else:  # rotary factors: as they are
-                listed.append((name, stored.shape, stored.type_name, _copier(stored.path, stored.offset_bytes, stored.nbytes)))
-        metadata = dict(source.metadata) | {"general.file_type": _FILE_TYPES[find_format(plan.default).name]}
-        metadata.pop("general.quantized_by", None)
-        write_gguf(folder / "model.gguf", metadata, listed, types={**source.metadata_types, "general.file_type": "uint32"})
+                listed.append((name, entry.shape if types[name] in GGML_DTYPES else self._shape(name), types[name], _copier(entry)))
+            else:
+                assert isinstance(source, GGUFFile), f"{name} was never written"
+                stored = source.tensors[name]
+                listed.append((name, stored.shape, stored.type_name, _copier(stored)))
+        for name, values in self.factors.items():
+            listed.append((name, (len(values),), "F32", lambda values=values: struct.pack(f"<{len(values)}f", *values)))
+        told = {"general.file_type": FILE_TYPES[TYPES[find_format(plan.default).name]], "general.quantization_version": 2}
+        metadata = {key: value for key, value in self.metadata.items() if key != "general.quantized_by"} | told
+        write_gguf(folder / "model.gguf", metadata, listed, types={**self.types, **dict.fromkeys(told, "uint32")})
         return folder / "model.gguf"
 
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return next(piece for pieces in self.pieces.values() for piece in pieces if piece.source == name).source_shape
 
-def _copier(path: Path, offset_bytes: int, nbytes: int) -> Callable[[], Iterator[bytes]]:
+
+def _copier(stored: SafetensorsTensor | GGUFTensor) -> Callable[[], Iterator[bytes]]:
     def pieces() -> Iterator[bytes]:
-        left = nbytes
-        with open(path, "rb") as file:
-            file.seek(offset_bytes)
+        left = stored.nbytes
+        with open(stored.path, "rb") as file:
+            file.seek(stored.offset_bytes)
             while left:
                 piece = file.read(min(left, COPY_BYTES))
-                assert piece, f"{path} has shrunk"
+                assert piece, f"{stored.path} has shrunk"
                 left -= len(piece)
                 yield piece
 
