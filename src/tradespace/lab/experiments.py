@@ -59,6 +59,8 @@ EXPERIMENTS: dict[str, Experiment] = {
         Experiment(name="batching", question="what does continuous batching gain over fixed batches?", minutes=6, module="batching"),
         Experiment(name="quality", question="what does each weight format cost in KL divergence?", minutes=5, module="quality"),
         Experiment(name="agreement", question="does it compute what llama.cpp computes?", minutes=6, module="agreement"),
+        Experiment(name="activations", question="what do activations in int8 cost, beside llama.cpp's?", minutes=4, module="activations"),
+        Experiment(name="native-quality", question="does the native path predict as well as the torch path?", minutes=8, module="native_quality"),
         Experiment(name="cpu-speed", question="does the CPU engine hold its bars?", minutes=18, module="cpu_speed", parts=CPU_PARTS),
         Experiment(name="calibration", question="what do the cost model's measured constants come to here?", minutes=12, module="calibrate"),
         Experiment(name="demo", question="what does make demo print here?", minutes=1, module="commands", runner="run_demo"),

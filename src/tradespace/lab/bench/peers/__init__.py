@@ -39,7 +39,10 @@ class Peer:
 
     @property
     def version(self) -> str:
-        return importlib.metadata.version(self.distribution)
+        try:
+            return importlib.metadata.version(self.distribution)
+        except importlib.metadata.PackageNotFoundError:
+            return "unknown: not installed as a package"
 
     def absent(self, task: Task) -> str | None:
         """Why it cannot take part, None: it can try."""
