@@ -48,14 +48,14 @@ def test_the_native_tests_are_clean(library):
     assert " passed" in done.stdout
 
 
-def test_a_write_past_the_end_is_found(library):
+def test_a_read_past_the_end_is_found(library):
     """The check above would say nothing if the library were not watched."""
     code = f"""
 import ctypes, torch
 from tradespace.kernels.native.library import Library, Matrix
 library = Library("sanitized", {str(library)!r})
-short, out = torch.zeros(64, dtype=torch.uint8), torch.empty(32)
-library.ts_unpack_rows(ctypes.byref(Matrix(short.data_ptr(), 16, 32, 0, 1, 2048)), torch.tensor([15]).data_ptr(), 1, out.data_ptr())
+short, ids, out = torch.zeros(64, dtype=torch.uint8), torch.tensor([15]), torch.empty(32)
+library.ts_unpack_rows(ctypes.byref(Matrix(short.data_ptr(), 16, 32, 0, 1, 2048)), ids.data_ptr(), 1, out.data_ptr())
 """
     done = _sanitized("-c", code)
     assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr, done.stderr[-2000:]
