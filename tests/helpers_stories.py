@@ -40,10 +40,10 @@ def stories_spec() -> ModelSpec:
     return ModelSpec(name="stories260k", family="llama", D=D, V=abs(V), layers=(LayerSpec(mixer=mixer, ffn=DenseFFN(F=F)),) * L, max_context=context)
 
 
-def load_stories(plan: WeightPlan, *, attention: str = "sdpa", linear: str = "torch", max_context: int = 512) -> Transformer:
+def load_stories(plan: WeightPlan, *, attention: str = "sdpa", linear: str = "torch", activations: str = "auto", max_context: int = 512) -> Transformer:
     """The model under any weight plan, on any kernels."""
     spec = stories_spec()
-    model = Transformer(spec, plan, attention=attention, linear=linear, max_context=max_context)
+    model = Transformer(spec, plan, attention=attention, linear=linear, activations=activations, max_context=max_context)
     flat = torch.from_numpy(np.fromfile(FOLDER / "stories260K.bin", dtype="<f4", offset=28))
     position = 0
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from native.sanitized import examples
 from tradespace.errors import UnsupportedError
 from tradespace.formats import decode
-from tradespace.formats.native import NativeWeight
+from tradespace.formats.native import FORMS, NativeWeight, OperandBuffers
 from tradespace.kernels.native import load, unavailable
 from tradespace.kernels.native.compiler import ISAS, cpu_flags
 from tradespace.quantize.rtn import round_to_nearest
 from tradespace.spec import native
 from tradespace.spec.formats import FORMATS, refusal
+from tradespace.spec.native import round_up
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=f"native kernels: {unavailable()}")
 
@@ -31,7 +35,7 @@ def _filled(name: str, rows: int, columns: int, *, activations: str = "auto", th
     return weight, decode(name, codes)[:, :columns]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     name=st.sampled_from(sorted(native.FORMAT_KINDS)),
     rows=st.integers(1, 70),
@@ -62,6 +66,47 @@ def test_products_are_those_of_the_decoded_rows(name, rows, columns, odd, tokens
         assert ((y_TR - exact).abs() <= bound * scale + 1e-4).all()
         if tokens:
             assert torch.equal(torch.cat([weight.linear(x_TC[i : i + 1], bias_R) for i in range(tokens)]), y_TR), "a row depends on its neighbours"
+
+
+@pytest.mark.parametrize("name", sorted(native.FORMAT_KINDS))
+def test_every_format_at_odd_sizes(name):
+    """What drawing may leave out: each format, with a last panel and (where it may) a last section that are not full; none, one and several tokens."""
+    block = FORMATS[name].block
+    width = 3 * block[0] if block else 3 * 32 - 5
+    torch.manual_seed(0)
+    for activations in ("auto", "fp32"):
+        weight, expected_RC = _filled(name, 19, width, activations=activations)
+        for tokens, weight.threads in ((0, 2), (1, 1), (1, 7), (5, 2), (13, 7)):
+            x_TC = torch.randn(tokens, width)
+            torch.testing.assert_close(weight.linear(x_TC), x_TC @ expected_RC.T, rtol=0.05, atol=0.05 * float(expected_RC.abs().max()) * width**0.5)
+
+
+@settings(max_examples=examples(60), deadline=None)
+@given(
+    name=st.sampled_from(sorted(native.FORMAT_KINDS)),
+    rows=st.integers(1, 40),
+    sections=st.integers(1, 9),
+    tokens=st.integers(0, 20),
+    threads=st.sampled_from([1, 2, 7]),
+    off=st.integers(0, 3),
+)
+def test_floats_may_begin_anywhere_and_nothing_lies_behind_the_panels(name, rows, sections, tokens, threads, off):
+    """Activations, bias and results at any multiple of 4 bytes, and panels in an allocation that ends with them: the bits of aligned ones."""
+    torch.manual_seed(0)
+    width = sections * (FORMATS[name].block or (32,))[0]
+    weight, _ = _filled(name, rows, width, threads=threads)
+    exact = torch.empty(weight.nbytes, dtype=torch.uint8)
+    exact.copy_(weight.packed[weight._offset : weight._offset + weight.nbytes])
+    matrix, padded, wide = weight.matrix(), round_up(width, 32), round_up(rows, 16)
+    matrix.data = exact.data_ptr()
+    x_TC, bias_R = torch.randn(tokens, width), torch.randn(rows)
+    x, bias, y = torch.zeros(off + tokens * padded)[off:], torch.zeros(off + wide)[off:], torch.full((off + tokens * wide,), -1.0)[off:]
+    x.view(tokens, padded)[:, :width] = x_TC
+    bias[:rows] = bias_R
+    held = OperandBuffers(tokens, padded, {weight.form})
+    arguments = (x.data_ptr(), padded, tokens, FORMS[weight.form], bias.data_ptr(), y.data_ptr(), wide, threads)
+    weight.library.ts_linear(ctypes.byref(matrix), ctypes.byref(held.operand()), *arguments)
+    assert torch.equal(y.view(tokens, wide)[:, :rows], weight.linear(x_TC, bias_R))
 
 
 def test_experts_are_panels_of_their_own():

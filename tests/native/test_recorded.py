@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from model.family_configs import FAMILIES, V
 from model.family_models import FP32, make_pair, packed_logits
 from native.native_steps import RecordedStepper
+from native.sanitized import examples
 from tradespace.formats.native import NativeWeight
 from tradespace.kernels.native import unavailable
 from tradespace.kernels.view import StepBatch
@@ -70,7 +71,7 @@ def _spec(N: int, K: int, H: int, Hv: int, *, window: int | None = None, softcap
     return ModelSpec(name="drawn", family="llama", D=37, V=53, layers=layers, max_context=context)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 @given(data=st.data())
 def test_drawn_attention_is_the_references_and_blind_to_neighbours(data):
     """GQA ratios, odd heads, windows, caps, sinks, contexts of several chunks, threads: the reference's logits, and equal bits however it is cut."""

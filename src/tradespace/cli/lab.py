@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.markdown import Markdown
+from rich.markup import escape
 from rich.table import Table
 
 from tradespace.cli.options import Json, console, print_json
@@ -41,22 +42,27 @@ def run(
     name: Annotated[str, typer.Argument(metavar="NAME|all")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the record.")] = Path("results"),
     quick: Annotated[bool, typer.Option("--quick", help="Fewer repeats and smaller grids: to see that it works, not to quote.")] = False,
+    only: Annotated[list[str] | None, typer.Option("--only", help="Only this part of it (cpu-speed: decode, prefill, batch, start); the rest stays.")] = None,
     json: Json = False,
 ) -> None:
     """Run one experiment (or all) and write its record.
 
     Example: tradespace lab run memory --output results
+
+    Part:    tradespace lab run cpu-speed --only decode
     """
     from tradespace.lab.experiments import EXPERIMENTS
-    from tradespace.measure.record import write_record
+    from tradespace.measure.record import read_record, write_record
 
     if name != "all" and name not in EXPERIMENTS:
         raise InputError(f"no experiment '{name}'. Known: {', '.join(EXPERIMENTS)}, or all")
     notes = console(stderr=True)
     for experiment in EXPERIMENTS.values() if name == "all" else [EXPERIMENTS[name]]:
         notes.print(f"{experiment.name}: {experiment.question} (about {experiment.minutes:g} minutes)", style="dim", soft_wrap=True)
-        record = experiment.run(quick=quick, say=lambda line: notes.print(line, style="dim", soft_wrap=True))
+        record = experiment.run(quick=quick, say=lambda line: notes.print(escape(line), style="dim", soft_wrap=True), only=only or ())
         path = output / f"{experiment.name}.json"
+        if only and path.exists():
+            record = experiment.joined(read_record(path), record, only)
         write_record(path, record)
         if json:
             print_json(record)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from importlib import import_module
 
+from tradespace.errors import InputError
 from tradespace.measure.record import Record
 
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
     """name: of the record, too. `module` has the functions `run` and `markdown` under these names, or under those given.
+
+    parts: what `run` can do alone, if it takes `only`; rows of its record name theirs, and figures begin with it.
 
     A module is imported when its experiment runs: a parent that had loaded torch would share its pages with the processes that "memory" measures.
     """
@@ -21,16 +24,30 @@ class Experiment:
     minutes: float
     module: str
     runner: str = "run"
+    parts: tuple[str, ...] = ()
 
-    def run(self, *, quick: bool, say: Callable[[str], None]) -> Record:
-        """Measures, and returns the record."""
-        return getattr(import_module(f"tradespace.lab.{self.module}"), self.runner)(quick=quick, say=say)
+    def run(self, *, quick: bool, say: Callable[[str], None], only: Sequence[str] = ()) -> Record:
+        """Measures (with `only`, these parts), and returns the record. Raises InputError for a part that it does not have."""
+        for part in only:
+            if part not in self.parts:
+                raise InputError(f"--only {part}: {self.name} has {', '.join(self.parts) or 'no parts'}")
+        run = getattr(import_module(f"tradespace.lab.{self.module}"), self.runner)
+        return run(quick=quick, say=say, only=tuple(only) or self.parts) if self.parts else run(quick=quick, say=say)
+
+    def joined(self, before: Record, now: Record, only: Sequence[str]) -> Record:
+        """`now`, a run of the parts `only`, with the other parts of an earlier record."""
+        kept = [part for part in self.parts if part not in only]
+        rows = [row for row in before.rows if row.get("part") in kept] + list(now.rows)
+        figures = {name: figure for name, figure in before.figures.items() if name.split(":")[0] in kept}
+        rows.sort(key=lambda row: self.parts.index(row["part"]))
+        return replace(now, rows=tuple(rows), figures=figures | dict(now.figures))
 
     def markdown(self, record: Record) -> str:
         """The table that the documentation shows."""
         return import_module(f"tradespace.lab.{self.module}").markdown(record)
 
 
+CPU_PARTS = ("decode", "prefill", "batch", "start")
 _BUDGET = "does the process stay inside its budget, and is its peak what was predicted?"
 
 EXPERIMENTS: dict[str, Experiment] = {
@@ -43,6 +60,9 @@ EXPERIMENTS: dict[str, Experiment] = {
         Experiment(name="prefix", question="what do shared prefixes gain, and what do they cost where nothing is shared?", minutes=4, module="prefix"),
         Experiment(name="quality", question="what does each weight format cost in KL divergence?", minutes=5, module="quality"),
         Experiment(name="agreement", question="does it compute what llama.cpp computes?", minutes=6, module="agreement"),
+        Experiment(name="activations", question="what do activations in int8 cost, beside llama.cpp's?", minutes=4, module="activations"),
+        Experiment(name="native-quality", question="does the native path predict as well as the torch path?", minutes=8, module="native_quality"),
+        Experiment(name="cpu-speed", question="does the CPU engine hold its bars?", minutes=18, module="cpu_speed", parts=CPU_PARTS),
         Experiment(name="calibration", question="what do the cost model's measured constants come to here?", minutes=12, module="calibrate"),
         Experiment(
             name="quantize_safety", question="does quantize keep its budget, survive SIGKILL, and does int4 run as int4?", minutes=12, module="quantizing"

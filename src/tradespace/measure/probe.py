@@ -46,16 +46,16 @@ def speeds(threads: int, sizes: tuple[int, ...], folder: Path) -> None:
         torch.set_grad_enabled(False)
     for size, bytes_per_s in bandwidth_curve(sizes, threads, backend="torch" if torch_here else "numpy"):
         _say(step="bandwidth", size=size, value=bytes_per_s)
-    for dtype, product in (_torch_products() if torch_here else {"fp32": _numpy_product}).items():
+    for dtype, product in (torch_products() if torch_here else {"fp32": _numpy_product}).items():
         try:
-            _say(step="matmul", dtype=dtype, value=_matmul_rate(product))
+            _say(step="matmul", dtype=dtype, value=matmul_rate(product))
         except RuntimeError as error:  # torch has no product of this type on this processor: the rate is unknown, and the line says why
             _say(step="matmul", dtype=dtype, value=None, why=str(error))
     _say(step="op", value=_op_overhead_s() if torch_here else None)
     _say(step="disk", value=_disk_rate(folder))
 
 
-def _matmul_rate(product: Callable[[int], Callable[[], object]]) -> float:
+def matmul_rate(product: Callable[[int], Callable[[], object]]) -> float:
     """Operations a second, best of several, at the largest size that the fastest one so far says will take under 0.3 s: a type that the processor has no
     instructions for is a thousand times slower than one that it has."""
     rate = 0.0
@@ -67,7 +67,7 @@ def _matmul_rate(product: Callable[[int], Callable[[], object]]) -> float:
     return rate
 
 
-def _torch_products() -> dict[str, Callable[[int], Callable[[], object]]]:
+def torch_products() -> dict[str, Callable[[int], Callable[[], object]]]:
     import torch
 
     def floating(dtype: torch.dtype) -> Callable[[int], Callable[[], object]]:

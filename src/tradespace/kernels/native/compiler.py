@@ -41,6 +41,8 @@ ISAS: dict[str, tuple[frozenset[str], tuple[str, ...]]] = {
     "avx2": (frozenset({"avx2", "fma", "f16c"}), ("-mavx2", "-mfma", "-mf16c", "-mbmi2")),
     "portable": (frozenset(), ()),
 }
+# for tests: an access outside of an allocation, or undefined behaviour, ends the process with a report. -O1 spares the compiler minutes
+SANITIZERS = ("-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 COMPILE_TIMEOUT_S = 300
 LOCK_TIMEOUT_S = 300
 

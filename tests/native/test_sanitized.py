@@ -1,0 +1,61 @@
+"""The native tests once more with every access and every operation checked by the address and undefined-behaviour sanitizers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from native import sanitized
+from tradespace.kernels.native import unavailable
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+CHECKED = ("test_packed_weights.py", "test_recorded.py")
+# of the families those that use an operation, or a flag of one, that the others do not; what compares instruction sets or counts bytes touches nothing new
+FAMILIES = ("falcon", "gpt2", "gemma2", "gemma3_text", "qwen3")
+LEFT_OUT = f"instruction_sets or bytes_are_the_specs or (logits_are_transformers and not ({' or '.join(f'0-{name}' for name in FAMILIES)}))"
+TIMEOUT_S = 300
+
+
+def _sanitized(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {
+        "LD_PRELOAD": str(sanitized.runtime()),
+        # Python's own leaks are not ours; a finding ends the process
+        "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1:detect_stack_use_after_return=1",
+        "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(HERE.parent), os.environ.get("PYTHONPATH", "")]),
+    }
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
+
+
+@pytest.fixture(scope="module")
+def library() -> Path:
+    if reason := unavailable():
+        pytest.skip(f"native kernels: {reason}")
+    if sanitized.runtime() is None:
+        pytest.skip("the compiler has no address sanitizer (libasan)")
+    return sanitized.build()
+
+
+def test_the_native_tests_are_clean(library):
+    files = [str(HERE / name) for name in CHECKED]
+    done = _sanitized("-m", "pytest", "-q", "-x", "-s", "-p", "native.sanitized", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", f"not ({LEFT_OUT})", *files)
+    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    assert " passed" in done.stdout
+
+
+def test_a_read_past_the_end_is_found(library):
+    """The check above would say nothing if the library were not watched."""
+    code = f"""
+import ctypes, torch
+from tradespace.kernels.native.library import Library, Matrix
+library = Library("sanitized", {str(library)!r})
+short, ids, out = torch.zeros(64, dtype=torch.uint8), torch.tensor([15]), torch.empty(32)
+library.ts_unpack_rows(ctypes.byref(Matrix(short.data_ptr(), 16, 32, 0, 1, 2048)), ids.data_ptr(), 1, out.data_ptr())
+"""
+    done = _sanitized("-c", code)
+    assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr, done.stderr[-2000:]
