@@ -4,8 +4,8 @@ continuous  requests join and leave at every step (Orca, OSDI 2022); pages are t
 fixed       batches of as many requests as the cache has regions of the longest context; every row is computed until the longest output of its batch ends.
             Prompts are not padded, which is kinder than a generate loop is
 padded      the same with prompts as long as the batch's longest, as a plain generate loop pads them; its tokens are other tokens
-context     as fixed, with regions of the context that is planned where nobody says how long requests are: what an engine without pages reserves when it does not
-            know the workload beforehand ("Orca (Max)" of arXiv:2309.06180)
+context     as fixed, with regions of the context that is planned where nobody says how long requests are: what an engine without pages reserves when it
+            does not know the workload beforehand ("Orca (Max)" of arXiv:2309.06180)
 reserved    the best that fixed batches can be, with all lengths known beforehand: a member takes its own prompt + output, and costs nothing once it has ended
 
 What can be gained is bounded: where a step's time is that of its rows (a compute-bound CPU), the ratio is that of the rows computed, which the record states
@@ -121,6 +121,6 @@ def markdown(record: Record) -> str:
     return (
         f"{markdown_table(header, table)}\n\n{record.rows[0]['requests']} requests, {record.rows[0]['output_tokens']:,} output tokens; requests with the same "
         f'tokens under all policies that read the same prompts: {same}. "Fixed" computes every row until its batch\'s longest output ends; "padded" pads '
-        f'prompts, too, as a plain generate loop does; "context" reserves {PLANNED_CONTEXT:,} tokens for each member, as an engine without pages does that knows no lengths; '
-        '"reserved" knows all lengths beforehand and stops computing a member that has ended.'
+        f'prompts, too, as a plain generate loop does; "context" reserves {PLANNED_CONTEXT:,} tokens for each member, as an engine without pages does that '
+        'knows no lengths; "reserved" knows all lengths beforehand and stops computing a member that has ended.'
     )

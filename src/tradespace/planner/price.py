@@ -237,8 +237,13 @@ class Pricer:
                         sharing = self.space.prefix_sharing and sharing_refusal(layout, Retain()) is None
                         kv = KVPlan(layout=layout, block_size=block, store=store, prefix_sharing=sharing)
                         for kernel in self.kernels_for(weights, kv):
-                            for step_tokens in self.space.step_tokens:
+                            for step_tokens in self.step_sizes(kernel):
                                 yield from self._placed(weights, share, placed, kv, slot_bytes, kernel, step_tokens, degree)
+
+    def step_sizes(self, kernel: str) -> tuple[int, ...]:
+        """Budgets of tokens per step. The native step goes through its tokens in blocks: larger steps than a few hundred cost buffers and gain nothing."""
+        sizes = self.space.step_tokens
+        return sizes if kernel != "native" else tuple(size for size in sizes if size <= native.STEP_TOKENS) or sizes[:1]
 
     def kernels_for(self, weights: WeightPlan, kv: KVPlan) -> tuple[str, ...]:
         """The kernels that go with a layout of weights and a cache: native ones with packed weights and tiles of keys, the others with the rest."""

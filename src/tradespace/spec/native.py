@@ -15,6 +15,7 @@ from tradespace.spec.model import DenseFFN, ModelSpec
 
 LANES = 16
 SECTION = 32
+STEP_TOKENS = 512  # a step with more runs no faster
 SUPER_SECTIONS = 8
 CHUNK = 64  # keys of a partial result of attention
 ROWS = 12  # query rows that share a pass over the keys
