@@ -1,7 +1,8 @@
 """What each weight format that runs costs: KL divergence to the same weights in fp32, on WikiText-2 test, with bytes beside it.
 
-Every format is filled by rounding to nearest; what better quantizers make of it is the sweep's question (`tradespace eval --sweep`). The planner ranks by
-these figures: `lab/figures.py` puts them where it reads them.
+Every format is filled by rounding to nearest; what better quantizers make of it is another experiment's question (`quantizers`). A last row runs the file's own
+blocks with the native kernels' int8 activations: what those cost by themselves. The planner ranks by these figures: `lab/figures.py` puts them where it reads
+them.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from tradespace import api
-from tradespace.comparing import Budget
+from tradespace.comparing import STORED, Budget
 from tradespace.home import cache_folder
 from tradespace.lab.common import command_line, data_file, markdown_table
 from tradespace.lab.sweep import RTN, Sweep, choose_pairs, measure_points
@@ -26,14 +27,14 @@ from tradespace.spec.tensors import num_parameters
 from tradespace.units import format_bytes
 
 MODELS = ("smollm2-135m", "gemma3-270m")
-CONTEXT, TOKENS, QUICK_TOKENS = 512, 1536, 512
+CONTEXT, TOKENS, QUICK_TOKENS = 512, 3072, 512
 QUICK_FORMATS = ("bf16", "int8")
-REFERENCE, MEMORY = "fp32", "8GiB"
+REFERENCE, MEMORY = "fp32", "4GiB"
 
 
 def run(*, quick: bool, say: Callable[[str], None]) -> Record:
     """Every format on both models (quick: two formats on the first, on a quarter of the text)."""
-    rows, protocol = [], ""
+    rows, said, protocol = [], [], ""
     device = this_machine()
     cache_folder().mkdir(parents=True, exist_ok=True)
     for model in MODELS[:1] if quick else MODELS:
@@ -44,11 +45,15 @@ def run(*, quick: bool, say: Callable[[str], None]) -> Record:
         with TemporaryDirectory(prefix="quality-", dir=cache_folder()) as folder:
             sweep = Sweep(model=model, files=files, text=text, dtype=REFERENCE, device=device, budget=Budget.of(MEMORY, device), folder=Path(folder))
             pairs = choose_pairs(QUICK_FORMATS if quick else None, [RTN], REFERENCE)
-            found, _ = measure_points(sweep, pairs, lambda what, done, total: None, say)
+            pairs += [(STORED, RTN)] if files.kind == "gguf" and not device.no_native else []
+            found, left_out = measure_points(sweep, pairs, lambda what, done, total: None, say)
+        said += [f"{spec.name} has no {fmt}: {why}" for (fmt, _), why in left_out.items()]
         for row in found:
-            rows.append({"model": spec.name, "family": spec.family, "parameters": num_parameters(spec), "stored": stored_as(files)} | row)
-            say(f"{model} {row['format']}: KL {row['mean_kl']:.2e} ± {row['kl_error']:.0e} nats a token")
-    notes = f"WikiText-2 test, {protocol}; KL to the same weights in fp32 with fp32 activations; formats filled by rounding to nearest"
+            kind = {"kind": "weights"} if row["format"] != STORED else {"kind": "activations", "format": "int8"}
+            rows.append({"model": spec.name, "family": spec.family, "parameters": num_parameters(spec), "stored": stored_as(files)} | row | kind)
+            say(f"{model} {kind['kind']} {rows[-1]['format']}: KL {row['mean_kl']:.2e} ± {row['kl_error']:.0e} nats a token")
+    notes = f"WikiText-2 test, {protocol}; KL to the same weights in fp32 with fp32 activations; formats filled by rounding to nearest, multiplied by fp32 "
+    notes += "activations where the plan is native, else by 16-bit ones" + "".join(f"; {line}" for line in said)
     return new_record("quality", command=command_line(), device=device, repeats=1, rows=rows, notes=notes)
 
 
@@ -67,7 +72,7 @@ def markdown(record: Record) -> str:
     rows = [
         (
             f"{r['model']} ({r['stored']})",
-            r["format"],
+            r["format"] if r["kind"] == "weights" else f"as stored, activations {r['format']}",
             format_bytes(r["bytes"]),
             f"{r['bits_per_weight']:.2f}",
             f"{r['mean_kl']:.3g} ± {r['kl_error']:.1g}",

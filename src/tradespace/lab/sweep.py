@@ -18,7 +18,7 @@ from typing import Any
 from rich.table import Table
 
 from tradespace import api
-from tradespace.comparing import Budget, Compared, OnProgress, divergence_of, plan_subject, store_reference, teller
+from tradespace.comparing import STORED, Budget, Compared, OnProgress, divergence_of, plan_subject, store_reference, teller
 from tradespace.errors import BudgetError, InputError, UnsupportedError
 from tradespace.lab.common import command_line
 from tradespace.lab.sweep_plot import draw_html, draw_png, require_plotters
@@ -30,6 +30,7 @@ from tradespace.quality.stored import StoredLogprobs, stored_bytes
 from tradespace.quality.text import Text, encode_text
 from tradespace.quantize.methods import METHODS, find_method
 from tradespace.quantizing import quantize
+from tradespace.spec import native
 from tradespace.spec.device import DeviceSpec
 from tradespace.spec.formats import FORMATS, find_format
 from tradespace.spec.tensors import num_parameters
@@ -182,8 +183,9 @@ def _measure(sweep: Sweep, compared: Compared, fmt: str, method: str, on_progres
     """Measures one point and keeps it; or says why it cannot be built."""
     try:
         with _built(sweep, fmt, method, on_progress) as (name, files, weights):
-            context, exact = sweep.text.windows.context, find_format(fmt).compute
-            subject = plan_subject(name, sweep.device, sweep.budget, context, files=files, weights=weights, kv_store=exact)
+            context, also = sweep.text.windows.context, exact_products(fmt, sweep.device)
+            exact = sweep.dtype if also else find_format(fmt).compute
+            subject = plan_subject(name, sweep.device, sweep.budget, context, files=files, weights=weights, kv_store=exact, also=also)
             with subject.open(sweep.budget.engine_bytes, offline=sweep.offline) as engine:
                 tell = teller(on_progress, f"{fmt}, {method}", sweep.text.windows.num_scored)
                 perplexity, found = divergence_of(engine, compared, sweep.text, tell)
@@ -194,6 +196,16 @@ def _measure(sweep: Sweep, compared: Compared, fmt: str, method: str, on_progres
     row |= {name: getattr(found, name) for name in KEPT} | {"bits_per_byte": perplexity.bits_per_byte}
     write_atomically(sweep.point_path(fmt, method), json.dumps(row, allow_nan=False) + "\n")
     return None
+
+
+def exact_products(fmt: str, device: DeviceSpec) -> dict[str, str]:
+    """The axes that leave a format's own loss alone in a figure: native products with fp32 activations, where the kernels read it; else none, and what torch
+    rounds beside it (activations to 16 bits, or to what the format says) counts as its own."""
+    if fmt == STORED:  # the file's own blocks lose nothing: what is left is what the native kernels' activations cost
+        return {"linear": "native", "activations": "auto"}
+    if device.no_native or fmt not in native.FORMAT_KINDS:
+        return {}
+    return {"linear": "native", "activations": "fp32"}
 
 
 @contextmanager
@@ -211,7 +223,7 @@ def _built(sweep: Sweep, fmt: str, method: str, on_progress: OnProgress) -> Iter
             sweep.model, target, format=fmt, method=method, embed=fmt, calibrate=sweep.calibrate, context=sweep.text.windows.context,
             memory=sweep.budget.memory_bytes, offline=sweep.offline, on_progress=on_progress,
         )  # fmt: skip
-        yield str(target), resolve(str(target), offline=True), None
+        yield str(target), resolve(str(target), offline=True), STORED
 
 
 def _record(sweep: Sweep, rows: Sequence[Mapping[str, Any]], left_out: Mapping[tuple[str, str], str]) -> Record:
