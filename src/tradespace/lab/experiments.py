@@ -41,6 +41,8 @@ EXPERIMENTS: dict[str, Experiment] = {
         Experiment(name="paging", question="what do pages waste, and what do they cost?", minutes=4, module="paging"),
         Experiment(name="batching", question="what does continuous batching gain over fixed batches?", minutes=6, module="batching"),
         Experiment(name="quality", question="what does each weight format cost in KL divergence?", minutes=12, module="quality"),
+        Experiment(name="sweep", question="which format by which method, at how many bytes?", minutes=15, module="sweep"),
+        Experiment(name="quantizers", question="which quantizer makes the most of the same bits?", minutes=10, module="quantizers"),
         Experiment(name="agreement", question="does it compute what llama.cpp computes?", minutes=6, module="agreement"),
         Experiment(name="calibration", question="what do the cost model's measured constants come to here?", minutes=12, module="calibrate"),
         Experiment(name="demo", question="what does make demo print here?", minutes=1, module="commands", runner="run_demo"),

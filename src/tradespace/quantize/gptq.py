@@ -35,11 +35,10 @@ def gptq_factor(gram_CC: Tensor, *, damping: float = DAMPING) -> Factor:
 def gptq(fmt: WeightFormat, weight_RC: Tensor, gram_CC: Tensor, factor: Factor) -> Codes:
     """Codes of `fmt` (integers of 2 to 8 bits, fp8, nf4) for a matrix whose inputs have this Gram matrix. Raises UnsupportedError for another format."""
     rounder = _rounder(fmt, weight_RC, gram_CC)
-    order_C = factor.order_C
+    places = range(weight_RC.shape[1]) if factor.order_C is None else factor.order_C.tolist()
 
     def column(position: int, values_R1: Tensor) -> Tensor:
-        place = position if order_C is None else int(order_C[position])
-        return rounder.column(place, values_R1[:, 0]).unsqueeze(1)
+        return rounder.column(places[position], values_R1[:, 0]).unsqueeze(1)
 
     round_with_feedback(weight_RC, factor, column)
     return rounder.codes()
