@@ -85,7 +85,7 @@ def plan_subject(
     also: Mapping[str, str] | None = None,
 ) -> Subject:
     """The planner's best plan for one sequence of `context` tokens; a stated weight format comes with a cache in its activations' dtype, so that the format
-    alone is measured, unless `kv_store` says otherwise. `also` fixes further axes. weights "stored": as the files hold them, which without a word is tried, too.
+    alone is measured, unless `kv_store` says otherwise. `also` fixes further axes. weights "stored": as the files hold them, tried where none is named.
 
     Raises BudgetError where nothing fits, InputError for a context that the model lacks.
     """

@@ -40,6 +40,7 @@ Scope = Literal["linears", "all"]
 Say = Callable[[str], None]
 CALIBRATION = ("wikitext2", "train.txt")
 SEED = 0
+CASES_TOGETHER = 5
 ALPHA_PIECES = 1  # of WINDOWS windows each, that SmoothQuant's α is chosen on
 KEPT = ("num_tokens", "mean_kl", "kl_error", "p99_kl", "top1_agreement", "perplexity", "reference_perplexity", "log_ratio", "log_ratio_error")
 
@@ -95,12 +96,13 @@ def quick_cases(group: int) -> list[Case]:
 
 
 def run(*, quick: bool, say: Say) -> Record:
-    """Every case on both models, each model in a process of its own where an accelerator computes: what limits it is the launching of kernels."""
+    """Every case on both models. Where an accelerator computes, a few cases to a process: what limits one of them is the launching of small kernels."""
     device, size = this_machine(), QUICK if quick else Size()
     jobs = [
         (model, group, size, tuple(quick_cases(group) if quick else cases(group))) for model, group in (list(MODELS.items())[:1] if quick else MODELS.items())
     ]
     if torch.cuda.is_available():
+        jobs = [(model, group, size, some) for model, group, size, wanted in jobs for some in split(wanted)]
         with multiprocessing.get_context("spawn").Pool(len(jobs)) as pool:
             found = pool.starmap(measure_model, jobs)
     else:
@@ -108,9 +110,17 @@ def run(*, quick: bool, say: Say) -> Record:
     rows = [row for rows in found for row in rows]
     for row in rows:
         say(f"{row['model']} {row['format']} {row['method']} {row['scope']} {row['rule']}: KL {row['mean_kl']:.4g} ± {row['kl_error']:.1g}")
-    text = f"WikiText-2 test, {size.windows} windows of {size.context} tokens; calibrated on {size.samples} windows of {size.context} tokens of {'/'.join(CALIBRATION)}"
-    notes = f"{text}; KL to the file's own weights, dequantized; weights as they decode, products in fp32; group sizes as each format says"
+    calibrated = f"calibrated on {size.samples} windows of {size.context} tokens of {'/'.join(CALIBRATION)}"
+    notes = f"WikiText-2 test, {size.windows} windows of {size.context} tokens; {calibrated}; KL to the file's own weights, dequantized; "
+    notes += "weights as they decode, products in fp32"
     return new_record("quantizers", command=command_line(), device=computing(device), repeats=1, rows=rows, notes=notes)
+
+
+def split(wanted: Sequence[Case]) -> list[tuple[Case, ...]]:
+    """Cases in short runs; those that share sensitivities stay together."""
+    together = tuple(case for case in wanted if case.rule == "allocate")
+    others = [case for case in wanted if case.rule != "allocate"]
+    return [*(tuple(others[start : start + CASES_TOGETHER]) for start in range(0, len(others), CASES_TOGETHER)), *([together] if together else [])]
 
 
 def computing(host: DeviceSpec) -> DeviceSpec:
