@@ -7,10 +7,10 @@ them.
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from tradespace import api
 from tradespace.comparing import STORED, Budget
@@ -21,13 +21,13 @@ from tradespace.loading.gguf import read_gguf
 from tradespace.loading.resolve import ModelFiles, resolve
 from tradespace.loading.tokenizer import Tokenizer
 from tradespace.measure.machine import this_machine
-from tradespace.measure.record import Record, new_record
+from tradespace.measure.record import Record, commit_of, new_record
 from tradespace.quality.text import encode_text
 from tradespace.spec.tensors import num_parameters
 from tradespace.units import format_bytes
 
 MODELS = ("smollm2-135m", "gemma3-270m")
-CONTEXT, TOKENS, QUICK_TOKENS = 512, 3072, 512
+CONTEXT, TOKENS, QUICK_TOKENS = 512, 1024, 512
 QUICK_FORMATS = ("bf16", "int8")
 REFERENCE, MEMORY = "fp32", "4GiB"
 
@@ -36,17 +36,17 @@ def run(*, quick: bool, say: Callable[[str], None]) -> Record:
     """Every format on both models (quick: two formats on the first, on a quarter of the text)."""
     rows, said, protocol = [], [], ""
     device = this_machine()
-    cache_folder().mkdir(parents=True, exist_ok=True)
+    folder = cache_folder() / f"quality-{commit_of(Path(__file__).parent)[0][:10]}"
     for model in MODELS[:1] if quick else MODELS:
         files = resolve(model)
         spec = api.spec_of_files(files)
         text = encode_text(Tokenizer.from_files(files), data_file("wikitext2", "wiki.test.raw"), context=CONTEXT, tokens=QUICK_TOKENS if quick else TOKENS)
         protocol = f"{CONTEXT} tokens a window, {text.windows.num_scored:,} scored"
-        with TemporaryDirectory(prefix="quality-", dir=cache_folder()) as folder:
-            sweep = Sweep(model=model, files=files, text=text, dtype=REFERENCE, device=device, budget=Budget.of(MEMORY, device), folder=Path(folder))
-            pairs = choose_pairs(QUICK_FORMATS if quick else None, [RTN], REFERENCE)
-            pairs += [(STORED, RTN)] if files.kind == "gguf" and not device.no_native else []
-            found, left_out = measure_points(sweep, pairs, lambda what, done, total: None, say)
+        # a commit's points are kept until the record is there: a run that was stopped goes on
+        sweep = Sweep(model=model, files=files, text=text, dtype=REFERENCE, device=device, budget=Budget.of(MEMORY, device), folder=folder)
+        pairs = choose_pairs(QUICK_FORMATS if quick else None, [RTN], REFERENCE)
+        pairs += [(STORED, RTN)] if files.kind == "gguf" and not device.no_native else []
+        found, left_out = measure_points(sweep, pairs, lambda what, done, total: None, say)
         said += [f"{spec.name} has no {fmt}: {why}" for (fmt, _), why in left_out.items()]
         for row in found:
             kind = {"kind": "weights"} if row["format"] != STORED else {"kind": "activations", "format": "int8"}
@@ -54,6 +54,7 @@ def run(*, quick: bool, say: Callable[[str], None]) -> Record:
             say(f"{model} {kind['kind']} {rows[-1]['format']}: KL {row['mean_kl']:.2e} ± {row['kl_error']:.0e} nats a token")
     notes = f"WikiText-2 test, {protocol}; KL to the same weights in fp32 with fp32 activations; formats filled by rounding to nearest, multiplied by fp32 "
     notes += "activations where the plan is native, else by 16-bit ones" + "".join(f"; {line}" for line in said)
+    shutil.rmtree(folder)
     return new_record("quality", command=command_line(), device=device, repeats=1, rows=rows, notes=notes)
 
 
