@@ -1,13 +1,15 @@
 """What quantizers make of the same bits: every method and format of issue on both models, KL and perplexity on WikiText-2 test, and whether the bars hold.
 
 Two scopes: "linears" leaves embedding and head as the file has them, so that only what the quantizers choose differs; "all" holds every matrix in the formats
-of its plan, as `tradespace quantize --bytes` does. Runs on an accelerator where torch has one (minutes), else on the CPU (hours).
+of its plan, as `tradespace quantize --bytes` does. Runs on an accelerator where torch has one (minutes), else on the CPU, where it reads less (an hour or two).
+Rows are kept in the cache folder until the record is there, so that a run that was stopped goes on.
 """
 
 from __future__ import annotations
 
+import json
 import multiprocessing
-import time
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,14 +17,16 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tradespace.home import cache_folder
 from tradespace.lab.common import command_line, data_file
 from tradespace.lab.quality import stored_as
 from tradespace.lab.quantizers_model import WINDOWS, HeldSensitivities, HeldWeights, Reader, embedded, quantize_whole
 from tradespace.lab.quantizers_table import markdown
 from tradespace.loading.tokenizer import Tokenizer
 from tradespace.measure.machine import this_machine
-from tradespace.measure.record import Record, new_record
+from tradespace.measure.record import Record, commit_of, new_record, write_atomically
 from tradespace.quality.divergence import windows as windows_of
 from tradespace.quality.text import begins_with_bos
 from tradespace.quantize.allocate import allocate, first_last
@@ -66,6 +70,7 @@ class Case:
 
 
 MODELS = {"smollm2-135m": 64, "gemma3-270m": 128}  # and the group that divides their widths
+ON_CPU = Size(windows=WINDOWS, samples=2 * WINDOWS)
 QUICK = Size(windows=WINDOWS, samples=WINDOWS, context=64)
 RULES = ("uniform", "first-last")
 
@@ -97,7 +102,7 @@ def quick_cases(group: int) -> list[Case]:
 
 def run(*, quick: bool, say: Say) -> Record:
     """Every case on both models. Where an accelerator computes, a few cases to a process: what limits one of them is the launching of small kernels."""
-    device, size = this_machine(), QUICK if quick else Size()
+    device, size = this_machine(), QUICK if quick else Size() if torch.cuda.is_available() else ON_CPU
     jobs = [
         (model, group, size, tuple(quick_cases(group) if quick else cases(group))) for model, group in (list(MODELS.items())[:1] if quick else MODELS.items())
     ]
@@ -108,6 +113,7 @@ def run(*, quick: bool, say: Say) -> Record:
     else:
         found = [measure_model(*job) for job in jobs]
     rows = [row for rows in found for row in rows]
+    shutil.rmtree(rows_folder(size))
     for row in rows:
         say(f"{row['model']} {row['format']} {row['method']} {row['scope']} {row['rule']}: KL {row['mean_kl']:.4g} ± {row['kl_error']:.1g}")
     calibrated = f"calibrated on {size.samples} windows of {size.context} tokens of {'/'.join(CALIBRATION)}"
@@ -132,14 +138,20 @@ def computing(host: DeviceSpec) -> DeviceSpec:
 
 def measure_model(model: str, group: int, size: Size, wanted: Sequence[Case]) -> list[dict[str, Any]]:
     """Rows of one model."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    with torch.device(device), torch.no_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), Bench(model, size) as bench:
-        rows = []
-        for case in wanted:
-            start_s = time.monotonic()
-            rows.append(bench.measure(case))
-            print(f"{model} {case}: KL {rows[-1]['mean_kl']:.5g}, {time.monotonic() - start_s:.0f} s", flush=True)
-        return rows
+    paths = [rows_folder(size) / f"{model}-{'-'.join(asdict(case).values())}.json" for case in wanted]
+    todo = [(case, path) for case, path in zip(wanted, paths, strict=True) if not path.is_file()]
+    # the fused attention of an accelerator takes no masks that are views into one vector
+    kernels = [SDPBackend.MATH] if torch.cuda.is_available() else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+    if todo:
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.no_grad(), sdpa_kernel(kernels), Bench(model, size) as bench:
+            for case, path in todo:
+                write_atomically(path, json.dumps(bench.measure(case), allow_nan=False) + "\n")
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+
+
+def rows_folder(size: Size) -> Path:
+    """Where the rows of this commit wait for the record."""
+    return cache_folder() / f"quantizers-{commit_of(Path(__file__).parent)[0][:10]}-{size.windows}-{size.samples}-{size.context}"
 
 
 class Bench:
