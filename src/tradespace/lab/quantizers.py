@@ -53,8 +53,8 @@ KEPT = ("num_tokens", "mean_kl", "kl_error", "p99_kl", "top1_agreement", "perple
 class Size:
     """How much is read: `windows` of WikiText-2 test and `samples` of the calibration text, `context` tokens each; both whole multiples of WINDOWS."""
 
-    windows: int = 64
-    samples: int = 256
+    windows: int = 32
+    samples: int = 128
     context: int = 512
 
 
@@ -195,7 +195,7 @@ class Bench:
 
     def plan(self, case: Case) -> WeightPlan:
         """Formats of all matrices. What is out of scope is held in fp32, and not rounded."""
-        outside = dict.fromkeys(("embed", "lm_head"), "fp32")
+        outside = {"embed": "fp32", "lm_head": "fp32"}
         if case.scope == "linears":
             return WeightPlan(default=case.format, exceptions=outside)
         if case.rule == "uniform":

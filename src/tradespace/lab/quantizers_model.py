@@ -169,11 +169,11 @@ class Reader:
             for first in range(0, len(rows), LOGIT_ROWS):
                 here = rows[first : first + LOGIT_ROWS]
                 index_R, targets_R = torch.tensor(here), torch.tensor([ids[start + row + 1] for row in here])
-                pair = [
+                reference_RV, other_RV = (
                     logits_of(spec, states.pieces[piece][index_R], head_VD).log_softmax(-1)
                     for states, head_VD in zip((self.reference, found), heads, strict=True)
-                ]
-                tally.add(*pair, targets_R)
+                )
+                tally.add(reference_RV, other_RV, targets_R)
         return on_cpu(tally)
 
 

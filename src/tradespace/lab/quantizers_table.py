@@ -93,14 +93,14 @@ def _smooth(model: str, rows: Rows) -> Iterator[Bar]:
 
 def _claims(model: str, rows: Rows) -> Iterator[Bar]:
     for words, most, fmt, method, scope in (
-        ("INT8 costs < 1%", 0.01, "int8", "rtn", "all"),
-        ("INT4 costs at most 3%, rounded to nearest", 0.03, "int4", "rtn", "all"),
-        ("INT4 costs at most 3%, linears by GPTQ", 0.03, "int4", "gptq", "linears"),
-        ("INT4 costs at most 3%, linears by AWQ", 0.03, "int4", "awq", "linears"),
+        ("INT8 costs < 1% of perplexity", 0.01, "int8", "rtn", "all"),
+        ("INT4 costs at most 3% of perplexity, rounded to nearest", 0.03, "int4", "rtn", "all"),
+        ("INT4 costs at most 3% of perplexity, linears by GPTQ", 0.03, "int4", "gptq", "linears"),
+        ("INT4 costs at most 3% of perplexity, linears by AWQ", 0.03, "int4", "awq", "linears"),
     ):
         row = rows.find(fmt, method, scope=scope)
         if row:
-            yield Bar(model, f"claim: {words} of perplexity", increase(row), expm1(row["log_ratio"]) < most)
+            yield Bar(model, f"claim: {words}", increase(row), expm1(row["log_ratio"]) < most)
 
 
 def increase(row: Row) -> str:
