@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +33,7 @@ from tradespace.units import MiB, format_bytes
 
 BLOCK_SIZE = 16  # tokens: choices of a question share whole blocks only
 NATIVE_ROWS = 8
+STORED = "stored"  # as a choice of weights: as the files hold them
 OnProgress = Callable[[str, int, int], None]
 ReferenceDtype = Literal["fp32", "bf16", "fp16"]
 
@@ -73,17 +74,28 @@ class Budget:
 
 
 def plan_subject(
-    name: str, device: DeviceSpec, budget: Budget, context: int, *, files: ModelFiles, weights: str | None = None, kv_store: str | None = None
+    name: str,
+    device: DeviceSpec,
+    budget: Budget,
+    context: int,
+    *,
+    files: ModelFiles,
+    weights: str | None = None,
+    kv_store: str | None = None,
+    also: Mapping[str, str] | None = None,
 ) -> Subject:
     """The planner's best plan for one sequence of `context` tokens; a stated weight format comes with a cache in its activations' dtype, so that the format
-    alone is measured, unless `kv_store` says otherwise. Raises BudgetError where nothing fits, InputError for a context that the model lacks.
+    alone is measured, unless `kv_store` says otherwise. `also` fixes further axes. weights "stored": as the files hold them, tried where none is named.
+
+    Raises BudgetError where nothing fits, InputError for a context that the model lacks.
     """
     spec = api.spec_of_files(files)
+    stored = api.stored_weights(files, spec) if weights in (None, STORED) else None
     if kv_store is None and weights is not None:
-        kv_store = find_format(weights).compute
+        kv_store = find_format(stored.default if stored is not None else weights).compute
     # paged: short passages share a step, and choices the blocks of what they have in common
-    pins = {"layout": "paged"} | {axis: value for axis, value in (("weights", weights), ("kv_store", kv_store)) if value}
-    frontier = api.plan(spec, memory=budget.engine_bytes, device=device, context=context, runnable_only=True, pins=pins)
+    pins = {"layout": "paged"} | {axis: value for axis, value in (("weights", weights), ("kv_store", kv_store)) if value} | dict(also or {})
+    frontier = api.plan(spec, memory=budget.engine_bytes, device=device, context=context, runnable_only=True, pins=pins, stored=stored)
     if frontier.best is None:
         raise api.no_plan(frontier)
     best = frontier.best.plan

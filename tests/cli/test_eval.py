@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 from pathlib import Path
 
 import pytest
@@ -143,22 +142,24 @@ def test_a_sweep_goes_through_the_quantizers(cli, folder, text, tmp_path, monkey
     """What a quantizer writes is evaluated as the folder that it is, and removed; one that refuses a format is left out with its reason."""
     pytest.importorskip("matplotlib")
     pytest.importorskip("plotly")
-    asked: list[tuple[str, str, str, Path]] = []
+    asked: list[tuple[str, str, str, Path, int]] = []
+    quantize = sweep_module.quantize
 
-    def quantize(model, output, **given):
-        asked.append(tuple(given[name] for name in ("format", "method", "embed", "calibrate")))
-        if given["format"] == "bf16":
-            raise InputError("bf16 has nothing to choose")
-        shutil.copytree(model, output)
+    def seen(model, output, **given):
+        asked.append(tuple(given[name] for name in ("format", "method", "embed", "calibrate", "samples")))
+        return quantize(model, output, **given)
 
-    monkeypatch.setattr(sweep_module, "quantize", quantize)
-    monkeypatch.setattr(sweep_module, "choose_pairs", lambda *given, **stated: [("int8", "rtn"), ("int8", "gptq"), ("bf16", "gptq")])
+    monkeypatch.setattr(sweep_module, "quantize", seen)
+    pairs = [("int4-g32", "rtn"), ("int4-g32", "gptq"), ("int4-g32", "awq"), ("e8", "gptq"), ("q4_k", "gptq")]
+    monkeypatch.setattr(sweep_module, "choose_pairs", lambda *given, **stated: pairs)
     output = tmp_path / "sweep"
-    ran = cli("eval", folder, "--sweep", "--text", text, "--calibrate", text, "-o", output, "--json", *EVAL)
+    ran = cli("eval", folder, "--sweep", "--text", text, "--calibrate", text, "--samples", "2", "-o", output, "--json", *EVAL)
     assert ran.code == 0, ran.err
-    assert asked == [("int8", "gptq", "int8", text), ("bf16", "gptq", "bf16", text)]
-    assert {(row["format"], row["method"]) for row in ran.json["rows"]} == {("int8", "rtn"), ("int8", "gptq")}
-    assert "left out bf16 by gptq: bf16 has nothing to choose" in ran.json["notes"]
+    assert asked == [(fmt, method, fmt, text, 2) for fmt, method in pairs if method != "rtn"]
+    found = {(row["format"], row["method"]): row for row in ran.json["rows"]}
+    assert set(found) == set(pairs[:-1])
+    assert found["int4-g32", "gptq"]["bytes"] == found["int4-g32", "rtn"]["bytes"], "run as they were written, in the same format"
+    assert "left out q4_k by gptq" in ran.json["notes"]
     assert not list(output.glob("quantized-*"))
 
 

@@ -110,13 +110,14 @@ def test_a_record_becomes_figures():
     from tradespace.lab.figures import figures_of
     from tradespace.measure.record import Record
 
-    row = {"model": "tiny", "family": "llama", "parameters": 1000, "format": "int8", "mean_kl": 0.5, "stored": "Q8_0"}
-    rows = (row, row | {"format": "a format of the past"})
+    row = {"kind": "weights", "model": "tiny", "family": "llama", "parameters": 1000, "format": "int8", "mean_kl": 0.5, "stored": "Q8_0"}
+    rows = (row, row | {"format": "a format of the past"}, row | {"kind": "activations", "mean_kl": 0.25})
     record = Record(
         experiment="quality", command="x", commit="y", dirty=False, date="2026-11-22T10:00:00", device={}, versions={}, repeats=1, rows=rows
     )  # fmt: skip
-    (values,) = figures_of(record)
-    figure = Figure(**values)
+    figure, activations = (Figure(**values) for values in figures_of(record))
+    assert (activations.kind, activations.choice, activations.kl_nats) == ("activations", "int8", 0.25)
+    assert "weights Q8_0 as stored" in activations.label
     assert (figure.choice, figure.kl_nats, figure.model, figure.date) == ("int8", 0.5, "tiny", "2026-11-22")
     assert figure.label == "measured: results/quality.json, tiny rounded to nearest from Q8_0, to fp32 on wikitext-2 (2026-11-22)"
     assert find_figure("weights", "int8", tiny_model(), (*CITED, figure)) is figure

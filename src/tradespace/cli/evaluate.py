@@ -51,6 +51,7 @@ def evaluate(
     formats: Annotated[str | None, typer.Option("--formats", help="With --sweep: these formats, with commas. Default: all that run.")] = None,
     methods: Annotated[str | None, typer.Option("--methods", help="With --sweep: these methods, with commas. Default: all there are.")] = None,
     calibrate: Annotated[Path | None, typer.Option("--calibrate", help="With --sweep: the text that gptq, awq and their like learn from.")] = None,
+    samples: Annotated[int | None, typer.Option("--samples", min=1, help="With --calibrate: so many windows of that text. Default: 128.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="With --sweep: the folder for sweep.png, sweep.html and sweep.json.")] = None,
     offline: Offline = False,
     json: Json = False,
@@ -66,7 +67,7 @@ def evaluate(
     dtype = checked_dtype(reference_dtype)
     notes = console(stderr=True)
     say = (lambda line: None) if json else (lambda line: notes.print(escape(line), style="dim", soft_wrap=True))
-    only_sweep = {"--formats": formats, "--methods": methods, "--calibrate": calibrate, "--output": output}
+    only_sweep = {"--formats": formats, "--methods": methods, "--calibrate": calibrate, "--samples": samples, "--output": output}
     if sweep:
         unfit = {
             "--tasks": tasks,
@@ -79,7 +80,7 @@ def evaluate(
         refuse(unfit, "does not go with --sweep, which measures a text in every format against the model itself")
         if text is None or output is None:
             raise InputError("--sweep needs a text and a folder for what it finds: --text FILE -o DIR")
-        from tradespace.lab.sweep import run_sweep, sweep_table
+        from tradespace.lab.sweep import SAMPLES, run_sweep, sweep_table
 
         with progress_bar(show=not json) as on_progress:
             record = run_sweep(
@@ -93,6 +94,7 @@ def evaluate(
                 stride=stride,
                 tokens=tokens,
                 calibrate=calibrate,
+                samples=SAMPLES if samples is None else samples,
                 memory=memory,
                 offline=offline,
                 on_progress=on_progress,

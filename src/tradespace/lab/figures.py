@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,16 @@ RECORD = Path("results") / "quality.json"
 
 
 def figures_of(record: Record) -> list[dict[str, Any]]:
-    """One figure for each model and format of the record, as `cost.quality.Figure` takes them. A format that this version no longer has is left out."""
+    """One figure for each row of the record, as `cost.quality.Figure` takes them. A format that this version no longer has is left out."""
     return [
         {
-            "kind": "weights",
+            "kind": row["kind"],
             "choice": row["format"],
             "kl_nats": row["mean_kl"],
             "family": row["family"],
             "parameters": row["parameters"],
             "model": row["model"],
-            "held_as": f"rounded to nearest from {row['stored']}, to fp32",
+            "held_as": held_as(row),
             "source": f"measured: {RECORD.as_posix()}",
             "date": record.date[:10],
             "text": REFERENCE_TEXT,
@@ -35,6 +36,13 @@ def figures_of(record: Record) -> list[dict[str, Any]]:
         for row in record.rows
         if row["format"] in FORMATS
     ]
+
+
+def held_as(row: Mapping[str, Any]) -> str:
+    """What was measured in fact."""
+    if row["kind"] == "activations":
+        return f"a scale per 32, weights {row['stored']} as stored, to fp32"
+    return f"rounded to nearest from {row['stored']}, to fp32"
 
 
 def rendered(record: Record | None) -> str:

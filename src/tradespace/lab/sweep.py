@@ -18,9 +18,10 @@ from typing import Any
 from rich.table import Table
 
 from tradespace import api
-from tradespace.comparing import Budget, Compared, OnProgress, divergence_of, plan_subject, store_reference, teller
+from tradespace.comparing import STORED, Budget, Compared, OnProgress, divergence_of, plan_subject, store_reference, teller
 from tradespace.errors import BudgetError, InputError, UnsupportedError
-from tradespace.lab.common import command_line
+from tradespace.home import cache_folder
+from tradespace.lab.common import command_line, data_file, markdown_table
 from tradespace.lab.sweep_plot import draw_html, draw_png, require_plotters
 from tradespace.loading.resolve import ModelFiles, resolve
 from tradespace.loading.tokenizer import Tokenizer
@@ -28,15 +29,23 @@ from tradespace.measure.record import Record, new_record, write_atomically, writ
 from tradespace.quality.forward import rows_within
 from tradespace.quality.stored import StoredLogprobs, stored_bytes
 from tradespace.quality.text import Text, encode_text
-from tradespace.quantize.methods import METHODS, find_method
+from tradespace.quantize.clip import can_clip
+from tradespace.quantize.gptq import takes_feedback
+from tradespace.quantize.methods import METHODS, Method, find_method
 from tradespace.quantizing import quantize
+from tradespace.spec import native
 from tradespace.spec.device import DeviceSpec
-from tradespace.spec.formats import FORMATS, find_format
+from tradespace.spec.formats import FORMATS, WeightFormat, find_format
 from tradespace.spec.tensors import num_parameters
 from tradespace.units import format_bytes
 
 RTN = "rtn"  # round to nearest, as every format is filled while it is loaded
 REFERENCE = "reference"
+SAMPLES = 128  # windows of the calibration text
+# what `run` measures: about a bit apart, by the methods that differ there
+SHOWN_FORMATS = ("bf16", "int8", "w8a8", "fp8", "nf4", "int4-g32", "int4-g64", "int3-g64", "int2-g64", "e8-4", "e8-3", "e8")
+SHOWN_METHODS = ("rtn", "rtn-search", "gptq", "awq", "smoothquant")
+SHOWN_MODEL, SHOWN_CONTEXT, SHOWN_TOKENS, SHOWN_SAMPLES = "smollm2-135m", 512, 4096, 64
 # of a Divergence, what a point keeps
 KEPT = ("num_tokens", "mean_kl", "kl_error", "median_kl", "p99_kl", "max_kl", "top1_agreement", "top1_error", "rms_dp", "perplexity", "reference_perplexity")
 
@@ -53,6 +62,7 @@ class Sweep:
     budget: Budget
     folder: Path
     calibrate: Path | None = None
+    samples: int = SAMPLES
     offline: bool = False
 
     @property
@@ -67,7 +77,7 @@ class Sweep:
             windows.stride,
             windows.bos_id,
             self.dtype,
-            None if self.calibrate is None else str(self.calibrate),
+            None if self.calibrate is None else (str(self.calibrate), self.samples),
         ]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
 
@@ -87,6 +97,7 @@ def run_sweep(
     stride: int | None = None,
     tokens: int | None = None,
     calibrate: Path | None = None,
+    samples: int = SAMPLES,
     memory: str | int | None = None,
     offline: bool = False,
     on_progress: OnProgress = lambda what, done, total: None,
@@ -108,7 +119,8 @@ def run_sweep(
     read = encode_text(Tokenizer.from_files(files), text, context=window, stride=stride, tokens=tokens)
     budget = Budget.of(memory, device)
     sweep = Sweep(
-        model=model, files=files, text=read, dtype=reference_dtype, device=device, budget=budget, folder=output, calibrate=calibrate, offline=offline
+        model=model, files=files, text=read, dtype=reference_dtype, device=device, budget=budget, folder=output, calibrate=calibrate, samples=samples,
+        offline=offline,
     )  # fmt: skip
     rows, left_out = measure_points(sweep, pairs, on_progress, say)
     record = _record(sweep, rows, left_out)
@@ -119,8 +131,26 @@ def run_sweep(
     return record
 
 
+def run(*, quick: bool, say: Callable[[str], None]) -> Record:
+    """Experiment `sweep`: `tradespace eval --sweep` on SmolLM2, quantizers that learn from a text included; the drawings are left in the cache folder."""
+    formats, methods = (("int8", "int3-g64"), ("rtn", "gptq")) if quick else (SHOWN_FORMATS, SHOWN_METHODS)
+    text, calibrate = data_file("wikitext2", "wiki.test.raw"), data_file("wikitext2", "train.txt")
+    return run_sweep(
+        SHOWN_MODEL, text=text, output=cache_folder() / "sweep", formats=formats, methods=methods, context=SHOWN_CONTEXT,
+        tokens=SHOWN_CONTEXT if quick else SHOWN_TOKENS, calibrate=calibrate, samples=4 if quick else SHOWN_SAMPLES, memory="4GiB", say=say,
+    )  # fmt: skip
+
+
+def markdown(record: Record) -> str:
+    """The points by size, as the documentation shows them."""
+    header = ("nothing smaller loses less", "format", "method", "weights", "bits", "mean KL, nats", "99%", "same top token", "perplexity")
+    rows = [("yes" if row["pareto"] else "", *point_cells(row)) for row in record.rows]
+    return "\n\n".join((markdown_table(header, rows, left=3), record.notes.split("; left out")[0] + "."))
+
+
 def choose_pairs(formats: Sequence[str] | None, methods: Sequence[str] | None, dtype: str, *, calibrate: Path | None = None) -> list[tuple[str, str]]:
-    """(format, method) of all points; by default of every format that runs and every method that has what it learns from.
+    """(format, method) of all points; by default of every format that runs and every method that has what it learns from; each pair only where the method has
+    something to choose in the format (`chooses`).
 
     Raises InputError for names that are not known and for a method without its text, UnsupportedError for a format that nothing runs.
     """
@@ -133,8 +163,24 @@ def choose_pairs(formats: Sequence[str] | None, methods: Sequence[str] | None, d
     # each format once, under its own name and not an alias
     chosen = [find_format(name).name for name in formats] if formats else [fmt.name for fmt in FORMATS.values() if fmt.runs_since and fmt.name != dtype]
     asked = list(dict.fromkeys(methods)) if methods else [name for name, method in METHODS.items() if calibrate is not None or not method.needs_text]
-    # a method that chooses codes has nothing to choose where numbers are only rounded to a float of 16 bits or more
-    return [(name, method) for name in dict.fromkeys(chosen) for method in asked if method == RTN or FORMATS[name].bits <= 8]
+    pairs = [(name, method) for name in dict.fromkeys(chosen) for method in asked if chooses(METHODS[method], FORMATS[name])]
+    if not pairs:
+        raise InputError(f"no method of {', '.join(asked)} has anything to choose in {', '.join(chosen)}. Add rtn, which fills every format")
+    return pairs
+
+
+def chooses(method: Method, fmt: WeightFormat) -> bool:
+    """Whether the method can fill the format with other codes than rounding to nearest does: else its point would be that one again, or none."""
+    if method.name == RTN:
+        return True
+    if fmt.bits > 8:
+        return False  # floats are only rounded
+    if method.fold == "smooth":
+        return fmt.activations == 8
+    if method.rounding == "gptq":
+        return takes_feedback(fmt) and not fmt.activations
+    searches = can_clip(fmt) or fmt.name.startswith("e8")
+    return can_clip(fmt) if method.fold == "awq" else searches
 
 
 def measure_points(
@@ -182,8 +228,9 @@ def _measure(sweep: Sweep, compared: Compared, fmt: str, method: str, on_progres
     """Measures one point and keeps it; or says why it cannot be built."""
     try:
         with _built(sweep, fmt, method, on_progress) as (name, files, weights):
-            context, exact = sweep.text.windows.context, find_format(fmt).compute
-            subject = plan_subject(name, sweep.device, sweep.budget, context, files=files, weights=weights, kv_store=exact)
+            context, also = sweep.text.windows.context, exact_products(fmt, sweep.device)
+            exact = sweep.dtype if also else find_format(fmt).compute
+            subject = plan_subject(name, sweep.device, sweep.budget, context, files=files, weights=weights, kv_store=exact, also=also)
             with subject.open(sweep.budget.engine_bytes, offline=sweep.offline) as engine:
                 tell = teller(on_progress, f"{fmt}, {method}", sweep.text.windows.num_scored)
                 perplexity, found = divergence_of(engine, compared, sweep.text, tell)
@@ -194,6 +241,16 @@ def _measure(sweep: Sweep, compared: Compared, fmt: str, method: str, on_progres
     row |= {name: getattr(found, name) for name in KEPT} | {"bits_per_byte": perplexity.bits_per_byte}
     write_atomically(sweep.point_path(fmt, method), json.dumps(row, allow_nan=False) + "\n")
     return None
+
+
+def exact_products(fmt: str, device: DeviceSpec) -> dict[str, str]:
+    """The axes that leave a format's own loss alone in a figure: native products with fp32 activations, where the kernels read it; else none, and what torch
+    rounds beside it (activations to 16 bits, or to what the format says) counts as its own."""
+    if fmt == STORED:  # the file's own blocks lose nothing: what is left is what the native kernels' activations cost
+        return {"linear": "native", "activations": "auto"}
+    if device.no_native or fmt not in native.FORMAT_KINDS:
+        return {}
+    return {"linear": "native", "activations": "fp32"}
 
 
 @contextmanager
@@ -209,9 +266,9 @@ def _built(sweep: Sweep, fmt: str, method: str, on_progress: OnProgress) -> Iter
         target = Path(folder) / "model"
         quantize(
             sweep.model, target, format=fmt, method=method, embed=fmt, calibrate=sweep.calibrate, context=sweep.text.windows.context,
-            memory=sweep.budget.memory_bytes, offline=sweep.offline, on_progress=on_progress,
+            samples=sweep.samples, memory=sweep.budget.memory_bytes, offline=sweep.offline, on_progress=on_progress,
         )  # fmt: skip
-        yield str(target), resolve(str(target), offline=True), None
+        yield str(target), resolve(str(target), offline=True), STORED
 
 
 def _record(sweep: Sweep, rows: Sequence[Mapping[str, Any]], left_out: Mapping[tuple[str, str], str]) -> Record:
@@ -230,6 +287,20 @@ def is_best(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> bool:
     )
 
 
+def point_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """A point in words: format, method, weights, bits, KL, its 99%, same top token, perplexity."""
+    return (
+        row["format"],
+        row["method"],
+        format_bytes(row["bytes"]),
+        f"{row['bits_per_weight']:.2f}",
+        f"{row['mean_kl']:.3g} ± {row['kl_error']:.1g}",
+        f"{row['p99_kl']:.3g}",
+        f"{row['top1_agreement']:.2%}",
+        f"{row['perplexity']:.5g}",
+    )
+
+
 def sweep_table(record: Record) -> Table:
     """The points by size, those that nothing beats marked."""
     table = Table("", "format", "method", title=record.notes.split("; left out")[0], title_justify="left")
@@ -238,14 +309,7 @@ def sweep_table(record: Record) -> Table:
     for row in record.rows:
         table.add_row(
             "*" if row["pareto"] else "",
-            row["format"],
-            row["method"],
-            format_bytes(row["bytes"]),
-            f"{row['bits_per_weight']:.2f}",
-            f"{row['mean_kl']:.3g} ± {row['kl_error']:.1g}",
-            f"{row['p99_kl']:.3g}",
-            f"{row['top1_agreement']:.2%}",
-            f"{row['perplexity']:.5g}",
+            *point_cells(row),
         )
     table.caption = "* nothing takes fewer bytes and loses less"
     table.caption_justify = "left"

@@ -30,12 +30,16 @@ def affine_values(fmt: WeightFormat, values_RC: Tensor, scale_RG: Tensor, zero_R
 
 
 def group_errors(delta_RC: Tensor, gram_CC: Tensor, group: int) -> Tensor:
-    """Δ_g H_gg Δ_gᵀ of each row and group, [R, G]."""
-    pieces = []
-    for start in range(0, delta_RC.shape[1], group):
-        here = slice(start, start + group)
-        pieces.append((delta_RC[:, here] @ gram_CC[here, here]).mul_(delta_RC[:, here]).sum(1))
-    return torch.stack(pieces, dim=1)
+    """Δ_g H_gg Δ_gᵀ of each row and group, [R, G]; the last group may be short."""
+    columns = delta_RC.shape[1]
+    whole = columns // group * group
+    delta_GRg = delta_RC[:, :whole].unflatten(1, (-1, group)).transpose(0, 1)
+    blocks_Ggg = gram_CC[:whole, :whole].unflatten(1, (-1, group)).unflatten(0, (-1, group)).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    found_RG = torch.bmm(delta_GRg, blocks_Ggg).mul_(delta_GRg).sum(2).T
+    if whole == columns:
+        return found_RG
+    rest_Rr = delta_RC[:, whole:]
+    return torch.cat([found_RG, (rest_Rr @ gram_CC[whole:, whole:]).mul_(rest_Rr).sum(1, keepdim=True)], dim=1)
 
 
 def clipped_grid(values_RC: Tensor, fmt: WeightFormat, gram_CC: Tensor, *, shares: tuple[float, ...] = SHARES) -> tuple[Tensor, Tensor | None]:

@@ -26,6 +26,10 @@ class Factor:
     upper_CC: Tensor
     order_C: Tensor | None
 
+    def on_host(self) -> Factor:
+        """The same, in the host's memory."""
+        return Factor(self.upper_CC.cpu(), None if self.order_C is None else self.order_C.cpu())
+
 
 def factorize(gram_CC: Tensor, *, damping: float = 0.01, order_C: Tensor | None = None) -> Factor:
     """U_CC, upper, with (H + λ·mean(diag H)·I)⁻¹ = Uᵀ U, λ = `damping`, raised tenfold where H stays singular.

@@ -34,12 +34,26 @@ def gptq_factor(gram_CC: Tensor, *, damping: float = DAMPING) -> Factor:
 
 def gptq(fmt: WeightFormat, weight_RC: Tensor, gram_CC: Tensor, factor: Factor) -> Codes:
     """Codes of `fmt` (integers of 2 to 8 bits, fp8, nf4) for a matrix whose inputs have this Gram matrix. Raises UnsupportedError for another format."""
-    rounder = _rounder(fmt, weight_RC, gram_CC)
-    order_C = factor.order_C
+    plain = _grid(fmt, weight_RC, gram_CC)
+    if weight_RC.device.type == "cpu":
+        return _rounded(fmt, plain, weight_RC, factor)
+    # on an accelerator a column costs a dozen launches, each of which takes longer than its few numbers, so they run on the host
+    with torch.device("cpu"):
+        return on(_rounded(fmt, on(plain, "cpu"), weight_RC.cpu(), factor.on_host()), weight_RC.device)
+
+
+def on(codes: Codes, device: torch.device | str) -> Codes:
+    """The same codes, scales and zero points on a device."""
+    scale_RG, zero_RG = (None if part is None else part.to(device) for part in (codes.scale_RG, codes.zero_RG))
+    return Codes(codes.codes_RC.to(device), scale_RG, zero_RG)
+
+
+def _rounded(fmt: WeightFormat, plain: Codes, weight_RC: Tensor, factor: Factor) -> Codes:
+    rounder = _rounder(fmt, plain, tuple(weight_RC.shape))
+    places = range(weight_RC.shape[1]) if factor.order_C is None else factor.order_C.tolist()
 
     def column(position: int, values_R1: Tensor) -> Tensor:
-        place = position if order_C is None else int(order_C[position])
-        return rounder.column(place, values_R1[:, 0]).unsqueeze(1)
+        return rounder.column(places[position], values_R1[:, 0]).unsqueeze(1)
 
     round_with_feedback(weight_RC, factor, column)
     return rounder.codes()
@@ -97,17 +111,21 @@ def takes_feedback(fmt: WeightFormat) -> bool:
     return fmt.block is None or fmt.name.startswith("e8")
 
 
-def _rounder(fmt: WeightFormat, weight_RC: Tensor, gram_CC: Tensor) -> AffineRounder | LevelRounder:
-    shape = tuple(weight_RC.shape)
+def _grid(fmt: WeightFormat, weight_RC: Tensor, gram_CC: Tensor) -> Codes:
+    """Scales and zero points to round to; the codes beside them are not used but for their dtype."""
     if can_clip(fmt):
-        return AffineRounder(fmt, shape, *clipped_grid(weight_RC, fmt, gram_CC))
+        scale_RG, zero_RG = clipped_grid(weight_RC, fmt, gram_CC)
+        return Codes(torch.empty(0, dtype=torch.uint8), scale_RG, zero_RG)
     if not takes_feedback(fmt) or fmt.block is not None:
         raise UnsupportedError(f"gptq cannot fill {fmt.name}. Use rtn")
-    plain = round_to_nearest(fmt.name, weight_RC)
-    if plain.codes_RC.dtype == torch.int8:
-        return AffineRounder(fmt, shape, plain.need_scale(), None)
+    return round_to_nearest(fmt.name, weight_RC)
+
+
+def _rounder(fmt: WeightFormat, plain: Codes, shape: tuple[int, ...]) -> AffineRounder | LevelRounder:
+    if can_clip(fmt) or plain.codes_RC.dtype == torch.int8:
+        return AffineRounder(fmt, shape, plain.need_scale(), plain.zero_RG)
     if fmt.name.startswith("fp8"):
         return LevelRounder(plain, fmt.group or 0, lambda x_R: x_R.clamp_(-448, 448).to(torch.float8_e4m3fn), lambda code_R: code_R.float())
-    table_L = levels(weight_RC.device)
+    table_L = levels(plain.codes_RC.device)
     edges_L = (table_L[:-1] + table_L[1:]) / 2
     return LevelRounder(plain, fmt.group or 0, lambda x_R: torch.bucketize(x_R, edges_L).to(torch.uint8), lambda code_R: table_L[code_R.int()])

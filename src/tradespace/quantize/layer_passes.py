@@ -9,11 +9,11 @@ from torch import Tensor
 from tradespace.model.layer import Layer
 from tradespace.quantize.gram import Gram, fake_int8, tap
 from tradespace.quantize.methods import QuantizedLayer, layer_matrices
-from tradespace.quantize.stream import HiddenFile, LayerRunner
+from tradespace.quantize.stream import HiddenStates, LayerRunner
 from tradespace.spec.formats import find_format
 
 
-def collect_grams(runner: LayerRunner, index: int, tensors: dict[str, Tensor], hidden: HiddenFile) -> dict[str, Gram]:
+def collect_grams(runner: LayerRunner, index: int, tensors: dict[str, Tensor], hidden: HiddenStates) -> dict[str, Gram]:
     """Statistics of the inputs of each matrix of a layer over all windows."""
     layer, grams = runner.build(index, tensors), {}
     prefix = f"layers.{index}."
@@ -34,7 +34,7 @@ def _adder(gram: Gram) -> Callable[[Tensor, int | None], Tensor]:
     return see
 
 
-def run_quantized(runner: LayerRunner, index: int, done: QuantizedLayer, hidden: HiddenFile) -> Iterator[Tensor]:
+def run_quantized(runner: LayerRunner, index: int, done: QuantizedLayer, hidden: HiddenStates) -> Iterator[Tensor]:
     """Each window through the layer as it will compute: rounded weights, and activations in int8 where the format has them so."""
     layer = built(runner, index, done.tensors, {name: fmt for name, (fmt, _) in done.codes.items()})
     for window in range(hidden.num_windows):

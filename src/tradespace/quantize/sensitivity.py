@@ -22,7 +22,7 @@ from tradespace.quantize.layer_passes import built, collect_grams
 from tradespace.quantize.methods import Inputs, Method, is_dense, layer_matrices, round_matrix
 from tradespace.quantize.pipeline import CHUNK_ROWS, even_chunks
 from tradespace.quantize.source import Weights
-from tradespace.quantize.stream import HiddenFile, LayerRunner, read_layer, read_norm, write_embeddings
+from tradespace.quantize.stream import HiddenFile, HiddenStates, LayerRunner, read_layer, read_norm, write_embeddings
 from tradespace.spec.formats import find_format, refusal
 from tradespace.spec.tensors import TensorSpec, model_tensors
 
@@ -80,9 +80,16 @@ class SensitivityPass:
         self._drop(self.spec.L)
         return found
 
-    def _file(self, kind: str, index: int, windows: int) -> HiddenFile:
-        context = len(self.probes[0]) if kind == "probes" else len(self.windows[0])
-        return HiddenFile(self.work / f"{kind}-{index}.bin", windows, context, self.spec.D)
+    def _file(self, kind: str, index: int, windows: int) -> HiddenStates:
+        """Where hidden states before layer `index` lie: "probes" of all variants, or "reference" of the calibration windows."""
+        return HiddenFile(self.work / f"{kind}-{index}.bin", windows, self._context(kind), self.spec.D)
+
+    def _context(self, kind: str) -> int:
+        return len(self.probes[0]) if kind == "probes" else len(self.windows[0])
+
+    def _embed(self, weights: Weights, windows: Sequence[Sequence[int]], hidden: HiddenStates) -> None:
+        assert isinstance(hidden, HiddenFile), "as `_file` makes them"
+        write_embeddings(weights, windows, hidden)
 
     def _drop(self, index: int) -> None:
         for kind in ("probes", "reference"):
@@ -95,16 +102,16 @@ class SensitivityPass:
         """Hidden states before the first layer: the reference's, and one variant per format of the embedding."""
         embed = next(tensor for tensor in model_tensors(self.spec) if tensor.role == "embed")
         first = self._file("probes", 0, len(self.probes))
-        write_embeddings(self.weights, self.probes, first)
+        self._embed(self.weights, self.probes, first)
         states = [[first.read(window) for window in range(len(self.probes))]]
         for name in self.formats:
             if self._fits(name, embed):
-                write_embeddings(RoundedEmbedding(self.weights, name), self.probes, first)
+                self._embed(RoundedEmbedding(self.weights, name), self.probes, first)
                 states.append([first.read(window) for window in range(len(self.probes))])
                 self.variants.append((embed.name, name))
         first.write_all(hidden_TD for windows in states for hidden_TD in windows)
         if self.method.needs_text:
-            write_embeddings(self.weights, self.windows, self._file("reference", 0, len(self.windows)))
+            self._embed(self.weights, self.windows, self._file("reference", 0, len(self.windows)))
 
     def _layer(self, index: int, runner: LayerRunner, learner: LayerRunner) -> None:
         tensors, count = read_layer(self.weights, index), len(self.probes)

@@ -10,11 +10,11 @@ from tradespace.quantize.layer_passes import built, collect_grams
 from tradespace.quantize.methods import METHODS, quantize_layer
 from tradespace.quantize.smoothquant import ALPHAS
 from tradespace.quantize.source import Weights
-from tradespace.quantize.stream import HiddenFile, LayerRunner, read_layer
+from tradespace.quantize.stream import HiddenStates, LayerRunner, read_layer
 from tradespace.spec.weights import WeightPlan
 
 
-def choose_alpha(runner: LayerRunner, weights: Weights, plan: WeightPlan, hidden: HiddenFile) -> float:
+def choose_alpha(runner: LayerRunner, weights: Weights, plan: WeightPlan, hidden: HiddenStates) -> float:
     """One pass over the layers, in the model's own precision, with every α tried in each: 2 + |ALPHAS| forward passes over `hidden`, which is overwritten."""
     errors = dict.fromkeys(ALPHAS, 0.0)
     for index in range(runner.spec.L):
@@ -30,12 +30,12 @@ def choose_alpha(runner: LayerRunner, weights: Weights, plan: WeightPlan, hidden
     return min(ALPHAS, key=lambda alpha: errors[alpha])
 
 
-def _outputs(runner: LayerRunner, index: int, tensors: dict[str, Tensor], formats: dict[str, str], hidden: HiddenFile) -> list[Tensor]:
+def _outputs(runner: LayerRunner, index: int, tensors: dict[str, Tensor], formats: dict[str, str], hidden: HiddenStates) -> list[Tensor]:
     layer = built(runner, index, tensors, formats)
     return [runner.run(index, layer, hidden.read(window)) for window in range(hidden.num_windows)]
 
 
-def _relative_error(hidden: HiddenFile, wanted: list[Tensor], found: list[Tensor]) -> float:
+def _relative_error(hidden: HiddenStates, wanted: list[Tensor], found: list[Tensor]) -> float:
     off = sum(float((a - b).square().sum(dtype=torch.float64)) for a, b in zip(wanted, found, strict=True))
     added = sum(float((a - hidden.read(window)).square().sum(dtype=torch.float64)) for window, a in enumerate(wanted))
     return off / max(added, 1e-30)

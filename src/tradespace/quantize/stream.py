@@ -1,10 +1,14 @@
-"""One layer of a model at a time: its weights in fp32, run over the calibration windows, whose hidden states lie in a file between the layers."""
+"""One layer of a model at a time: its weights in fp32, run over the calibration windows, whose hidden states lie in a file between the layers.
+
+Layers are computed on torch's default device (the CPU, unless an experiment sets another).
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +24,21 @@ from tradespace.spec.mixers import Attention
 from tradespace.spec.model import ModelSpec
 from tradespace.spec.tensors import layer_tensors
 from tradespace.spec.weights import WeightPlan
+
+
+class HiddenStates(Protocol):
+    """Hidden states between two layers, a few windows' at a time (`num_windows` pieces): in a file, or wherever else they fit."""
+
+    @property
+    def num_windows(self) -> int: ...
+
+    def read(self, window: int) -> Tensor:
+        """hidden_TD, the caller's own."""
+        ...
+
+    def write_all(self, windows: Iterator[Tensor]) -> None:
+        """Replaces them all; what is there may still be read while they come."""
+        ...
 
 
 class HiddenFile:
@@ -91,7 +110,7 @@ def write_embeddings(weights: Weights, windows: Sequence[Sequence[int]], hidden:
 
 def read_norm(weights: Weights, name: str) -> Norm:
     """A norm outside of the layers."""
-    parts = Parts(weights.spec, WeightPlan(default="fp32"), linear="torch", device="cpu")
+    parts = Parts(weights.spec, WeightPlan(default="fp32"), linear="torch", device=torch.get_default_device())
     norm = parts.norm(name)
     assert norm is not None, f"{weights.spec.name} has no {name}"
     norm.weight.data = weights.read(f"{name}.weight")
@@ -101,16 +120,17 @@ def read_norm(weights: Weights, name: str) -> Norm:
 
 
 class LayerRunner:
-    """Builds single layers of a model in fp32 and runs windows through them. Keeps rotary tables and attention kernels, no weights."""
+    """Builds single layers of a model in fp32 and runs windows through them, `windows` of them at a time. Keeps rotary tables and attention kernels, no
+    weights."""
 
-    def __init__(self, spec: ModelSpec, context: int):
-        self.spec, self.context = spec, context
+    def __init__(self, spec: ModelSpec, context: int, *, windows: int = 1):
+        self.spec, self.context, device = spec, context, torch.get_default_device()
         self.plan = WeightPlan(default="fp32")
         self.attends = make_kernels(resolve_kernels(spec, "sdpa", torch.float32, "cpu"))
         self.ropes = [layer.mixer.rope if isinstance(layer.mixer, Attention) else None for layer in spec.layers]
-        self.tables = {rope: RopeTable(rope, context) for rope in dict.fromkeys(self.ropes) if rope is not None}
-        self.batch = StepBatch.packed([context])
-        self.positions_T = positions_of(self.batch.spans)
+        self.tables = {rope: RopeTable(rope, context, device) for rope in dict.fromkeys(self.ropes) if rope is not None}
+        self.batch = StepBatch.packed([context] * windows, device=device)
+        self.positions_T = positions_of(self.batch.spans, device=device)
 
     def build(self, index: int, tensors: dict[str, Tensor]) -> Layer:
         """Layer `index` over these very tensors (canonical name → fp32), which it does not copy."""
