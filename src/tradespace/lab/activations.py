@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,9 +28,9 @@ from tradespace.quality.divergence import ROWS, Divergence, compare
 from tradespace.quality.forward import Passage
 
 SUBJECTS = (("smollm2-135m", "q4_0"), ("smollm2-135m", None), ("smollm2-135m", "q8_0"), ("gemma3-270m", None))
-NAMES = {("smollm2-135m", None): "smollm2-135m Q4_1", ("gemma3-270m", None): "gemma3-270m Q4_K_M"}
+NAMES: dict[tuple[str, str | None], str] = {("smollm2-135m", None): "smollm2-135m Q4_1", ("gemma3-270m", None): "gemma3-270m Q4_K_M"}
 TEXTS = {"WikiText-2": ("wikitext2", "wiki.test.raw"), "books": ("pd-books", "valid.txt")}
-POSITIONS = 256
+POSITIONS = 512
 EXACT_BAR = 1e-4  # of a logit
 
 
@@ -54,7 +55,7 @@ def run(*, quick: bool, say: Callable[[str], None]) -> Record:
             reference, exact, int8 = (
                 _ours(path, *how, window) for how in (("sdpa", "fp32", "auto"), ("native", "stored", "fp32"), ("native", "stored", "auto"))
             )
-            with LlamaCpp(path) as oracle:
+            with LlamaCpp(Path(path)) as oracle:
                 theirs = Said(torch.cat(list(oracle.logprobs(window)))[:-1])
             ours, llama = (_divergence(reference, other, window) for other in (int8, theirs))
             assert reference.logits is not None and exact.logits is not None, "ours gives logits"

@@ -58,7 +58,6 @@ EXPERIMENTS: dict[str, Experiment] = {
         Experiment(name="paging", question="what do pages waste, and what do they cost?", minutes=4, module="paging"),
         Experiment(name="batching", question="what does continuous batching gain over fixed batches?", minutes=6, module="batching"),
         Experiment(name="prefix", question="what do shared prefixes gain, and what do they cost where nothing is shared?", minutes=4, module="prefix"),
-        Experiment(name="quality", question="what does each weight format cost in KL divergence?", minutes=5, module="quality"),
         Experiment(name="quality", question="what does each weight format cost in KL divergence?", minutes=12, module="quality"),
         Experiment(name="sweep", question="which format by which method, at how many bytes?", minutes=15, module="sweep"),
         Experiment(name="quantizers", question="which quantizer makes the most of the same bits?", minutes=10, module="quantizers"),
