@@ -33,6 +33,8 @@ KERNELS: dict[str, Callable[[], Attend]] = {
 _SUPPORTS = {"reference": reference.supports, "chunked": chunked.supports, "sdpa": sdpa.supports, "native": native.supports}
 # tried in this order where the requested kernel cannot take a layer
 _INSTEAD = ("sdpa", "chunked", "reference")
+# kernels that can say what weights they gave (`kernels/view.KeptView`)
+WEIGHING = ("chunked", "reference")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,33 +45,35 @@ class Choice:
     reason: str | None = None
 
 
-def supports(kernel: str, mixer: Attention, dtype: torch.dtype, device: torch.device | str = "cpu") -> str | None:
-    """Why `kernel` cannot compute such a layer; None: it can."""
+def supports(kernel: str, mixer: Attention, dtype: torch.dtype, device: torch.device | str = "cpu", *, weights: bool = False) -> str | None:
+    """Why `kernel` cannot compute such a layer; None: it can. `weights`: the cache evicts by attention weights, which the kernel must return."""
     if kernel not in KERNELS:
         find_kernel(kernel)  # InputError for a name that nobody knows
         return f"attention kernel {kernel} is priced but has no implementation yet"
+    if weights and kernel not in WEIGHING:
+        return f"{kernel} does not return the attention weights that the cache's retention chooses by"
     return _SUPPORTS[kernel](mixer, dtype, torch.device(device))
 
 
-def choose(requested: str, mixer: Attention, dtype: torch.dtype, device: torch.device | str = "cpu") -> Choice:
+def choose(requested: str, mixer: Attention, dtype: torch.dtype, device: torch.device | str = "cpu", *, weights: bool = False) -> Choice:
     """`requested` where it can compute the layer, else the first that can, with the reason; UnsupportedError with every reason when none can.
 
     A kernel that has no implementation is never replaced: that request is an error.
     """
-    reasons = {requested: supports(requested, mixer, dtype, device)}
+    reasons = {requested: supports(requested, mixer, dtype, device, weights=weights)}
     if requested not in KERNELS:
         raise UnsupportedError(f"{reasons[requested]}. Choose one of {', '.join(KERNELS)}")
     if reasons[requested] is None:
         return Choice(requested)
     for name in _INSTEAD:
-        reasons[name] = supports(name, mixer, dtype, device)
+        reasons[name] = supports(name, mixer, dtype, device, weights=weights)
         if reasons[name] is None:
             return Choice(name, reasons[requested])
     raise UnsupportedError("no attention kernel can compute this layer: " + "; ".join(f"{name}: {why}" for name, why in reasons.items()))
 
 
-def resolve_kernels(model: ModelSpec, requested: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> tuple[Choice, ...]:
-    """One Choice per layer, fixed at build and written into the record."""
+def resolve_kernels(model: ModelSpec, requested: str, dtype: torch.dtype, device: torch.device | str = "cpu", *, weights: bool = False) -> tuple[Choice, ...]:
+    """One Choice per layer, fixed at build and written into the record. `weights`: see `supports`."""
     choices = []
     for index, layer in enumerate(model.layers):
         if layer.mixer is None:
@@ -77,7 +81,7 @@ def resolve_kernels(model: ModelSpec, requested: str, dtype: torch.dtype, device
         elif not isinstance(layer.mixer, Attention):
             raise UnsupportedError(f"layer {index} of {model.name} mixes tokens by {type(layer.mixer).__name__}, which no attention kernel computes")
         else:
-            choices.append(choose(requested, layer.mixer, dtype, device))
+            choices.append(choose(requested, layer.mixer, dtype, device, weights=weights))
     return tuple(choices)
 
 
