@@ -41,6 +41,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         Experiment(name="paging", question="what do pages waste, and what do they cost?", minutes=4, module="paging"),
         Experiment(name="batching", question="what does continuous batching gain over fixed batches?", minutes=6, module="batching"),
         Experiment(name="quality", question="what does each weight format cost in KL divergence?", minutes=5, module="quality"),
+        Experiment(name="kv-quality", question="what does holding less of the past cost in KL divergence?", minutes=15, module="kv_quality"),
         Experiment(name="agreement", question="does it compute what llama.cpp computes?", minutes=6, module="agreement"),
         Experiment(name="calibration", question="what do the cost model's measured constants come to here?", minutes=12, module="calibrate"),
         Experiment(name="demo", question="what does make demo print here?", minutes=1, module="commands", runner="run_demo"),
