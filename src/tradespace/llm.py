@@ -208,6 +208,8 @@ def open(
     weights: str | None = None,
     attention: str | None = None,
     activations: str | None = None,
+    kv_store: str | None = None,
+    kv_retain: str | None = None,
     scheduling: Policy = "continuous",
     revision: str | None = None,
     offline: bool = False,
@@ -222,6 +224,7 @@ def open(
     concurrency  sequences that the cache is sized for; more wait in the queue
     weights, attention, activations  fix these choices of the planner; weights "stored" runs a GGUF file's blocks as they are, activations "fp32" asks the
                  native kernels for exact products
+    kv_store, kv_retain  fix how the cache holds keys and values ("int8", "k=int8,v=int4") and what it keeps ("sliding:1020,4", "h2o:1024", "recent:sqrt")
     say          receives one line per decision (the default is silent); progress shows bars on a terminal
 
     Raises BudgetError (need, have, and the nearest plan that fits) where the budget cannot be met, InputError for a model or flag that makes no sense.
@@ -234,9 +237,8 @@ def open(
     limit_heap_growth()
     meter = MemoryMeter().__enter__()
     try:
-        return _open(
-            meter, device, str(model), budget, chosen, context, concurrency, goal, weights, attention, activations, scheduling, revision, offline, progress, say
-        )
+        fixed = {"weights": weights, "attention": attention, "activations": activations, "kv_store": kv_store, "kv_retain": kv_retain}
+        return _open(meter, device, str(model), budget, chosen, context, concurrency, goal, fixed, scheduling, revision, offline, progress, say)
     except BaseException:
         meter.__exit__(*sys.exc_info())
         raise
@@ -276,9 +278,7 @@ def _open(
     context: int | None,
     concurrency: int,
     goal: str,
-    weights: str | None,
-    attention: str | None,
-    activations: str | None,
+    fixed: Mapping[str, str | None],
     scheduling: Policy,
     revision: str | None,
     offline: bool,
@@ -288,9 +288,9 @@ def _open(
     files = resolve(model, revision=revision, offline=offline, progress=progress)
     spec = api.spec_of_files(files)
     if chosen is None:
-        chosen = choose_plan(spec, device, budget, context, concurrency, goal, weights, attention, activations, stored=api.stored_weights(files, spec))
+        chosen = choose_plan(spec, device, budget, context, concurrency, goal, **fixed, stored=api.stored_weights(files, spec))
     else:
-        check_plan(chosen, spec, {"context": context, "weights": weights, "attention": attention, "activations": activations})
+        check_plan(chosen, spec, {"context": context, **fixed})
     chosen = replace(chosen, memory_bytes=budget)
     predicted = ledger(spec, chosen, device, staging_bytes=STAGING_BYTES)
     need = round(predicted.total_bytes().require())

@@ -1,4 +1,4 @@
-"""Retention against oracles of its own: sliding as a mask, eviction replayed token by token in plain Python, rebuilding and rematerialising against the full cache."""
+"""Retention against oracles of its own: sliding as a mask, eviction replayed in plain Python, rebuilding and rematerialising against the full cache."""
 
 from __future__ import annotations
 
@@ -221,7 +221,7 @@ def test_rematerialised_logits():
 def test_a_cache_that_rebuilds_says_so():
     kv = KVPlan(store="fp32", retain=Retain(kind="recent", recent=2))
     cache = cache_of(kv, MIXER, 32)
-    q, k, v = tensors(MIXER, 5)
+    _, k, v = tensors(MIXER, 5)
     span = Span(0, 1, 5, (0,))
     view = cache.view(0)
     view.write(k[:1], v[:1], StepBatch.from_spans([span]))

@@ -37,9 +37,7 @@ KVStore = Annotated[
 ]
 KVRetain = Annotated[
     str | None,
-    typer.Option(
-        "--kv-retain", help="What the cache keeps: full, sliding:WINDOW[,SINKS], h2o:BUDGET, snapkv:BUDGET (tokens or bytes), recent:TOKENS (or sqrt)."
-    ),
+    typer.Option("--kv-retain", help="What the cache keeps: full, sliding:WINDOW[,SINKS], h2o:BUDGET, snapkv:BUDGET, recent:TOKENS (or sqrt)."),
 ]
 Goal = Literal["latency", "throughput"]
 

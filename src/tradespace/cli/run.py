@@ -13,7 +13,22 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from tradespace.cli.options import Activations, Attention, Context, Json, Memory, Model, Offline, PlanFile, Revision, WeightFormat, console, print_json
+from tradespace.cli.options import (
+    Activations,
+    Attention,
+    Context,
+    Json,
+    KVRetain,
+    KVStore,
+    Memory,
+    Model,
+    Offline,
+    PlanFile,
+    Revision,
+    WeightFormat,
+    console,
+    print_json,
+)
 from tradespace.errors import InputError, TradespaceError
 
 if TYPE_CHECKING:
@@ -55,6 +70,8 @@ def run(
     weights: WeightFormat = None,
     attention: Attention = None,
     activations: Activations = None,
+    kv_store: KVStore = None,
+    kv_retain: KVRetain = None,
     report: Annotated[bool, typer.Option("--report", help="End with the table predicted | measured.")] = False,
     revision: Revision = None,
     offline: Offline = False,
@@ -77,6 +94,8 @@ def run(
         weights=weights,
         attention=attention,
         activations=activations,
+        kv_store=kv_store,
+        kv_retain=kv_retain,
         revision=revision,
         offline=offline,
         progress=not json,

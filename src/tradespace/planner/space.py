@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from tradespace.cost.summary import summarize
 from tradespace.errors import InputError
 from tradespace.spec import native
-from tradespace.spec.attention import KERNELS, find_kernel, refusal
+from tradespace.spec.attention import KERNELS, find_kernel, refusal, weights_refusal
 from tradespace.spec.device import DeviceSpec
 from tradespace.spec.formats import FORMATS, find_format
 from tradespace.spec.formats import refusal as unsuitable
@@ -140,6 +140,7 @@ def build_space(model: ModelSpec, device: DeviceSpec, workload: Workload, pins: 
     refused: dict[str, str] = {}
     for kernel in KERNELS:
         reasons = [refusal(kernel, mixer) for mixer, _ in summary.attention_groups]
+        reasons.append(weights_refusal(kernel) if retain.evicts else None)
         if kernel == "flash" and device.kind != "cuda":
             reasons.append("flash is a kernel for CUDA devices")
         if kernel == "native":

@@ -71,10 +71,11 @@ def fused_key_bytes(mixer: Attention, element_bytes: int) -> int:
 def _kept(kernel: str, mixer: Attention, num_queries: int, num_keys: int, element_bytes: int, weighed: bool) -> int:
     """Keys and values in fp32, scores of a block of queries, masks per head, and the weights that are handed back (`kernels/attention/kept.py`)."""
     block = chunk_size(num_keys) if kernel == "chunked" else num_keys
-    scores = 3 * mixer.N * num_queries * block * (element_bytes if kernel == "sdpa" else 4)
+    fused = kernel == "sdpa"  # scores stay in tiles, and keys in their dtype
+    scores = 0 if fused else 3 * mixer.N * num_queries * block * 4
     masks = (mixer.K if weighed else 1) * num_queries * num_keys * (4 + element_bytes)
     rows = num_queries * mixer.N * (mixer.H + 3 * mixer.Hv + 6) * 4
-    widened = mixer.K * (mixer.H + mixer.Hv) * block * 4 * 2
+    widened = 0 if fused and mixer.Hv == mixer.H else mixer.K * (mixer.H + mixer.Hv) * block * 4 * 2
     return scores + masks + rows + widened + 2 * mixer.K * num_keys * 4 + 24 * num_keys
 
 

@@ -248,7 +248,7 @@ def resolve_budget(model: ModelSpec, kv: KVPlan) -> KVPlan:
     """`kv` with a budget of bytes a sequence turned into tokens, rounded down. Raises InputError where it holds none beside those that always stay."""
     if not kv.retain.budget_bytes:
         return kv
-    each = token_bytes(model, kv)
+    each = token_bytes(model, replace(kv, retain=Retain(kind=kv.retain.kind, budget=1 << 30)))
     return replace(kv, retain=replace(kv.retain, budget=max(1, kv.retain.budget_bytes // each), budget_bytes=0))
 
 

@@ -7,7 +7,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
 from tradespace.errors import InputError
-from tradespace.spec.attention import KERNELS, find_kernel
+from tradespace.spec.attention import KERNELS, find_kernel, weights_refusal
 from tradespace.spec.formats import FORMATS
 from tradespace.spec.kv import KVPlan, Retain, drafting_refusal, refusal
 from tradespace.spec.weights import WeightPlan
@@ -102,6 +102,8 @@ class Plan:
             reasons.append(f"KV retention {self.kv.retain.kind}")
         found = refusal(self.kv) or (drafting_refusal(self.kv) if self.speculation else None)
         if found is not None:
+            reasons.append(found)
+        if self.kv.retain.evicts and (found := weights_refusal(self.attention)) is not None:
             reasons.append(found)
         if self.attention == "native" and not self.kv.is_plain:
             reasons.append(f"native attention over {self.kv.describe()}")

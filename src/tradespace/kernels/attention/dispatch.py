@@ -12,7 +12,7 @@ from torch import Tensor
 from tradespace.errors import UnsupportedError
 from tradespace.kernels.attention import chunked, native, reference, sdpa
 from tradespace.kernels.view import KVView, StepBatch
-from tradespace.spec.attention import find_kernel
+from tradespace.spec.attention import find_kernel, weights_refusal
 from tradespace.spec.mixers import Attention
 from tradespace.spec.model import ModelSpec
 
@@ -33,8 +33,6 @@ KERNELS: dict[str, Callable[[], Attend]] = {
 _SUPPORTS = {"reference": reference.supports, "chunked": chunked.supports, "sdpa": sdpa.supports, "native": native.supports}
 # tried in this order where the requested kernel cannot take a layer
 _INSTEAD = ("sdpa", "chunked", "reference")
-# kernels that can say what weights they gave (`kernels/view.KeptView`)
-WEIGHING = ("chunked", "reference")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +48,8 @@ def supports(kernel: str, mixer: Attention, dtype: torch.dtype, device: torch.de
     if kernel not in KERNELS:
         find_kernel(kernel)  # InputError for a name that nobody knows
         return f"attention kernel {kernel} is priced but has no implementation yet"
-    if weights and kernel not in WEIGHING:
-        return f"{kernel} does not return the attention weights that the cache's retention chooses by"
+    if weights and (reason := weights_refusal(kernel)) is not None:
+        return reason
     return _SUPPORTS[kernel](mixer, dtype, torch.device(device))
 
 
