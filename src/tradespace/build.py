@@ -36,12 +36,13 @@ from tradespace.loading.resolve import ModelFiles
 from tradespace.loading.safetensors import read_sharded
 from tradespace.loading.tokenizer import Tokenizer
 from tradespace.loading.weights import load_weights
+from tradespace.model.rebuild import Rebuilding
 from tradespace.model.recorded import Recorded
 from tradespace.model.transformer import Transformer
 from tradespace.quantize.rtn import fill_rtn
 from tradespace.spec.buckets import buckets_up_to
 from tradespace.spec.device import DeviceSpec
-from tradespace.spec.kv import token_bytes
+from tradespace.spec.kv import model_refusal, pointless, state_bytes, token_bytes
 from tradespace.spec.model import ModelSpec
 from tradespace.spec.plan import Plan
 from tradespace.spec.tensors import model_tensors
@@ -97,9 +98,9 @@ def build_engine(
         torch.set_num_threads(threads)
     measured: dict[str, int] = {}
     peak_bytes("start")
-    kernels = resolve_kernels(spec, plan.attention, DTYPES[plan.weights.dense], "cpu")
+    kernels = resolve_kernels(spec, plan.attention, DTYPES[plan.weights.dense], "cpu", weights=plan.kv.retain.evicts)
     transformer = Transformer(
-        spec, plan.weights, attention=plan.attention, linear=plan.linear, activations=plan.activations, max_context=plan.max_context, device="cpu"
+        spec, plan.weights, attention=kernels, linear=plan.linear, activations=plan.activations, max_context=plan.max_context, device="cpu"
     )
     notes = list(_load(transformer, files, spec, on_load))
     after_load = now_bytes()
@@ -110,7 +111,7 @@ def build_engine(
         # a parallel operator of torch leaves a thread that spins for milliseconds, on a core that the next native step needs
         torch.set_num_threads(1)
     sampler = make_sampler(plan, num_tokens=min(tokenizer.vocab_size, spec.V), threads=threads)
-    model = Recorded(transformer, step_tokens=plan.step_tokens, logit_rows=plan.logit_rows, threads=threads) if plan.linear == "native" else transformer
+    model = step_model(transformer, plan, threads)
     with _rehearsal_cache(spec, plan) as cache:
         if isinstance(model, Recorded):
             model.record(cache)
@@ -142,6 +143,13 @@ def make_sampler(plan: Plan, *, num_tokens: int, threads: int) -> Sampler:
     return Sampler(num_tokens=num_tokens)
 
 
+def step_model(transformer: Transformer, plan: Plan, threads: int) -> Transformer | Recorded | Rebuilding:
+    """What computes a step: the model itself, its native recording, or what rebuilds keys and values that the cache does not keep."""
+    if plan.linear == "native":
+        return Recorded(transformer, step_tokens=plan.step_tokens, logit_rows=plan.logit_rows, threads=threads)
+    return Rebuilding(transformer) if plan.kv.retain.rebuilds else transformer
+
+
 def _load(transformer: Transformer, files: ModelFiles, spec: ModelSpec, on_load: Callable[[int, int], None] | None) -> tuple[str, ...]:
     """Fills the model from its files; notes on what is not held as it was stored."""
     if files.kind == "gguf":
@@ -157,6 +165,8 @@ def _load(transformer: Transformer, files: ModelFiles, spec: ModelSpec, on_load:
 def check_runs(plan: Plan, spec: ModelSpec) -> None:
     """Raises UnsupportedError naming every part of the plan, or of the model, that nothing implements yet."""
     reasons = [*plan.cannot_run(), *([spec.plan_only] if spec.plan_only else [])]
+    if not reasons and (found := model_refusal(spec, plan.kv) or pointless(spec, plan.kv)):
+        raise UnsupportedError(found)
     if reasons:
         raise UnsupportedError(f"this plan is priced but cannot run yet: {'; '.join(reasons)}. Run: tradespace plan {spec.name} --runnable")
 
@@ -173,13 +183,19 @@ def weight_bytes(transformer: Transformer) -> dict[str, int]:
     return found
 
 
-def _block_size(plan: Plan) -> int:
-    return plan.kv.block_size if plan.kv.layout == "paged" else plan.max_context
-
-
 def _cache(spec: ModelSpec, plan: Plan, num_blocks: int) -> KVCache:
     order = "tiles" if plan.linear == "native" else "slots"
-    return KVCache(spec, plan.kv, num_blocks=num_blocks, block_size=_block_size(plan), dtype=DTYPES[plan.weights.dense], device="cpu", order=order)
+    return KVCache(
+        spec,
+        plan.kv,
+        num_blocks=num_blocks,
+        block_size=plan.kv.block_slots(plan.max_context),
+        dtype=DTYPES[plan.weights.dense],
+        device="cpu",
+        order=order,
+        max_sequences=plan.max_sequences,
+        max_context=plan.max_context,
+    )
 
 
 @contextmanager
@@ -205,25 +221,29 @@ def compile_products(transformer: Transformer, plan: Plan) -> None:
 
 
 @torch.inference_mode()
-def rehearse(model: Transformer | Recorded, cache: KVCache, sampler: Sampler, plan: Plan) -> int:
+def rehearse(model: Transformer | Recorded | Rebuilding, cache: KVCache, sampler: Sampler, plan: Plan) -> int:
     """Runs the largest steps that the plan allows: a full prefill chunk at the end of the longest context, and a decode step of every sequence there.
 
     Returns the bytes of the steps' own tensors (ids, positions, slots, block tables), each at its largest.
     """
-    size = _block_size(plan)
+    size = plan.kv.block_slots(plan.max_context)
     last = cache.num_blocks - 1
     # descending, so that the table is not one run of consecutive blocks and the gather is rehearsed, too
-    table = tuple((last - index) % (last + 1) for index in range(-(-plan.max_context // size)))
+    table = tuple((last - index) % (last + 1) for index in range(-(-plan.kv.retain.tokens(plan.max_context) // size)))
     sequences = min(plan.max_sequences, plan.step_tokens)
     drawn = SamplingParams(temperature=1.0, top_k=50, top_p=0.95, repetition_penalty=1.1, seed=0)  # adjusted rows are copied
     request = Request(id="rehearsal", prompt_ids=(0,) * max(1, plan.max_context - 1), params=drawn)
     largest = [0] * 6
     starts = range(0, plan.step_tokens, plan.max_context)  # a step may be larger than a context: then several sequences fill it
-    prefill = [Span(start, min(plan.max_context, plan.step_tokens - start), plan.max_context, table) for start in starts]
+    prefill = [
+        Span(start, min(plan.max_context, plan.step_tokens - start), plan.max_context, table, row)
+        for row, start in enumerate(starts)
+        if row < plan.max_sequences
+    ]
     if isinstance(model, Recorded):
         model.touch()  # its buffers are all that its steps need, so a short one rehearses as much as the longest
-    for spans in (prefill, [Span(row, 1, plan.max_context, table) for row in range(sequences)]):
-        batch = StepBatch.from_spans(spans, block_size=size)
+    for spans in (prefill, [Span(row, 1, plan.max_context, table, row) for row in range(sequences)]):
+        batch = StepBatch.from_spans(spans, block_size=0 if plan.kv.places_tokens else size)
         tokens_T, positions_T = torch.zeros(batch.num_tokens, dtype=torch.int64), positions_of(spans)
         held = (tokens_T, positions_T, batch.query_starts_B1, batch.lengths_B, batch.block_tables_BM, batch.slots_T)
         largest = [max(size, tensor.nbytes) for size, tensor in zip(largest, held, strict=True)]
@@ -238,11 +258,12 @@ def rehearse(model: Transformer | Recorded, cache: KVCache, sampler: Sampler, pl
 
 def fit_cache(spec: ModelSpec, plan: Plan, *, left_bytes: int, notes: list[str]) -> Plan:
     """`plan` with as much of its cache as `left_bytes` can hold: at least one sequence of max_context, else BudgetError."""
-    per_token = token_bytes(spec, plan.kv.store)
-    size = _block_size(plan)
-    need = -(-plan.max_context // size) * size * per_token
+    per_token, kept = token_bytes(spec, plan.kv), plan.kv.retain.tokens(plan.max_context)
+    size = plan.kv.block_slots(plan.max_context)
+    left_bytes -= plan.max_sequences * state_bytes(spec, plan.kv, plan.max_context)  # tails and token ids are no block's
+    need = -(-kept // size) * size * per_token
     if left_bytes < need:
-        tokens = max(0, left_bytes) // (per_token * size) * size if plan.kv.layout == "paged" else 0
+        tokens = max(0, left_bytes) // (per_token * size) * size if plan.kv.layout == "paged" and plan.kv.retain.kind == "full" else 0
         remedy = f"--context {tokens}" if tokens else f"--memory {format_bytes(plan.memory_bytes + need - left_bytes).replace(' ', '')}"
         raise BudgetError(
             f"the cache for one sequence of {plan.max_context} tokens needs {format_bytes(need)}; {format_bytes(max(0, left_bytes))} are left of "
@@ -251,7 +272,7 @@ def fit_cache(spec: ModelSpec, plan: Plan, *, left_bytes: int, notes: list[str])
             have_bytes=plan.memory_bytes,
         )
     wanted = plan.num_blocks * size
-    tokens = min(wanted, left_bytes // (per_token * size) * size)
+    tokens = min(wanted, left_bytes // (per_token * size) * size) if per_token else wanted
     if tokens == wanted:
         return plan
     notes.append(f"cache: {tokens:,} token slots instead of the planned {wanted:,}: the process measured larger than predicted")

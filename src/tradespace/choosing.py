@@ -31,13 +31,14 @@ def choose_plan(
     attention: str | None,
     activations: str | None = None,
     *,
-    prefix_sharing: bool | None = None,
+    kv_store: str | None = None,
+    kv_retain: str | None = None,
+    prefix_sharing: str | None = None,
     stored: WeightPlan | None = None,
 ) -> Plan:
     """The planner's best plan that runs; BudgetError with the nearest one where nothing fits. `stored` is how the checkpoint holds its weights."""
-    pins = {axis: value for axis, value in (("weights", weights), ("attention", attention), ("activations", activations)) if value}
-    if prefix_sharing is not None:
-        pins["prefix_sharing"] = "on" if prefix_sharing else "off"
+    asked = {"weights": weights, "attention": attention, "activations": activations, "kv_store": kv_store, "kv_retain": kv_retain}
+    pins = {axis: value for axis, value in (asked | {"prefix_sharing": prefix_sharing}).items() if value}
     frontier = api.plan(
         spec,
         memory=budget,
@@ -72,7 +73,7 @@ def read_plan(plan: Plan | str | Path) -> Plan:
 
 def check_plan(plan: Plan, spec: ModelSpec, flags: Mapping[str, object]) -> None:
     """Whether a plan from outside can be obeyed to the letter here. Raises InputError for a flag that contradicts it, UnsupportedError for what cannot run."""
-    stated = [name for name, value in flags.items() if value is not None]
+    stated = [name.replace("_", "-") for name, value in flags.items() if value is not None]
     if stated:
         flag = " and --".join(stated).replace("_", "-")
         raise InputError(f"--plan is obeyed to the letter, and it states its own {', '.join(stated)}. Leave --{flag} away, or change the plan")

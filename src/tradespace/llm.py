@@ -216,6 +216,8 @@ def open(
     attention: str | None = None,
     activations: str | None = None,
     prefix_sharing: bool | None = None,
+    kv_store: str | None = None,
+    kv_retain: str | None = None,
     scheduling: Policy = "continuous",
     revision: str | None = None,
     offline: bool = False,
@@ -231,6 +233,7 @@ def open(
     weights, attention, activations  fix these choices of the planner; weights "stored" runs a GGUF file's blocks as they are, activations "fp32" asks the
                  native kernels for exact products
     prefix_sharing  prompts with equal first tokens share what the cache holds of them; default: where the plan allows it (paged, full retention, continuous)
+    kv_store, kv_retain  fix how the cache holds keys and values ("int8", "k=int8,v=int4") and what it keeps ("sliding:1020,4", "h2o:1024", "recent:sqrt")
     say          receives one line per decision (the default is silent); progress shows bars on a terminal
 
     Raises BudgetError (need, have, and the nearest plan that fits) where the budget cannot be met, InputError for a model or flag that makes no sense.
@@ -243,25 +246,10 @@ def open(
     limit_heap_growth()
     meter = MemoryMeter().__enter__()
     try:
-        return _open(
-            meter,
-            device,
-            str(model),
-            budget,
-            chosen,
-            context,
-            concurrency,
-            goal,
-            weights,
-            attention,
-            activations,
-            prefix_sharing,
-            scheduling,
-            revision,
-            offline,
-            progress,
-            say,
-        )
+        sharing = None if prefix_sharing is None else "on" if prefix_sharing else "off"
+        fixed = {"weights": weights, "attention": attention, "activations": activations, "kv_store": kv_store, "kv_retain": kv_retain}
+        fixed |= {"prefix_sharing": sharing}
+        return _open(meter, device, str(model), budget, chosen, context, concurrency, goal, fixed, scheduling, revision, offline, progress, say)
     except BaseException:
         meter.__exit__(*sys.exc_info())
         raise
@@ -301,10 +289,7 @@ def _open(
     context: int | None,
     concurrency: int,
     goal: str,
-    weights: str | None,
-    attention: str | None,
-    activations: str | None,
-    prefix_sharing: bool | None,
+    fixed: Mapping[str, str | None],
     scheduling: Policy,
     revision: str | None,
     offline: bool,
@@ -316,11 +301,11 @@ def _open(
         spec, defaults = api.spec_of_files(files), Defaults.of(files)
         stored = api.stored_weights(files, spec) if chosen is None else None
     if chosen is None:
-        sharing = False if prefix_sharing is None and scheduling == "fixed" else prefix_sharing
-        chosen = choose_plan(spec, device, budget, context, concurrency, goal, weights, attention, activations, prefix_sharing=sharing, stored=stored)
+        if scheduling == "fixed" and fixed["prefix_sharing"] is None:
+            fixed = {**fixed, "prefix_sharing": "off"}  # a fixed batch reserves its blocks beforehand
+        chosen = choose_plan(spec, device, budget, context, concurrency, goal, **fixed, stored=stored)
     else:
-        flags = {"context": context, "weights": weights, "attention": attention, "activations": activations, "prefix_sharing": prefix_sharing}
-        check_plan(chosen, spec, flags)
+        check_plan(chosen, spec, {"context": context, **fixed})
     chosen = replace(chosen, memory_bytes=budget)
     predicted = ledger(spec, chosen, device, staging_bytes=STAGING_BYTES)
     need = round(predicted.total_bytes().require())

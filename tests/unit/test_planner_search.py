@@ -107,7 +107,6 @@ def test_the_best_follows_the_rule():
 def test_runnable_only():
     found = plan_frontier(MODEL, cpu(), WORKLOAD, runnable_only=True)
     assert found.best is not None and found.best.runs == () and found.best.plan.cannot_run() == ()
-    assert any("cannot run yet" in rejection.reason for rejection in found.why_not)
     unable = plan_frontier(replace(MODEL, plan_only="a mechanism that is not built"), cpu(), WORKLOAD, runnable_only=True)
     assert unable.best is None
     assert all("a mechanism that is not built" in c.runs for c in unable.candidates)

@@ -35,6 +35,14 @@ PrefixSharing = Annotated[
 ]
 Activations = Annotated[str | None, typer.Option("--activations", help="What the native kernels multiply by: auto (int8 for integer weights) or fp32 (exact).")]
 WeightFormat = Annotated[str | None, typer.Option("--weights", help="Weight format: bf16, fp32, fp16, int8. Default: the planner's choice.")]
+KVStore = Annotated[
+    str | None,
+    typer.Option("--kv-store", "--kv-cache-dtype", help="How the cache holds keys and values: bf16, fp8, int8, int4, int4c, int2, x-int8 …, or k=int8,v=int4."),
+]
+KVRetain = Annotated[
+    str | None,
+    typer.Option("--kv-retain", help="What the cache keeps: full, sliding:WINDOW[,SINKS], h2o:BUDGET, snapkv:BUDGET, recent:TOKENS (or sqrt)."),
+]
 Goal = Literal["latency", "throughput"]
 
 

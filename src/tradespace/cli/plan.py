@@ -9,7 +9,22 @@ import typer
 import yaml
 from rich.markup import escape
 
-from tradespace.cli.options import Activations, Context, Goal, Json, Memory, Offline, PlannedModel, Revision, console, error_dict, print_json, write_file
+from tradespace.cli.options import (
+    Activations,
+    Context,
+    Goal,
+    Json,
+    KVRetain,
+    KVStore,
+    Memory,
+    Offline,
+    PlannedModel,
+    Revision,
+    console,
+    error_dict,
+    print_json,
+    write_file,
+)
 from tradespace.spec.workload import Workload
 
 
@@ -29,7 +44,8 @@ def plan(
     output: Annotated[int | None, typer.Option("--output", min=1, help="Output tokens of a typical request.")] = None,
     goal: Annotated[Goal, typer.Option("--goal", help="What to be fast at.")] = "latency",
     weights: Annotated[str | None, typer.Option("--weights", help="Fix the weight format (bf16, int8, int4, nf4 …).")] = None,
-    kv_store: Annotated[str | None, typer.Option("--kv-store", help="Fix how the cache holds an element (bf16, int8, int4 …).")] = None,
+    kv_store: KVStore = None,
+    kv_retain: KVRetain = None,
     kv_layout: Annotated[str | None, typer.Option("--kv-layout", help="Fix the cache's layout (paged, contiguous).")] = None,
     attention: Annotated[str | None, typer.Option("--attention", help="Fix the attention kernel (native, sdpa, chunked, reference).")] = None,
     activations: Activations = None,
@@ -60,7 +76,9 @@ def plan(
         rows = compare_shapes([spec, other], machine, work)
         print_json(rows) if json else console().print(what_if_view(rows))
         return
-    pins = {"weights": weights, "kv_store": kv_store, "layout": kv_layout, "attention": attention, "activations": activations}
+    pins = {
+        "weights": weights, "kv_store": kv_store, "kv_retain": kv_retain, "layout": kv_layout, "attention": attention, "activations": activations,
+    }  # fmt: skip
     frontier = api.plan(
         spec,
         memory=budget,

@@ -72,7 +72,7 @@ def _weights(candidate: Candidate) -> str:
 
 def _cache(candidate: Candidate) -> str:
     layout = f"paged {candidate.kv.block_size}" if candidate.kv.layout == "paged" else "contig."
-    return f"{candidate.kv.store} {layout}"
+    return f"{candidate.kv.describe_store()} {layout}"
 
 
 def _layers(candidate: Candidate) -> str:

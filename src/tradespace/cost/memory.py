@@ -18,10 +18,21 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tradespace.cost import calibration, workspace
-from tradespace.cost.summary import Summary, WeightShare, cache_token_bytes, dequantize_elements, product_shapes, summarize, weight_share, widest_columns
+from tradespace.cost.summary import (
+    Summary,
+    WeightShare,
+    cache_state_bytes,
+    cache_token_bytes,
+    dequantize_elements,
+    product_shapes,
+    summarize,
+    weight_share,
+    widest_columns,
+)
 from tradespace.spec.buckets import buckets_up_to
 from tradespace.spec.device import DeviceSpec
 from tradespace.spec.estimate import Estimate
+from tradespace.spec.kv import KVPlan
 from tradespace.spec.model import ModelSpec
 from tradespace.spec.plan import Plan
 from tradespace.units import format_bytes
@@ -121,17 +132,17 @@ def tokenizer_estimate(V: int, tokenizer_bytes: int | None) -> Estimate:
 
 def kv_slots(plan: Plan) -> int:
     """Token slots that the cache holds: what the plan says where paged, one region of max_context a sequence where contiguous."""
-    return plan.kv_tokens if plan.kv.layout == "paged" else plan.max_sequences * plan.max_context
+    return plan.kv_tokens if plan.kv.layout == "paged" else plan.max_sequences * plan.kv.block_slots(plan.max_context)
 
 
-def kv_slot_bytes(summary: Summary, store: str, degree: int) -> int:
+def kv_slot_bytes(summary: Summary, kv: KVPlan | str, degree: int) -> int:
     """Bytes of one token slot over all layers on one device."""
-    return sum(token * layers for _, token, layers in cache_token_bytes(summary, store, degree))
+    return sum(token * layers for _, token, layers in cache_token_bytes(summary, kv, degree))
 
 
-def state_bytes(summary: Summary, sequences: int) -> int:
-    """Fixed-size states of recurrent mechanisms, per sequence whatever its length."""
-    return sequences * summary.state_bytes_per_sequence
+def state_bytes(summary: Summary, kv: KVPlan, max_context: int, degree: int = 1) -> int:
+    """What every sequence has beside its slots: fixed-size states of recurrent mechanisms, the cache's tails and token ids."""
+    return summary.state_bytes_per_sequence + cache_state_bytes(summary, kv, max_context, degree)
 
 
 def stream_buffer_bytes(share: WeightShare, streamed_layers: int) -> float:
@@ -157,7 +168,7 @@ def ledger(model: ModelSpec, plan: Plan, device: DeviceSpec, *, staging_bytes: i
         max_context=plan.max_context,
         max_sequences=plan.max_sequences,
         step_tokens=plan.step_tokens,
-        block_size=plan.kv.block_size if plan.kv.layout == "paged" else plan.max_context,
+        block_size=plan.kv.block_slots(plan.max_context),
         rope_dims=summary.rope_dims,
     )
     lines.append(LedgerLine("engine tensors", pool, Estimate(held, EXACT), "rotary and block tables, ids, slots"))
@@ -195,12 +206,15 @@ def _weight_lines(plan: Plan, share: WeightShare, pool: str) -> list[LedgerLine]
 
 
 def _kv_line(summary: Summary, plan: Plan, pool: str) -> LedgerLine:
-    slot, slots = kv_slot_bytes(summary, plan.kv.store, plan.tensor_parallel), kv_slots(plan)
-    total = slots * slot + state_bytes(summary, plan.max_sequences)
+    slot, slots = kv_slot_bytes(summary, plan.kv, plan.tensor_parallel), kv_slots(plan)
+    each = state_bytes(summary, plan.kv, plan.max_context, plan.tensor_parallel)
+    total = slots * slot + plan.max_sequences * each
     if plan.kv.layout == "paged":
         formula = f"{plan.num_blocks} blocks × {plan.kv.block_size} tokens × {slot} B"
     else:
-        formula = f"{plan.max_sequences} × {plan.max_context} tokens × {slot} B"
+        formula = f"{plan.max_sequences} × {plan.kv.block_slots(plan.max_context)} tokens × {slot} B"
+    if each:
+        formula += f" + {plan.max_sequences} × {each} B a sequence"
     return LedgerLine("kv cache", pool, Estimate(total, EXACT), formula, "running")
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from tradespace.spec import native
 from tradespace.spec.estimate import Estimate
 from tradespace.spec.formats import FORMATS
-from tradespace.spec.kv import STORES
+from tradespace.spec.kv import KVPlan
 from tradespace.spec.mixers import Attention
 from tradespace.spec.model import ModelSpec
 from tradespace.spec.plan import Plan
@@ -117,11 +117,12 @@ def weight_quality(model: ModelSpec, format_name: str) -> Estimate:
     return _of_choice("weights", format_name, model)
 
 
-def kv_quality(model: ModelSpec, store: str, dense: str) -> Estimate:
-    """Loss of holding keys and values in one store: none in bf16, as the reference does, and none where the mantissa is longer than that."""
-    if STORES[store].exact:
+def kv_quality(model: ModelSpec, kv: KVPlan | str, dense: str) -> Estimate:
+    """Loss of how keys and values are held: none in bf16, as the reference does, and none where the mantissa is longer than that."""
+    kv = KVPlan(store=kv) if isinstance(kv, str) else kv
+    if all(store.exact for store in kv.stores):
         return EXACT
-    return _of_choice("kv", store, model)
+    return _of_choice("kv", kv.describe_store(), model)
 
 
 def activation_quality(model: ModelSpec, weights: WeightPlan, activations: str) -> Estimate:
@@ -131,12 +132,18 @@ def activation_quality(model: ModelSpec, weights: WeightPlan, activations: str) 
     return _of_choice("activations", "int8", model)
 
 
-def retention_quality(model: ModelSpec, plan: Plan) -> Estimate:
-    """Loss of forgetting tokens: none where no layer looks further back than what is kept."""
+def retention_quality(model: ModelSpec, plan: Plan | KVPlan) -> Estimate:
+    """Loss of forgetting tokens: none where no layer looks further back than what is kept, or what is gone is rebuilt. Figures hold for the very same
+    policy.
+    """
+    kv = plan if isinstance(plan, KVPlan) else plan.kv
     mixers = [layer.mixer for layer in model.layers if isinstance(layer.mixer, Attention)]
-    if all(plan.kv.retain.exact_for(mixer.window) for mixer in mixers):
+    if all(kv.retain.exact_for(mixer.window) for mixer in mixers):
         return EXACT
-    return Estimate.unknown(f"no figure for {plan.kv.retain.kind} retention on {REFERENCE_TEXT}")
+    figure = find_figure("retain", kv.retain.describe(), model)
+    if figure is not None:
+        return Estimate(figure.kl_nats, figure.label)
+    return Estimate.unknown(f"no figure for {kv.retain.describe()} retention on {REFERENCE_TEXT}")
 
 
 def combine(parts: list[Estimate]) -> Estimate:
@@ -163,7 +170,7 @@ def quality(model: ModelSpec, plan: Plan) -> Estimate:
             weight_quality(model, plan.weights.default),
             *exceptions,
             activation_quality(model, plan.weights, plan.activations),
-            kv_quality(model, plan.kv.store, plan.weights.dense),
+            kv_quality(model, plan.kv, plan.weights.dense),
             retention_quality(model, plan),
         ]
     )

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from math import ceil
 
-from tradespace.spec.kv import STORES
+from tradespace.spec.kv import KVPlan, id_bytes, mixer_state_bytes, mixer_token_bytes
 from tradespace.spec.mixers import Attention
 from tradespace.spec.model import LayerSpec, ModelSpec, RoutedFFN
 from tradespace.spec.products import dense_shapes, is_coded
@@ -165,21 +165,35 @@ def weight_share(summary: Summary, weights: WeightPlan, degree: int = 1) -> Weig
     return WeightShare(outside, layers)
 
 
-def cache_token_bytes(summary: Summary, store: str, degree: int = 1) -> tuple[tuple[int | None, int, int], ...]:
-    """(window, bytes of one token, layers) for each group of layers that caches, on one device. A latent is replicated: every head reads it."""
+def cache_token_bytes(summary: Summary, kv: KVPlan | str, degree: int = 1) -> tuple[tuple[int | None, int, int], ...]:
+    """(reach, bytes of one token, layers) for each group of layers that caches, on one device; a name stands for that store of everything.
+
+    The reach is the most tokens that a query finds: the layer's window, or what the retention keeps. A latent is replicated: every head reads it.
+    """
+    kv = KVPlan(store=kv) if isinstance(kv, str) else kv
     found = []
-    held = STORES[store]
     for group in summary.groups:
         mixer = group.layer.mixer
         if mixer is None or mixer.cache_elements_per_token == 0:
             continue
         if isinstance(mixer, Attention):
-            K = heads_per_device(mixer.K, degree)
-            token_bytes = held.nbytes(K, mixer.H) + held.nbytes(K, mixer.Hv)
+            size = mixer_token_bytes(mixer, summary.model.D, kv, heads_per_device(mixer.K, degree))
         else:
-            token_bytes = held.nbytes(1, mixer.cache_elements_per_token)
-        found.append((mixer.window, token_bytes, group.count))
+            size = kv.stores[0].nbytes(1, mixer.cache_elements_per_token)
+        found.append((reach(mixer.window, kv), size, group.count))
     return tuple(found)
+
+
+def reach(window: int | None, kv: KVPlan) -> int | None:
+    """Most tokens that a query finds in a layer with this window; None: all."""
+    kept = None if kv.retain.rebuilds else kv.retain.capacity
+    return window if kept is None else kept if window is None else min(window, kept)
+
+
+def cache_state_bytes(summary: Summary, kv: KVPlan, max_context: int, degree: int = 1) -> int:
+    """Bytes that the cache keeps for each sequence beside its slots, on one device: tails, and token ids."""
+    tails = (mixer_state_bytes(mixer, kv, heads_per_device(mixer.K, degree)) * count for mixer, count in summary.attention_groups)
+    return sum(tails) + id_bytes(kv, max_context)
 
 
 def dequantize_elements(summary: Summary, weights: WeightPlan, degree: int = 1) -> int:

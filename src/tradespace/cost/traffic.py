@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from math import ceil
 
 from tradespace.cost import calibration
-from tradespace.cost.summary import Summary, WeightShare, cache_token_bytes, heads_per_device, routed_groups
+from tradespace.cost.summary import Summary, WeightShare, cache_token_bytes, heads_per_device, reach, routed_groups
 from tradespace.spec.attention import chunk_size
 from tradespace.spec.formats import ELEMENT_BYTES
+from tradespace.spec.kv import PLAIN, KVPlan
+from tradespace.spec.kv_workspace import REBUILD_ROWS
 from tradespace.spec.model import RoutedFFN
 from tradespace.spec.plan import Plan
 from tradespace.spec.workload import Workload
@@ -64,7 +66,7 @@ def cache_read_bytes(token_bytes: tuple[tuple[int | None, int, int], ...], lengt
     return sum(min(length, window or length) * size * layers for window, size, layers in token_bytes)
 
 
-def causal_pairs(tokens: int, window: int | None) -> float:
+def causal_pairs(tokens: float, window: int | None) -> float:
     """Query-key pairs of `tokens` tokens under a causal mask, each looking back at most `window`.
 
     >>> causal_pairs(4, None), causal_pairs(4, 2)
@@ -121,12 +123,33 @@ class Axes:
     degree: int
     streamed_layers: int
     stream_from: str
+    kv: KVPlan = PLAIN  # its retention and stores; the layout is in `gathered`
 
     @classmethod
     def of(cls, plan: Plan) -> Axes:
-        gathered = plan.kv.layout == "paged" or plan.kv.store != plan.weights.dense
-        placement = plan.placement
-        return cls(plan.attention, gathered, plan.weights.dense, plan.tensor_parallel, placement.streamed_layers, placement.stream_from)
+        gathered, placement = plan.kv.copies(plan.weights.dense), plan.placement
+        return cls(plan.attention, gathered, plan.weights.dense, plan.tensor_parallel, placement.streamed_layers, placement.stream_from, plan.kv)
+
+
+def remade_work(summary: Summary, share: WeightShare, axes: Axes, length: float) -> tuple[float, float]:
+    """(operations, bytes) of making again what the cache does not hold as keys and values, for one query step of a sequence that holds `length` tokens.
+
+    A layer's input: K and V of all tokens projected from it, written and read. Rebuilding: a prefill of all tokens older than what is kept, whose every block
+    of rows reads the layers' weights again.
+    """
+    kv, e = axes.kv, ELEMENT_BYTES[axes.dense]
+    pairs = [(mixer, count) for mixer, count in summary.attention_groups]
+    if kv.retain.rebuilds:
+        old = max(0.0, length - kv.retain.recent)
+        body = summary.active_parameters - summary.head_parameters
+        flops = 2 * body * old + attention_flops(summary, lambda window: causal_pairs(old, window))
+        held = sum(mixer.K * (mixer.H + mixer.Hv) * count for mixer, count in pairs)
+        return flops, ceil(old / REBUILD_ROWS) * sum(share.layer_bytes) + old * e * (2 * summary.model.D * summary.model.L + 3 * held)
+    if kv.of_input:
+        kept = length if kv.retain.capacity is None else min(length, kv.retain.capacity)
+        rows = sum(mixer.K * (mixer.H + mixer.Hv) * count for mixer, count in pairs)
+        return 2 * summary.model.D * rows * kept, 2 * rows * kept * e
+    return 0.0, 0.0
 
 
 def decode_work(summary: Summary, share: WeightShare, cache: tuple[tuple[int | None, int, int], ...], axes: Axes, sequences: float, length: float) -> StepWork:
@@ -137,12 +160,13 @@ def decode_work(summary: Summary, share: WeightShare, cache: tuple[tuple[int | N
     scores = score_traffic_bytes(summary, axes.kernel, length, degree)
     states = 2 * summary.state_bytes_per_sequence
     logits = 2 * model.V * 4
-    flops = 2 * summary.active_parameters + attention_flops(summary, lambda window: min(length, window or length))
+    flops = 2 * summary.active_parameters + attention_flops(summary, lambda window: min(length, reach(window, axes.kv) or length))
+    remade_flops, remade_bytes = remade_work(summary, share, axes, length)
     peer_bytes, transfers = peer_work(summary, sequences, e, degree)
     per_layer = layer_ops(axes.kernel) + (attention_ops(axes.kernel, length) * (1 if axes.kernel == "flash" else sequences))
     return StepWork(
-        read_bytes=weight_read_bytes(summary, share, sequences) + sequences * (cached + written + scores + states + logits),
-        flops=sequences * flops / degree,
+        read_bytes=weight_read_bytes(summary, share, sequences) + sequences * (cached + written + scores + states + logits + remade_bytes),
+        flops=sequences * (flops + remade_flops) / degree,
         num_ops=per_layer * model.L + calibration.STEP_OPS.value,
         link_bytes=share.streamed_bytes[axes.streamed_layers],
         link=axes.stream_from,
@@ -163,12 +187,14 @@ def prefill_work(
     written = prompt_tokens * sum(size * layers for _, size, layers in cache)
     scores = score_traffic_bytes(summary, axes.kernel, causal_pairs(prompt_tokens, None), degree)
     body = summary.active_parameters - summary.head_parameters
-    flops = 2 * (body * prompt_tokens + summary.head_parameters) + attention_flops(summary, lambda window: causal_pairs(prompt_tokens, window))
+    flops = 2 * (body * prompt_tokens + summary.head_parameters)
+    flops += attention_flops(summary, lambda window: causal_pairs(prompt_tokens, reach(window, axes.kv)))
+    remade = [remade_work(summary, share, axes, start) for start in range(0, prompt_tokens, chunk)] if axes.kv.retain.rebuilds or axes.kv.of_input else []
     peer_bytes, transfers = peer_work(summary, prompt_tokens, e, degree)
     ops = (layer_ops(axes.kernel) + attention_ops(axes.kernel, mean_keys)) * model.L + calibration.STEP_OPS.value
     return StepWork(
-        read_bytes=chunks * weight_read_bytes(summary, share, chunk) + cached + written + scores + 2 * model.V * 4,
-        flops=flops / degree,
+        read_bytes=chunks * weight_read_bytes(summary, share, chunk) + cached + written + scores + 2 * model.V * 4 + sum(size for _, size in remade),
+        flops=(flops + sum(ops for ops, _ in remade)) / degree,
         num_ops=chunks * ops,
         link_bytes=chunks * share.streamed_bytes[axes.streamed_layers],
         link=axes.stream_from,
@@ -179,10 +205,10 @@ def prefill_work(
 
 def sequences_in_step(plan: Plan, workload: Workload) -> int:
     """Sequences that decode together: those asked for, as far as the plan admits them and the cache holds them at their mean length."""
-    held = plan.kv_tokens // ceil(workload.mean_length) if plan.kv.layout == "paged" else plan.max_sequences
+    held = plan.kv_tokens // max(1, plan.kv.retain.tokens(ceil(workload.mean_length))) if plan.kv.layout == "paged" else plan.max_sequences
     return max(1, min(workload.concurrency, plan.max_sequences, held))
 
 
 def cache_share(summary: Summary, plan: Plan) -> tuple[tuple[int | None, int, int], ...]:
     """`cache_token_bytes` of a plan."""
-    return cache_token_bytes(summary, plan.kv.store, plan.tensor_parallel)
+    return cache_token_bytes(summary, plan.kv, plan.tensor_parallel)

@@ -19,6 +19,8 @@ from tradespace.spec import native
 from tradespace.spec.attention_workspace import workspace_bytes
 from tradespace.spec.buckets import bucket, buckets_up_to
 from tradespace.spec.formats import ELEMENT_BYTES, FORMATS, WeightFormat
+from tradespace.spec.kv import PLAIN, KVPlan
+from tradespace.spec.kv_workspace import REBUILD_ROWS, decoding_bytes, evicting_bytes, keys_read, rebuild_bytes
 from tradespace.spec.mixers import Attention
 from tradespace.spec.model import DenseFFN, LayerSpec, RoutedFFN
 from tradespace.spec.plan import Plan
@@ -45,6 +47,7 @@ class StepShape:
     linear: str = "torch"
     activations: str = "auto"
     threads: int = 1
+    kv: KVPlan = PLAIN  # what reading it takes beside that copy; layout and block size are of no interest
 
     @property
     def padded(self) -> int:
@@ -59,7 +62,8 @@ def step_shape(plan: Plan, threads: int = 1) -> StepShape:
         S=plan.max_context,
         e=ELEMENT_BYTES[plan.weights.dense],
         kernel=plan.attention,
-        gathered=plan.kv.layout == "paged" or plan.kv.store != plan.weights.dense,
+        gathered=plan.kv.copies(plan.weights.dense),
+        kv=plan.kv,
         rows=plan.max_sequences * (1 + plan.speculation),
         degree=plan.tensor_parallel,
         linear=plan.linear,
@@ -157,16 +161,19 @@ def rope_rows_bytes(rope_dims: int, shape: StepShape) -> int:
 def kernel_bytes(mixer: Attention, shape: StepShape) -> int:
     """The attention kernel's own tensors, its output included (`spec/attention_workspace.py`)."""
     N, K = heads_per_device(mixer.N, shape.degree), heads_per_device(mixer.K, shape.degree)
+    num_keys = keys_read(shape.kv, shape.T, shape.S)
     return workspace_bytes(
         shape.kernel,
         mixer if shape.degree == 1 else replace(mixer, N=N, K=K),
         step_tokens=shape.T,
-        max_context=shape.S,
+        max_context=num_keys,
         max_sequences=shape.rows,
-        kv_tokens=shape.rows * shape.S,
+        kv_tokens=shape.rows * num_keys,
         element_bytes=shape.e,
         copies=shape.gathered,
         threads=shape.threads,
+        kept=shape.kv.retain.capacity is not None and not shape.kv.retain.rebuilds,
+        weighed=shape.kv.retain.evicts,
     )
 
 
@@ -183,7 +190,14 @@ def attention_moment_bytes(mixer: Attention, weights: WeightPlan, D: int, shape:
         rotation = qk + max(rotation, 2 * 4 * T * N * mixer.H)
     beyond = residual_bytes(D, shape, 1) + out + product_bytes(formats_of(weights, "attn_out"), D, N * mixer.Hv, shape.padded, shape)
     beyond += 0 if shape.padded == T else shape.padded * N * mixer.Hv * e
-    return residual_bytes(D, shape, 2) + qkv + max(product, rotation, turned + max(kernel_bytes(mixer, shape), beyond))
+    attending = kernel_bytes(mixer, shape) + cache_moment_bytes(mixer, D, shape)
+    rebuilt = rebuild_bytes(shape.kv, mixer, D, shape.S, e)  # older tokens' stream and keys, as long as the layer runs
+    return residual_bytes(D, shape, 2) + rebuilt + qkv + max(product, rotation, turned + max(attending, beyond))
+
+
+def cache_moment_bytes(mixer: Attention, D: int, shape: StepShape) -> int:
+    """What decoding the cache and choosing among its tokens takes beside the copy that the kernel reads."""
+    return decoding_bytes(shape.kv, mixer, D, shape.e) + evicting_bytes(shape.kv, mixer, keys_read(shape.kv, shape.T, shape.S))
 
 
 def feed_forward_moment_bytes(layer: LayerSpec, weights: WeightPlan, D: int, shape: StepShape) -> int:
@@ -221,6 +235,8 @@ def activation_bytes(summary: Summary, weights: WeightPlan, shape: StepShape) ->
     if weights.layout == "native":
         return 0
     D, worst = summary.model.D, 0
+    if shape.kv.retain.rebuilds:  # older tokens pass the layers in blocks of their own, larger than a small step
+        shape = replace(shape, T=max(shape.T, min(shape.S, REBUILD_ROWS)))
     for group in summary.groups:
         mixer = group.layer.mixer
         if isinstance(mixer, Attention):

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tradespace.engine.request import Request
 from tradespace.engine.step import Step
 from tradespace.kernels.view import Span, StepBatch, as_tensor, positions_of
 from tradespace.spec.model import ModelSpec
@@ -25,6 +26,28 @@ class TokenModel(Protocol):
     def logits(self, hidden_TD: Tensor, rows: Tensor) -> Tensor: ...
 
 
+class Rows:
+    """Which running request has which row of what the cache keeps beside its blocks (tails, token ids). Those that have ended or were preempted give theirs
+    back.
+    """
+
+    def __init__(self, count: int):
+        self._free = list(range(count - 1, -1, -1))
+        self._held: dict[str, tuple[Request, int]] = {}
+
+    def release(self) -> None:
+        for id, (request, row) in tuple(self._held.items()):
+            if request.state != "running":
+                del self._held[id]
+                self._free.append(row)
+
+    def of(self, request: Request) -> int:
+        """Its row; a free one where it has none yet. The scheduler runs no more requests at once than there are rows."""
+        if request.id not in self._held:
+            self._held[request.id] = (request, self._free.pop())
+        return self._held[request.id][1]
+
+
 class Runner:
     """Runs steps of one model over one cache, laid out as the plan says."""
 
@@ -32,7 +55,9 @@ class Runner:
         self.transformer = transformer
         self.cache = cache
         self.device = torch.device(device)
-        self.block_size = plan.kv.block_size if plan.kv.layout == "paged" else plan.max_context
+        self.block_size = plan.kv.block_slots(plan.max_context)
+        self._slot_blocks = 0 if plan.kv.places_tokens else self.block_size  # 0: the cache finds tokens their slots itself
+        self._rows = Rows(plan.max_sequences)
 
     @property
     def vocab_size(self) -> int:
@@ -49,11 +74,12 @@ class Runner:
         tokens: list[int] = []
         spans: list[Span] = []
         rows: list[int] = []
+        self._rows.release()
         for item in step.sequences:
-            spans.append(Span(len(tokens), item.num_tokens, item.start + item.num_tokens, item.request.blocks))
+            spans.append(Span(len(tokens), item.num_tokens, item.start + item.num_tokens, item.request.blocks, self._rows.of(item.request)))
             tokens += item.tokens()
             rows += range(len(tokens) - item.num_logits, len(tokens))
-        batch = StepBatch.from_spans(spans, block_size=self.block_size, device=self.device)
+        batch = StepBatch.from_spans(spans, block_size=self._slot_blocks, device=self.device)
         tokens_T = as_tensor(np.array(tokens, np.int64), self.device)
         hidden_TD = self.transformer.forward(tokens_T, positions_of(spans, device=self.device), batch, self.cache)
         if not rows:

@@ -29,6 +29,7 @@ from tradespace.engine.request import FinishReason, Request
 from tradespace.engine.sharing import Sharing, Unshared
 from tradespace.engine.step import Counters, ScheduledSequence, SlotUse, Step
 from tradespace.errors import InputError
+from tradespace.spec.kv import FULL, Retain
 from tradespace.spec.kv import num_blocks as blocks_for
 from tradespace.spec.plan import Plan
 
@@ -42,6 +43,7 @@ class Scheduler:
     num_blocks, block_size   the cache: paged, or one block of `max_context` slots per sequence (contiguous)
     max_sequences            most requests that run at once
     step_tokens              most tokens of one step
+    retain                   what stays of a sequence, and so how many slots it needs
     max_drafts               most drafted tokens of one sequence in a step
     prefix_sharing           equal prefixes share blocks; only with the policy "continuous"
     """
@@ -57,6 +59,7 @@ class Scheduler:
         max_drafts: int = 0,
         policy: Policy = "continuous",
         prefix_sharing: bool = False,
+        retain: Retain = FULL,
     ):
         for name, value in (("num_blocks", num_blocks), ("block_size", block_size), ("max_sequences", max_sequences), ("step_tokens", step_tokens)):
             if value < 1:
@@ -66,6 +69,7 @@ class Scheduler:
         if prefix_sharing and policy == "fixed":
             raise InputError("a fixed batch reserves its blocks beforehand and shares none. Plan without prefix_sharing, or schedule continuously")
         self.block_size = block_size
+        self.retain = retain
         self.max_sequences = max_sequences
         self.max_context = max_context
         self.step_tokens = step_tokens
@@ -88,14 +92,19 @@ class Scheduler:
     def from_plan(cls, plan: Plan, *, policy: Policy = "continuous") -> Scheduler:
         return cls(
             num_blocks=plan.num_blocks,
-            block_size=plan.kv.block_size if plan.kv.layout == "paged" else plan.max_context,
+            block_size=plan.kv.block_slots(plan.max_context),
             max_sequences=plan.max_sequences,
             max_context=plan.max_context,
             step_tokens=plan.step_tokens,
             max_drafts=plan.speculation,
             policy=policy,
             prefix_sharing=plan.kv.prefix_sharing,
+            retain=plan.kv.retain,
         )
+
+    def _blocks_for(self, num_tokens: int) -> int:
+        """Blocks of a sequence of so many tokens: of as many as are retained."""
+        return blocks_for(self.retain.tokens(num_tokens), self.block_size)
 
     @property
     def has_work(self) -> bool:
@@ -110,7 +119,7 @@ class Scheduler:
                 + self._shorter(self.max_context - prompt, f"plan a context of {prompt + output}")
             )
         capacity = self.allocator.num_blocks * self.block_size
-        if blocks_for(request.max_cached, self.block_size) > self.allocator.num_blocks:
+        if self._blocks_for(request.max_cached) > self.allocator.num_blocks:
             raise InputError(
                 f"the prompt's {prompt} tokens and max_tokens {output} need {request.max_cached} slots of the KV cache; it has {capacity}. "
                 + self._shorter(capacity + 1 - prompt, "give more memory")
@@ -231,7 +240,7 @@ class Scheduler:
 
     def _make_room(self, request: Request, num_tokens: int) -> bool:
         """Give `request` the blocks for `num_tokens` tokens. False: it was itself the last in order, and is preempted."""
-        missing = blocks_for(num_tokens, self.block_size) - len(request.blocks)
+        missing = self._blocks_for(num_tokens) - len(request.blocks)
         # a victim may be the other owner of a block that would have to be copied
         while missing + self.sharing.must_copy(request) > self.allocator.num_free:
             victim = self.running[-1]
@@ -286,20 +295,22 @@ class Scheduler:
         if self.sharing.awaits(request):
             return False
         growing = sum(self._can_grow(other) for other in [*self.running, request])
-        return self.sharing.fresh_blocks(request) + growing <= self._spare_blocks()
+        # where a cache forgets, nothing is shared
+        fresh = self.sharing.fresh_blocks(request) if self.retain.kind == "full" else self._blocks_for(request.num_tokens)
+        return fresh + growing <= self._spare_blocks()
 
     def _spare_blocks(self) -> int:
         """Free blocks that no running request's known tokens need."""
-        owed = sum(max(0, blocks_for(request.num_tokens, self.block_size) - len(request.blocks)) for request in self.running)
+        owed = sum(max(0, self._blocks_for(request.num_tokens) - len(request.blocks)) for request in self.running)
         return self.allocator.num_free - owed
 
     def _can_grow(self, request: Request) -> bool:
-        return blocks_for(request.max_cached, self.block_size) > blocks_for(request.num_tokens, self.block_size)
+        return self._blocks_for(request.max_cached) > self._blocks_for(request.num_tokens)
 
     def _fill_batch(self) -> None:
         """Start the next fixed batch: reserve prompt + max_tokens slots for each member."""
         while self.waiting and len(self.running) < self.max_sequences:
-            need = blocks_for(self.waiting[0].max_cached + 1, self.block_size)
+            need = self._blocks_for(self.waiting[0].max_cached + 1)
             need = min(need, self.allocator.num_blocks)  # the very last token's slot is reserved only where there is one
             if need > self.allocator.num_free:
                 return
@@ -322,13 +333,14 @@ class Scheduler:
                 self.counters.draft_tokens += len(drafts)
 
     def _return_surplus(self, request: Request) -> None:
-        kept = blocks_for(request.num_computed, self.block_size)
+        kept = self._blocks_for(request.num_computed)
         if self.policy == "continuous" and kept < len(request.blocks):
             self.allocator.free(request.blocks[kept:])
             request.blocks = request.blocks[:kept]
 
     def _step(self) -> Step:
-        held = sum(request.num_computed for request in self.running) + sum(item.num_tokens for item in self._scheduled.values())
+        scheduled = {id: item.num_tokens for id, item in self._scheduled.items()}
+        held = sum(self.retain.tokens(request.num_computed + scheduled.get(request.id, 0)) for request in self.running)
         # a shared block's tokens were counted once for each owner; one that is not full is about to be copied
         held = max(0, held - self.allocator.num_surplus * self.block_size)
         slots = SlotUse(allocated=self.allocator.num_used * self.block_size, held=held)

@@ -6,13 +6,16 @@ when a draft is verified, a chunk when it prefills), and attends to `length` tok
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+
+# (x_SD, positions_S) → keys (S, K, H) and values (S, K, Hv) of a layer, as they enter its attention
+ProjectKV = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,12 +26,14 @@ class Span:
     num_queries  new tokens
     length       tokens that it holds once this step's are written
     blocks       ids of its cache blocks in order; empty without a cache
+    row          which of the sequences under way it is, below the plan's max_sequences: where a cache keeps what is no block's
     """
 
     query_start: int
     num_queries: int
     length: int
     blocks: tuple[int, ...] = ()
+    row: int = 0
 
     @property
     def first_position(self) -> int:
@@ -103,17 +108,78 @@ def as_tensor(array: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
 class KVView(Protocol):
     """One layer's keys and values as kernels see them, whatever retains, lays out and stores them.
 
-    `write` puts the step's keys and values into their slots. `read` gives one sequence's keys (S, K, H) and values (S, K, Hv), S = span.length, in the
-    activations' dtype: a view where they lie in one piece, a copy where they do not.
+    `write` takes the step's keys and values. `read` gives one sequence's keys (S, K, H) and values (S, K, Hv), S = span.length, in the activations' dtype: a
+    view where they lie in one piece, a copy where they do not. `settle` ends the layer's attention: what was held back until then finds its place.
+
+    keeps_all     False: tokens are missing, and a kernel asks a `KeptView` for what is left instead of calling `read`
+    holds_inputs  the layer's input is cached, and `take_inputs` comes before `write`
     """
+
+    @property
+    def keeps_all(self) -> bool: ...
+
+    @property
+    def holds_inputs(self) -> bool: ...
 
     def write(self, k_TKH: Tensor, v_TKH: Tensor, batch: StepBatch) -> None: ...
 
     def read(self, span: Span) -> tuple[Tensor, Tensor]: ...
 
+    def take_inputs(self, x_TD: Tensor, project: ProjectKV) -> None: ...
+
+    def settle(self, batch: StepBatch) -> None: ...
+
 
 @dataclass(frozen=True, slots=True)
-class PackedView:
+class Kept:
+    """What is left of one sequence, the step's own tokens last: keys (S, K, H), values (S, K, Hv), and where they stood, positions_KS (int64; one row where all
+    heads keep the same). A query sees of these what its layer's pattern shows it, and under sliding retention only its last `window` tokens and the first
+    `sinks`.
+    """
+
+    k_SKH: Tensor
+    v_SKH: Tensor
+    positions_KS: Tensor
+    window: int | None = None
+    sinks: int = 0
+
+
+class KeptView(KVView, Protocol):
+    """A view that has dropped tokens.
+
+    `weigh_last` says how many of a span's last queries the policy wants weights of: the kernel then calls `take_weights` with the sum of their attention
+    weights over these queries and over the G query heads of each key-value head, weights_KS in fp32.
+    """
+
+    def kept(self, span: Span) -> Kept: ...
+
+    def weigh_last(self, span: Span) -> int: ...
+
+    def take_weights(self, span: Span, weights_KS: Tensor) -> None: ...
+
+
+class Immediate:
+    """What views have in common that keep every token and hold nothing back."""
+
+    __slots__ = ()
+
+    @property
+    def keeps_all(self) -> bool:
+        return True
+
+    @property
+    def holds_inputs(self) -> bool:
+        return False
+
+    def take_inputs(self, x_TD: Tensor, project: ProjectKV) -> None:
+        """Not asked for."""
+
+    def settle(self, batch: StepBatch) -> None:
+        """All was written at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackedView(Immediate):
     """No cache: the step's own keys and values are all there is. Gradients flow through it."""
 
     k_TKH: Tensor

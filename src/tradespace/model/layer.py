@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from tradespace.errors import UnsupportedError
+from tradespace.formats import DenseWeight
 from tradespace.kernels.attention import Attend
-from tradespace.kernels.rope import RopeRows, rotate
+from tradespace.kernels.rope import RopeRows, RopeTable, rotate
 from tradespace.kernels.view import KVView, PackedView, StepBatch
 from tradespace.model.feed_forward import FEED_FORWARDS
 from tradespace.model.parts import Norm, Parts, project
@@ -28,6 +29,7 @@ class AttentionMixer(nn.Module):
         self.q_norm, self.k_norm = parts.norm(f"{name}.q_norm", kind=kind), parts.norm(f"{name}.k_norm", kind=kind)
         self.sinks = parts.vector(f"{name}.sinks")
         self.out = parts.weight(f"{name}.out")
+        self.rope_table: RopeTable | None = None  # the Transformer's own; for keys that are projected again later
 
     def forward(self, x_TD: Tensor, rope: RopeRows | None, batch: StepBatch, view: KVView | None) -> Tensor:
         """out_TD. Without a `view` the step's own keys and values are all there is."""
@@ -47,8 +49,29 @@ class AttentionMixer(nn.Module):
             q_TNH, k_TKH = qk_TNH[:, : mixer.N], qk_TNH[:, mixer.N :]
         if view is None:
             view = PackedView(k_TKH, v_TKH)
+        elif view.holds_inputs:
+            view.take_inputs(x_TD, self.keys_values)
         view.write(k_TKH, v_TKH, batch)
-        return project(self.out, self.attend(q_TNH, view, batch, mixer, self.sinks).flatten(1))
+        out_TNH = self.attend(q_TNH, view, batch, mixer, self.sinks)
+        view.settle(batch)
+        return project(self.out, out_TNH.flatten(1))
+
+    def keys_values(self, x_SD: Tensor, positions_S: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys (S, K, H) and values (S, K, Hv) of inputs at any positions: the very product, norm and rotation of `forward`.
+
+        Floats give the rows of keys and values alone; coded weights are multiplied whole, queries included, as their products are made.
+        """
+        mixer = self.mixer
+        if isinstance(self.qkv, DenseWeight):
+            rows, bias_R = self.qkv.weight[mixer.N * mixer.H :], self.qkv.bias
+            kv_SR = self.qkv.kernel(x_SD.to(rows.dtype), rows, None if bias_R is None else bias_R[mixer.N * mixer.H :].to(rows.dtype)).to(x_SD.dtype)
+        else:
+            kv_SR = project(self.qkv, x_SD)[:, mixer.N * mixer.H :]
+        k_SKH = kv_SR[:, : mixer.K * mixer.H].unflatten(1, (mixer.K, mixer.H))
+        v_SKH = kv_SR[:, mixer.K * mixer.H :].unflatten(1, (mixer.K, mixer.Hv))
+        if self.k_norm is not None:
+            k_SKH = _normed(self.k_norm, k_SKH)
+        return k_SKH if self.rope_table is None else rotate(k_SKH, self.rope_table.rows(positions_S, x_SD.dtype)), v_SKH
 
 
 def _normed(norm: Norm, x_TNH: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tradespace.errors import InputError, UnsupportedError
 from tradespace.kernels.activation import SOFTCAPS
 from tradespace.kernels.attention import Choice, make_kernels, resolve_kernels
-from tradespace.kernels.rope import RopeTable
+from tradespace.kernels.rope import RopeRows, RopeTable
 from tradespace.kernels.view import StepBatch
 from tradespace.model.layer import Layer
 from tradespace.model.parts import Parts, project
@@ -71,6 +71,9 @@ class Transformer(nn.Module):
         self.lm_head = None if spec.tied else parts.weight("lm_head")
         self.layer_ropes: list[Rope | None] = [layer.mixer.rope if isinstance(layer.mixer, Attention) else None for layer in spec.layers]
         self.rope_tables = {rope: RopeTable(rope, max_context, device) for rope in dict.fromkeys(self.layer_ropes) if rope is not None}
+        for layer, rope in zip(self.layers, self.layer_ropes, strict=True):
+            if isinstance(layer, Layer) and layer.attn is not None and rope is not None:
+                layer.attn.rope_table = self.rope_tables[rope]
 
     def forward(self, tokens_T: Tensor, positions_T: Tensor, batch: StepBatch, cache: KVCache | None = None) -> Tensor:
         """hidden_TD, before the final norm (`logits` applies it to the rows that it is asked for).
@@ -78,6 +81,15 @@ class Transformer(nn.Module):
         tokens_T and positions_T are int64, positions below `max_context`. With a cache the step's keys and values are written to `batch`'s slots and the
         sequences attend to what is cached before; without one they attend to the step alone, and gradients flow.
         """
+        h_TD = self.embedded(tokens_T, positions_T)
+        ropes = self.rope_rows(positions_T)
+        for index, layer in enumerate(self.layers):
+            rope = self.layer_ropes[index]
+            h_TD = layer(h_TD, None if rope is None else ropes[rope], batch, None if cache is None else cache.view(index))
+        return h_TD
+
+    def embedded(self, tokens_T: Tensor, positions_T: Tensor) -> Tensor:
+        """h_TD that the first layer gets."""
         h_TD = self.embed.rows(tokens_T).to(self.dtype)
         if self.embed_scale != 1.0:
             h_TD = h_TD * self.embed_scale
@@ -85,11 +97,11 @@ class Transformer(nn.Module):
             h_TD = self.embed_norm(h_TD)
         if self.positions is not None:
             h_TD = h_TD + self.positions.rows(positions_T + self.spec.position_offset)
-        ropes = {rope: table.rows(positions_T, self.dtype) for rope, table in self.rope_tables.items()}
-        for index, layer in enumerate(self.layers):
-            rope = self.layer_ropes[index]
-            h_TD = layer(h_TD, None if rope is None else ropes[rope], batch, None if cache is None else cache.view(index))
         return h_TD
+
+    def rope_rows(self, positions_T: Tensor) -> dict[Rope, RopeRows]:
+        """Angles of these positions for every rotary table."""
+        return {rope: table.rows(positions_T, self.dtype) for rope, table in self.rope_tables.items()}
 
     def logits(self, hidden_TD: Tensor, rows: Tensor | None = None) -> Tensor:
         """logits_RV in fp32 of these rows of `forward`'s result (int64 indices; None: all of them)."""

@@ -21,7 +21,7 @@ from tradespace.cost.time import StepTime
 from tradespace.spec.device import DeviceSpec
 from tradespace.spec.estimate import Estimate
 from tradespace.spec.formats import FORMATS
-from tradespace.spec.kv import STORES, KVPlan
+from tradespace.spec.kv import KVPlan
 from tradespace.spec.model import ModelSpec
 from tradespace.spec.plan import Placement, Plan
 from tradespace.spec.weights import WeightPlan
@@ -97,14 +97,15 @@ class Candidate:
     def serves_all(self) -> bool:
         """The cache holds the whole workload: every sequence at its full context."""
         workload = self.question.workload
-        return self.max_sequences >= workload.concurrency and self.kv_tokens >= workload.concurrency * workload.context_tokens
+        kept = self.kv.retain.tokens(workload.context_tokens)
+        return self.max_sequences >= workload.concurrency and self.kv_tokens >= workload.concurrency * kept
 
     @cached_property
     def quality_key(self) -> tuple[float, float, float]:
         """Smaller is better: what the rule above says about quality."""
         loss = self.quality.value
         if loss is None:
-            return (2.0, -FORMATS[self.weights.default].bits, -STORES[self.kv.store].bits)
+            return (2.0, -FORMATS[self.weights.default].bits, -self.kv.min_bits)
         return (0.0, 0.0, 0.0) if loss <= QUALITY_LIMIT else (1.0, loss, 0.0)
 
     @property
@@ -128,7 +129,7 @@ class Candidate:
         loss = self.quality.value
         if loss is not None:
             return (float(self.total_bytes), -speed, loss, 0.0, 0.0)
-        return (float(self.total_bytes), -speed, float("inf"), 64 - FORMATS[self.weights.default].bits, 64 - STORES[self.kv.store].bits)
+        return (float(self.total_bytes), -speed, float("inf"), 64 - FORMATS[self.weights.default].bits, 64 - self.kv.min_bits)
 
     @cached_property
     def plan(self) -> Plan:

@@ -15,7 +15,7 @@ from functools import partial
 from math import ceil
 
 from tradespace.cost import calibration, memory, workspace
-from tradespace.cost.quality import EXACT, activation_quality, combine, kv_quality, weight_quality
+from tradespace.cost.quality import EXACT, activation_quality, combine, kv_quality, retention_quality, weight_quality
 from tradespace.cost.summary import (
     Product,
     Summary,
@@ -34,7 +34,7 @@ from tradespace.planner.space import Space
 from tradespace.spec import native
 from tradespace.spec.estimate import Estimate
 from tradespace.spec.formats import ELEMENT_BYTES
-from tradespace.spec.kv import KVPlan, Retain, sharing_refusal
+from tradespace.spec.kv import PLAIN, KVPlan, refusal
 from tradespace.spec.plan import Placement, Plan
 from tradespace.spec.weights import WeightPlan
 
@@ -83,9 +83,11 @@ class Pricer:
 
     # ------------------------------------------------------------------------------------------------------------ bytes
 
-    def step_bytes(self, weights: WeightPlan, share: WeightShare, kernel: str, step_tokens: int, gathered: bool, degree: int, sequences: int) -> StepBytes:
+    def step_bytes(self, weights: WeightPlan, share: WeightShare, kernel: str, step_tokens: int, kv: KVPlan, degree: int, sequences: int) -> StepBytes:
         """Of the largest step with so many sequences."""
-        key = (id(share), kernel, step_tokens, gathered, sequences)
+        gathered = kv.copies(weights.dense)
+        held = PLAIN if kv.is_plain else kv.held
+        key = (id(share), kernel, step_tokens, gathered, held, sequences)
         if key not in self._stepped:
             linear, dense, device = ("native" if kernel == "native" else self.question.linear), weights.dense, self.question.device
             shape = workspace.StepShape(
@@ -99,6 +101,7 @@ class Pricer:
                 linear=linear,
                 activations=self.question.activations,
                 threads=device.cores or 1,
+                kv=held,
             )
             beside = workspace.dequantize_bytes(self.widened_elements(weights, share, degree), dense)
             beside += workspace.reference_tile_bytes(widest_columns(self.summary), dense) if linear == "reference" else 0
@@ -135,14 +138,14 @@ class Pricer:
             self._fixed[key] = self.runtime_bytes + held + on_host
         return self._fixed[key]
 
-    def room(self, kv: KVPlan, slot_bytes: int, step_tokens: int, resident_bytes: float, step_bytes: OfSequences) -> Room:
+    def room(self, kv: KVPlan, slot_bytes: int, step_tokens: int, resident_bytes: float, step_bytes: OfSequences, degree: int = 1) -> Room:
         """The cache under what the budget leaves. With nothing left, the smallest cache there is, which does not fit."""
         workload, budget = self.question.workload, self.question.usable_bytes
         paged = kv.layout == "paged"
-        block = kv.block_size if paged else workload.context_tokens
-        sequence_slots = ceil(workload.context_tokens / block) * block
+        block = kv.block_slots(workload.context_tokens)
+        sequence_slots = ceil(kv.retain.tokens(workload.context_tokens) / block) * block or block
         loading = self.staging_bytes if self.pool == "host" else 0
-        state = self.summary.state_bytes_per_sequence
+        state = memory.state_bytes(self.summary, kv, workload.context_tokens, degree)
 
         def total(sequences: int, slots: int) -> float:
             always = self.always_bytes(sequences, step_tokens, block) + resident_bytes
@@ -179,34 +182,35 @@ class Pricer:
             self._rates[key] = rates_for(self.question.device, weights, phase, self.question.activations)
         return self._rates[key]
 
-    def decode(self, weights: WeightPlan, share: WeightShare, store: str, axes: Axes, sequences: int) -> StepTime:
-        key = (id(share), store, axes, sequences)
+    def decode(self, weights: WeightPlan, share: WeightShare, axes: Axes, sequences: int) -> StepTime:
+        key = (id(share), axes, sequences)
         if key not in self._steps:
-            cache = cache_token_bytes(self.summary, store, axes.degree)
+            cache = cache_token_bytes(self.summary, axes.kv, axes.degree)
             work = decode_work(self.summary, share, cache, axes, sequences, self.question.workload.mean_length)
             self._steps[key] = step_time(work, self.rates(weights, "decode"))
         return self._steps[key]
 
-    def prefill(self, weights: WeightPlan, share: WeightShare, store: str, axes: Axes, step_tokens: int) -> StepTime:
+    def prefill(self, weights: WeightPlan, share: WeightShare, axes: Axes, step_tokens: int) -> StepTime:
         chunk = min(step_tokens, self.question.workload.prompt_tokens)
-        key = (id(share), store, axes, -chunk)
+        key = (id(share), axes, -chunk)
         if key not in self._steps:
-            cache = cache_token_bytes(self.summary, store, axes.degree)
+            cache = cache_token_bytes(self.summary, axes.kv, axes.degree)
             work = prefill_work(self.summary, share, cache, axes, self.question.workload.prompt_tokens, chunk)
             self._steps[key] = step_time(work, self.rates(weights, "prefill"))
         return self._steps[key]
 
-    def quality(self, weights: WeightPlan, store: str) -> Estimate:
-        key = (weights, store)
+    def quality(self, weights: WeightPlan, kv: KVPlan) -> Estimate:
+        key = (weights, kv.store, kv.values, kv.retain)
         if key not in self._qualities:
             model = self.question.model
             held = EXACT if weights in self.space.own else weight_quality(model, weights.default)
-            self._qualities[key] = combine([held, activation_quality(model, weights, self.question.activations), kv_quality(model, store, weights.dense)])
+            parts = [held, activation_quality(model, weights, self.question.activations), kv_quality(model, kv, weights.dense), retention_quality(model, kv)]
+            self._qualities[key] = combine(parts)
         return self._qualities[key]
 
     def reasons(self, weights: WeightPlan, kv: KVPlan, kernel: str, placement: Placement, degree: int) -> tuple[str, ...]:
         """What cannot run yet; most reasons depend on the plan alone, the rest on the model and the device."""
-        key = (weights.names, kv.store, kernel, placement.stream_from if placement.streamed_layers else "", degree)
+        key = (weights.names, kv, kernel, placement.stream_from if placement.streamed_layers else "", degree)
         if key not in self._reasons:
             question = self.question
             slots = kv.block_size if kv.layout == "paged" else 1
@@ -232,10 +236,11 @@ class Pricer:
                 self._shares.append(share)
                 placed = Placements(share)
                 for store in self.space.stores_for(weights):
-                    slot_bytes = memory.kv_slot_bytes(self.summary, store, degree)
                     for layout, block in self.space.layouts:
-                        sharing = self.space.prefix_sharing and sharing_refusal(layout, Retain()) is None
-                        kv = KVPlan(layout=layout, block_size=block, store=store, prefix_sharing=sharing)
+                        kv = self.space.kv_plan(store, layout, block)
+                        if refusal(kv) is not None:
+                            continue
+                        slot_bytes = memory.kv_slot_bytes(self.summary, kv, degree)
                         for kernel in self.kernels_for(weights, kv):
                             for step_tokens in self.step_sizes(kernel):
                                 yield from self._placed(weights, share, placed, kv, slot_bytes, kernel, step_tokens, degree)
@@ -256,11 +261,11 @@ class Pricer:
         self, weights: WeightPlan, share: WeightShare, placed: Placements, kv: KVPlan, slot_bytes: int, kernel: str, step_tokens: int, degree: int
     ) -> Iterator[Candidate]:
         """The plan with all layers resident, and where that is not enough for the workload, with as few streamed as will do."""
-        gathered = kv.layout == "paged" or kv.store != weights.dense
-        step_bytes = partial(self.step_bytes, weights, share, kernel, step_tokens, gathered, degree)
-        room = self.room(kv, slot_bytes, step_tokens, share.total_bytes, step_bytes)
+        step_bytes = partial(self.step_bytes, weights, share, kernel, step_tokens, kv, degree)
+        room = self.room(kv, slot_bytes, step_tokens, share.total_bytes, step_bytes, degree)
         workload = self.question.workload
-        is_enough = room.fits and room.max_sequences >= workload.concurrency and room.kv_tokens >= workload.concurrency * workload.context_tokens
+        kept = kv.retain.tokens(workload.context_tokens)
+        is_enough = room.fits and room.max_sequences >= workload.concurrency and room.kv_tokens >= workload.concurrency * kept
         if not self.space.must_stream:
             yield self._candidate(weights, share, kv, kernel, step_tokens, degree, Placement(), room)
         if is_enough and not self.space.must_stream:
@@ -268,16 +273,16 @@ class Pricer:
         whole = self.full_bytes(kv, slot_bytes, step_tokens, step_bytes)
         for source in self.space.sources:
             layers = placed.fewest(self.question.usable_bytes - whole)
-            streamed = self.room(kv, slot_bytes, step_tokens, placed.resident[layers], step_bytes)
+            streamed = self.room(kv, slot_bytes, step_tokens, placed.resident[layers], step_bytes, degree)
             yield self._candidate(weights, share, kv, kernel, step_tokens, degree, Placement(streamed_layers=layers, stream_from=source), streamed)
 
     def full_bytes(self, kv: KVPlan, slot_bytes: int, step_tokens: int, step_bytes: OfSequences) -> float:
         """The compute pool without weights, the cache holding the whole workload."""
         workload = self.question.workload
-        block = kv.block_size if kv.layout == "paged" else workload.context_tokens
-        slots = workload.concurrency * ceil(workload.context_tokens / block) * block
+        block = kv.block_slots(workload.context_tokens)
+        slots = workload.concurrency * ceil(kv.retain.tokens(workload.context_tokens) / block) * block
         step = step_bytes(workload.concurrency)
-        running = step.beside + slots * slot_bytes + workload.concurrency * self.summary.state_bytes_per_sequence
+        running = step.beside + slots * slot_bytes + workload.concurrency * memory.state_bytes(self.summary, kv, workload.context_tokens)
         loading = self.staging_bytes if self.pool == "host" else 0
         return memory.peak_bytes(self.always_bytes(workload.concurrency, step_tokens, block), loading, running, step.layers, step.head)
 
@@ -285,12 +290,11 @@ class Pricer:
         self, weights: WeightPlan, share: WeightShare, kv: KVPlan, kernel: str, step_tokens: int, degree: int, placement: Placement, room: Room
     ) -> Candidate:
         question, workload = self.question, self.question.workload
-        gathered = kv.layout == "paged" or kv.store != weights.dense
-        axes = Axes(kernel, gathered, weights.dense, degree, placement.streamed_layers, placement.stream_from)
-        held = room.kv_tokens // ceil(workload.mean_length) if kv.layout == "paged" else room.max_sequences
+        axes = Axes(kernel, kv.copies(weights.dense), weights.dense, degree, placement.streamed_layers, placement.stream_from, kv.held)
+        held = room.kv_tokens // max(1, kv.retain.tokens(ceil(workload.mean_length))) if kv.layout == "paged" else room.max_sequences
         sequences = max(1, min(workload.concurrency, room.max_sequences, held))
-        decode = self.decode(weights, share, kv.store, axes, sequences)
-        prefill = self.prefill(weights, share, kv.store, axes, step_tokens)
+        decode = self.decode(weights, share, axes, sequences)
+        prefill = self.prefill(weights, share, axes, step_tokens)
         known = decode.seconds.known and prefill.seconds.known
         host = self.host_bytes(share, placement, degree, room.bytes_each)
         fits_host = self.pool == "host" or question.host_memory_bytes is None or host <= question.host_memory_bytes
@@ -312,7 +316,7 @@ class Pricer:
             decode_tokens_per_s=decode_tokens_per_s(decode, sequences, workload),
             prefill_tokens_per_s=prefill_tokens_per_s(prefill, workload),
             request_s=request_seconds(decode.seconds.require(), prefill.seconds.require(), sequences, workload) if known else float("inf"),
-            quality=self.quality(weights, kv.store),
+            quality=self.quality(weights, kv),
             runs=self.reasons(weights, kv, kernel, placement, degree),
             requantized=bool(self.space.own) and weights not in self.space.own,
         )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from tradespace.planner.candidate import MIN_BITS, QUALITY_LIMIT, Candidate, Question
 from tradespace.planner.space import Space
+from tradespace.spec.kv import STORES
 from tradespace.units import format_bytes, format_seconds
 
 
@@ -30,7 +31,7 @@ def _placement(candidate: Candidate) -> str:
 AXES: dict[str, Callable[[Candidate], str]] = {
     "weights": lambda c: c.weights.default,
     "head": lambda c: "kept dense" if c.weights.exceptions else "as the rest",
-    "KV": lambda c: c.kv.store,
+    "KV": lambda c: c.kv.describe_store(),
     "layout": lambda c: f"paged({c.kv.block_size})" if c.kv.layout == "paged" else "contiguous",
     "attention": lambda c: c.attention,
     "layers": lambda c: _placement(c) if _placement(c) == "resident" else f"streamed from {_placement(c)}",
@@ -50,6 +51,7 @@ def rejections(candidates: Sequence[Candidate], best: Candidate | None, space: S
             if best is None or value != value_of(best):
                 found.append(_rejection(f"{axis} {value}", members, best, question, runnable_only))
     unused = {kernel: reason for kernel, reason in space.refused.items() if kernel not in space.kernels}
+    found += [Rejection(f"KV {store}", reason) for store, reason in space.refused_stores.items() if space.stores is None and STORES[store].offered]
     found += [Rejection(f"attention {kernel}", f"cannot compute {question.model.name}: {reason}") for kernel, reason in unused.items()]
     return found
 

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from tradespace.cost.summary import summarize
 from tradespace.errors import InputError
 from tradespace.spec import native
-from tradespace.spec.attention import KERNELS, find_kernel, refusal
+from tradespace.spec.attention import KERNELS, find_kernel, refusal, weights_refusal
 from tradespace.spec.device import DeviceSpec
 from tradespace.spec.formats import FORMATS, find_format
 from tradespace.spec.formats import refusal as unsuitable
-from tradespace.spec.kv import STORES, KVPlan, Retain, sharing_refusal
+from tradespace.spec.kv import (
+    FULL,
+    STORES,
+    KVPlan,
+    Retain,
+    model_refusal,
+    parse_retain,
+    parse_stores,
+    pointless,
+    resolve_budget,
+    sharing_refusal,
+)  # fmt: skip
 from tradespace.spec.model import ModelSpec
 from tradespace.spec.plan import ACTIVATIONS, LINEAR_KERNELS
 from tradespace.spec.tensors import QUANTIZABLE_ROLES, model_tensors
@@ -26,7 +37,7 @@ DEGREES = (1, 2, 4, 8)
 OFFERED = ("fp32", "bf16", "fp16", "int8", "w8a8", "fp8", "int4", "int4-g32", "nf4", "int3", "int2", "e8")
 _EAGER = ("reference", "chunked", "sdpa")
 PINS = (
-    *("weights", "head", "kv_store", "layout", "block_size", "prefix_sharing", "attention", "linear", "activations"),
+    *("weights", "head", "kv_store", "kv_retain", "layout", "block_size", "prefix_sharing", "attention", "linear", "activations"),
     *("step_tokens", "placement", "tensor_parallel"),
 )
 
@@ -52,6 +63,8 @@ class Space:
     refused: Mapping[str, str]
     own: frozenset[WeightPlan] = frozenset()  # those of `weights` that are the checkpoint's own, without any loss beside it
     own_store: bool = False  # the activations' own dtype is tried beside `stores`
+    retain: Retain = FULL
+    refused_stores: Mapping[str, str] = field(default_factory=dict)  # with the reason why they are left out
 
     def of_smallest_steps(self) -> Space:
         """The part of the space whose steps are smallest: where none of it fits, nothing does, as bytes grow with a step's tokens."""
@@ -59,18 +72,26 @@ class Space:
 
     def frugal(self) -> Space:
         """The part of it that is enough to tell whether anything fits: the smallest steps, over the store of the fewest bits and the activations' own."""
-        narrow = self.stores or (min(STORES.values(), key=lambda store: store.bits).name,)
+        offered = (store for store in STORES.values() if store.offered and not store.of_input)
+        narrow = self.stores or (min(offered, key=lambda store: store.bits).name,)
         return replace(self.of_smallest_steps(), stores=narrow, own_store=self.stores is None)
 
     def stores_for(self, weights: WeightPlan) -> tuple[str, ...]:
         """KV stores that make sense beside the activations: theirs, bf16 under fp32, and all narrower ones. Native steps hold 16 bits unless told not to."""
         dense = weights.dense
         if weights.layout == "native":
-            return ("fp16",) if self.stores is None or self.own_store else tuple(name for name in self.stores if STORES[name].exact)
+            return ("fp16",) if self.stores is None or self.own_store else tuple(name for name in self.stores if self.kv_plan(name, "paged", 16).is_plain)
         if self.stores is not None:
             return (dense, *self.stores) if self.own_store else self.stores
         exact = (dense, "bf16") if dense == "fp32" else (dense,)
-        return exact + tuple(name for name, store in STORES.items() if not store.exact)
+        others = (store for store in STORES.values() if store.offered and store.name not in self.refused_stores)
+        return exact + tuple(store.name for store in others if not store.exact or (store.of_input and store.codec == dense))
+
+    def kv_plan(self, store: str, layout: str, block_size: int) -> KVPlan:
+        """The cache of these choices; `store` as `parse_stores` reads it. Prefixes are shared where that can be."""
+        keys, values = parse_stores(store)
+        kv = KVPlan(retain=self.retain, layout=layout, block_size=block_size, store=keys, values="" if values == keys else values)
+        return replace(kv, prefix_sharing=True) if self.prefix_sharing and sharing_refusal(kv) is None else kv
 
 
 def _formats(pins: Mapping[str, str]) -> tuple[str, ...]:
@@ -131,18 +152,21 @@ def build_space(model: ModelSpec, device: DeviceSpec, workload: Workload, pins: 
         find_format(pins["weights"])
     if "attention" in pins:
         find_kernel(pins["attention"])
-    if "kv_store" in pins and pins["kv_store"] not in STORES:
-        raise InputError(f"unknown KV store '{pins['kv_store']}'. Known: {', '.join(STORES)}")
+    retain = parse_retain(pins["kv_retain"], workload.context_tokens) if "kv_retain" in pins else Retain()
     summary = summarize(model)
     refused: dict[str, str] = {}
     for kernel in KERNELS:
         reasons = [refusal(kernel, mixer) for mixer, _ in summary.attention_groups]
+        reasons.append(weights_refusal(kernel) if retain.evicts else None)
         if kernel == "flash" and device.kind != "cuda":
             reasons.append("flash is a kernel for CUDA devices")
         if kernel == "native":
             reasons.append(None if device.kind == "cpu" else "native is a kernel for CPUs")
             reasons.append(device.no_native or None)
-            reasons.append(native.refusal(model, KVPlan(store="fp16", block_size=LAYOUTS[0][1])))
+            reasons.append(native.refusal(model, KVPlan(store="fp16", block_size=LAYOUTS[0][1], retain=retain)))
+            if "kv_store" in pins:
+                stores = parse_stores(pins["kv_store"])
+                reasons.append(native.refusal(model, KVPlan(store=stores[0], values=stores[1])))
             if pins.get("linear", "native") != "native":
                 reasons.append(f"the native step has its own products; linear={pins['linear']} was asked for")
         elif pins.get("linear") == "native":
@@ -161,12 +185,14 @@ def build_space(model: ModelSpec, device: DeviceSpec, workload: Workload, pins: 
     if sharing not in ("on", "off", "where it can be"):
         raise InputError(f"prefix_sharing '{sharing}': choose one of on, off")
     if sharing == "on":
-        refusals = [reason for layout, _ in layouts if (reason := sharing_refusal(layout, Retain()))]
-        layouts = tuple(layout for layout in layouts if sharing_refusal(layout[0], Retain()) is None)
+        found = {layout: sharing_refusal(KVPlan(layout=layout[0], retain=retain)) for layout in layouts}
+        refusals = [reason for reason in found.values() if reason]
+        layouts = tuple(layout for layout, reason in found.items() if reason is None)
         if not layouts:
             raise InputError(f"prefix sharing: {refusals[0]}")
     if "block_size" in pins:
         layouts = tuple(dict.fromkeys((name, _number(pins, "block_size") if name == "paged" else block) for name, block in layouts))
+    retain, refused_stores = _fitting_stores(model, retain, layouts, pins)
     placement = _one_of(pins, "placement", ("resident", "host", "disk"))
     own = own_plans(stored)
     if pins.get("weights") == "stored" and not own:
@@ -186,6 +212,8 @@ def build_space(model: ModelSpec, device: DeviceSpec, workload: Workload, pins: 
         weights=weights,
         own=frozenset(own),
         stores=(pins["kv_store"],) if "kv_store" in pins else None,
+        retain=retain,
+        refused_stores=refused_stores,
         layouts=layouts,
         prefix_sharing=sharing != "off",
         kernels=kernels,
@@ -197,6 +225,28 @@ def build_space(model: ModelSpec, device: DeviceSpec, workload: Workload, pins: 
         must_stream="resident" not in placement,
         refused=refused,
     )
+
+
+def _fitting_stores(model: ModelSpec, retain: Retain, layouts: tuple[tuple[str, int], ...], pins: Mapping[str, str]) -> tuple[Retain, dict[str, str]]:
+    """The retention with its budget in tokens, and the stores that make no sense for this model with it, each with the reason.
+
+    Raises InputError where the very store that was asked for is among them.
+    """
+    if retain.budget_bytes:
+        if "kv_store" not in pins:
+            raise InputError("a KV budget in bytes needs a store to be divided by: say --kv-store, or give the budget in tokens")
+        keys, values = parse_stores(pins["kv_store"])
+        retain = resolve_budget(model, KVPlan(retain=retain, store=keys, values=values)).retain
+    refused: dict[str, str] = {}
+    for name in (pins["kv_store"],) if "kv_store" in pins else tuple(STORES):
+        keys, values = parse_stores(name)
+        plans = [KVPlan(retain=retain, layout=layout, block_size=block, store=keys, values=values) for layout, block in layouts]
+        reasons = [model_refusal(model, kv) or pointless(model, kv) for kv in plans]
+        if all(reasons):
+            refused[name] = str(reasons[0])
+    if "kv_store" in pins and refused:
+        raise InputError(refused[pins["kv_store"]])
+    return retain, refused
 
 
 def _step_sizes(workload: Workload) -> tuple[int, ...]:

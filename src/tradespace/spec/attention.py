@@ -51,6 +51,11 @@ def refusal(kernel: str, mixer: Attention) -> str | None:
     return f"{kernel} has no linear position biases (ALiBi)" if mixer.alibi else None
 
 
+def weights_refusal(kernel: str) -> str | None:
+    """Why `kernel` cannot serve a cache that evicts by attention weights; None: it returns them."""
+    return None if kernel in ("reference", "chunked") else f"{kernel} does not return the attention weights that the cache's retention chooses by"
+
+
 def chunk_size(num_keys: int) -> int:
     """√n keys per block, rounded up: the block that balances what is held against how many partial results are kept (arXiv:2112.05682).
 

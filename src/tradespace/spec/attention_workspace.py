@@ -13,6 +13,7 @@ from tradespace.spec.mixers import Attention
 REFERENCE_ROWS = 8  # queries per tile
 REFERENCE_KEYS = 64  # keys are padded to a multiple of this
 CHUNKED_QUERIES = 256  # queries per block
+KEPT_QUERIES = 64  # queries per block over what a retention policy kept
 SDPA_QUERIES = 128  # prefill: queries per call
 SDPA_FEW = 8  # up to so many queries a sequence are rows of one product
 GATHER_BYTES = 6 * 2**20  # keys and values of one shared call
@@ -20,14 +21,28 @@ _FUSED_ROWS, _FUSED_KEYS = 32, 512  # the tile of scores that each thread of tor
 
 
 def workspace_bytes(
-    kernel: str, mixer: Attention, *, step_tokens: int, max_context: int, max_sequences: int, kv_tokens: int, element_bytes: int, copies: bool, threads: int
+    kernel: str,
+    mixer: Attention,
+    *,
+    step_tokens: int,
+    max_context: int,
+    max_sequences: int,
+    kv_tokens: int,
+    element_bytes: int,
+    copies: bool,
+    threads: int,
+    kept: bool = False,
+    weighed: bool = False,
 ) -> int:
     """An upper bound for steps of up to `step_tokens` queries over sequences of up to `max_context`, `kv_tokens` tokens in all; the output is included.
 
     copies: reading a sequence copies it (the paged layout, or a store that is not the activations' dtype); element_bytes: the activations'.
+    kept: keys are what a retention policy left; weighed: it also wants attention weights.
     """
     out = step_tokens * mixer.N * mixer.Hv * element_bytes
     copied = max_context * key_bytes(mixer, element_bytes) if copies else 0
+    if kept:
+        return out + copied + _kept(kernel, mixer, min(step_tokens, KEPT_QUERIES), max_context, element_bytes, weighed)
     if kernel == "reference":
         return 2 * out + copied + _reference(mixer, max_context)
     if kernel == "chunked":
@@ -51,6 +66,17 @@ def key_bytes(mixer: Attention, element_bytes: int) -> int:
 def fused_key_bytes(mixer: Attention, element_bytes: int) -> int:
     """`key_bytes` and, where keys and values are not equally wide, the copy that makes them so."""
     return key_bytes(mixer, element_bytes) + (mixer.K * max(mixer.H, mixer.Hv) * element_bytes if mixer.Hv != mixer.H else 0)
+
+
+def _kept(kernel: str, mixer: Attention, num_queries: int, num_keys: int, element_bytes: int, weighed: bool) -> int:
+    """Keys and values in fp32, scores of a block of queries, masks per head, and the weights that are handed back (`kernels/attention/kept.py`)."""
+    block = chunk_size(num_keys) if kernel == "chunked" else num_keys
+    fused = kernel == "sdpa"  # scores stay in tiles, and keys in their dtype
+    scores = 0 if fused else 3 * mixer.N * num_queries * block * 4
+    masks = (mixer.K if weighed else 1) * num_queries * num_keys * (4 + element_bytes)
+    rows = num_queries * mixer.N * (mixer.H + 3 * mixer.Hv + 6) * 4
+    widened = 0 if fused and mixer.Hv == mixer.H else mixer.K * (mixer.H + mixer.Hv) * block * 4 * 2
+    return scores + masks + rows + widened + 2 * mixer.K * num_keys * 4 + 24 * num_keys
 
 
 def _reference(mixer: Attention, max_context: int) -> int:

@@ -105,8 +105,8 @@ def refusal(model: ModelSpec, kv: KVPlan) -> str | None:
     """Why the native step cannot compute such a model with such a cache; None: it can."""
     if kv.retain.kind != "full":
         return f"native attention reads caches that retain everything, not {kv.retain.kind}"
-    if kv.store not in ("fp32", "fp16", "bf16"):
-        return f"native attention reads fp32, fp16 and bf16 caches, not {kv.store}"
+    if not kv.is_plain:
+        return f"native attention reads fp32, fp16 and bf16 caches, not {kv.describe_store()}"
     if kv.layout == "paged" and kv.block_size % LANES:
         return f"native attention reads keys in tiles of {LANES}: the block size must be a multiple of that, not {kv.block_size}"
     for index, layer in enumerate(model.layers):

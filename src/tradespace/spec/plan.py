@@ -7,9 +7,9 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
 from tradespace.errors import InputError
-from tradespace.spec.attention import KERNELS, find_kernel
+from tradespace.spec.attention import KERNELS, find_kernel, weights_refusal
 from tradespace.spec.formats import FORMATS
-from tradespace.spec.kv import STORES, KVPlan, Retain
+from tradespace.spec.kv import KVPlan, Retain, drafting_refusal, refusal
 from tradespace.spec.weights import WeightPlan
 
 # how x @ W.T is computed: "reference" in fp32 over fixed tiles of rows, "torch" as the library does it best, "native" the whole step in C++ on a CPU
@@ -97,10 +97,16 @@ class Plan:
     def cannot_run(self) -> tuple[str, ...]:
         """Every choice in the plan that is priced but has no implementation yet; empty: the plan runs."""
         reasons = [f"weight format {name}" for name in self.weights.names if FORMATS[name].runs_since is None]
-        if STORES[self.kv.store].runs_since is None:
-            reasons.append(f"KV store {self.kv.store}")
+        reasons += [f"KV store {store.name}" for store in dict.fromkeys(self.kv.stores) if store.runs_since is None]
         if self.kv.retain.runs_since is None:
             reasons.append(f"KV retention {self.kv.retain.kind}")
+        found = refusal(self.kv) or (drafting_refusal(self.kv) if self.speculation else None)
+        if found is not None:
+            reasons.append(found)
+        if self.kv.retain.evicts and (found := weights_refusal(self.attention)) is not None:
+            reasons.append(found)
+        if self.attention == "native" and not self.kv.is_plain:
+            reasons.append(f"native attention over {self.kv.describe()}")
         if KERNELS[self.attention].runs_since is None:
             reasons.append(f"attention kernel {self.attention}")
         if self.placement.runs_since is None:

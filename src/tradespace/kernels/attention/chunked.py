@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tradespace.kernels.attention.kept import attend_kept, blocks
 from tradespace.kernels.attention.pattern import earliest_key, visible
 from tradespace.kernels.view import KVView, StepBatch
 from tradespace.spec.attention import chunk_size, refusal
@@ -28,6 +29,8 @@ def attend(
     q_TNH: Tensor, view: KVView, batch: StepBatch, mixer: Attention, sinks_N: Tensor | None = None, *, block: int | None = None, queries: int = QUERIES
 ) -> Tensor:
     """out_TNHv in q's dtype; `block` keys at a time (None: √n of each sequence), `queries` rows at a time."""
+    if not view.keeps_all:
+        return attend_kept(q_TNH, view, batch, mixer, sinks_N, blocks)
     out_TNH = q_TNH.new_empty((q_TNH.shape[0], mixer.N, mixer.Hv))
     for span in batch.spans:
         if span.num_queries == 0:

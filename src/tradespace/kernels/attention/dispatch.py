@@ -12,7 +12,7 @@ from torch import Tensor
 from tradespace.errors import UnsupportedError
 from tradespace.kernels.attention import chunked, native, reference, sdpa
 from tradespace.kernels.view import KVView, StepBatch
-from tradespace.spec.attention import find_kernel
+from tradespace.spec.attention import find_kernel, weights_refusal
 from tradespace.spec.mixers import Attention
 from tradespace.spec.model import ModelSpec
 
@@ -43,33 +43,35 @@ class Choice:
     reason: str | None = None
 
 
-def supports(kernel: str, mixer: Attention, dtype: torch.dtype, device: torch.device | str = "cpu") -> str | None:
-    """Why `kernel` cannot compute such a layer; None: it can."""
+def supports(kernel: str, mixer: Attention, dtype: torch.dtype, device: torch.device | str = "cpu", *, weights: bool = False) -> str | None:
+    """Why `kernel` cannot compute such a layer; None: it can. `weights`: the cache evicts by attention weights, which the kernel must return."""
     if kernel not in KERNELS:
         find_kernel(kernel)  # InputError for a name that nobody knows
         return f"attention kernel {kernel} is priced but has no implementation yet"
+    if weights and (reason := weights_refusal(kernel)) is not None:
+        return reason
     return _SUPPORTS[kernel](mixer, dtype, torch.device(device))
 
 
-def choose(requested: str, mixer: Attention, dtype: torch.dtype, device: torch.device | str = "cpu") -> Choice:
+def choose(requested: str, mixer: Attention, dtype: torch.dtype, device: torch.device | str = "cpu", *, weights: bool = False) -> Choice:
     """`requested` where it can compute the layer, else the first that can, with the reason; UnsupportedError with every reason when none can.
 
     A kernel that has no implementation is never replaced: that request is an error.
     """
-    reasons = {requested: supports(requested, mixer, dtype, device)}
+    reasons = {requested: supports(requested, mixer, dtype, device, weights=weights)}
     if requested not in KERNELS:
         raise UnsupportedError(f"{reasons[requested]}. Choose one of {', '.join(KERNELS)}")
     if reasons[requested] is None:
         return Choice(requested)
     for name in _INSTEAD:
-        reasons[name] = supports(name, mixer, dtype, device)
+        reasons[name] = supports(name, mixer, dtype, device, weights=weights)
         if reasons[name] is None:
             return Choice(name, reasons[requested])
     raise UnsupportedError("no attention kernel can compute this layer: " + "; ".join(f"{name}: {why}" for name, why in reasons.items()))
 
 
-def resolve_kernels(model: ModelSpec, requested: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> tuple[Choice, ...]:
-    """One Choice per layer, fixed at build and written into the record."""
+def resolve_kernels(model: ModelSpec, requested: str, dtype: torch.dtype, device: torch.device | str = "cpu", *, weights: bool = False) -> tuple[Choice, ...]:
+    """One Choice per layer, fixed at build and written into the record. `weights`: see `supports`."""
     choices = []
     for index, layer in enumerate(model.layers):
         if layer.mixer is None:
@@ -77,7 +79,7 @@ def resolve_kernels(model: ModelSpec, requested: str, dtype: torch.dtype, device
         elif not isinstance(layer.mixer, Attention):
             raise UnsupportedError(f"layer {index} of {model.name} mixes tokens by {type(layer.mixer).__name__}, which no attention kernel computes")
         else:
-            choices.append(choose(requested, layer.mixer, dtype, device))
+            choices.append(choose(requested, layer.mixer, dtype, device, weights=weights))
     return tuple(choices)
 
 

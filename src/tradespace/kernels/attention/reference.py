@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from tradespace.kernels.attention.kept import attend_kept, whole
 from tradespace.kernels.attention.pattern import earliest_key, visible
 from tradespace.kernels.view import KVView, Span, StepBatch
 from tradespace.spec.attention import refusal
@@ -33,6 +34,8 @@ def attend(q_TNH: Tensor, view: KVView, batch: StepBatch, mixer: Attention, sink
 
     q_TNH (T, N, H) lies as `batch.spans` say; sinks_N holds learned logits that join the softmax and carry no value.
     """
+    if not view.keeps_all:
+        return attend_kept(q_TNH, view, batch, mixer, sinks_N, whole)
     out = [q_TNH.new_zeros((0, mixer.N, mixer.Hv))]
     for span in batch.spans:
         if span.num_queries == 0:

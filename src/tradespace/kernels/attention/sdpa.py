@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from tradespace.kernels.attention.kept import attend_kept, fused
 from tradespace.kernels.attention.pattern import earliest_key, visible
 from tradespace.kernels.view import KVView, Span, StepBatch
 from tradespace.spec.attention import refusal
@@ -83,6 +84,8 @@ class Sdpa:
     def __call__(self, q_TNH: Tensor, view: KVView, batch: StepBatch, mixer: Attention, sinks_N: Tensor | None = None) -> Tensor:
         """out_TNHv in q's dtype: each of the step's T queries over the keys and values that `view` holds of its sequence."""
         assert sinks_N is None and mixer.logit_softcap is None, "dispatch gave sdpa a layer that it does not support"
+        if not view.keeps_all:
+            return attend_kept(q_TNH, view, batch, mixer, sinks_N, fused)
         if self._spans is not batch.spans:
             self._spans = batch.spans
             self._groups.clear()

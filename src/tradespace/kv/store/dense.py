@@ -16,10 +16,10 @@ class Dense:
 
     dtype: torch.dtype
 
-    def allocate(self, num_slots: int, heads: int, width: int, device: torch.device | str) -> Tensor:
-        """codes_SKH for `num_slots` tokens, zeroed, so that every page is touched now and nothing in it is ever NaN by chance."""
+    def allocate(self, num_slots: int, heads: int, width: int, device: torch.device | str) -> tuple[Tensor]:
+        """One plane, codes_SKH for `num_slots` tokens, zeroed, so that every page is touched now and nothing in it is ever NaN by chance."""
         codes_SKH = prefer_huge_pages(torch.empty((num_slots, heads, width), dtype=self.dtype, device=device))
-        return codes_SKH.zero_()  # torch.zeros would leave the pages untouched
+        return (codes_SKH.zero_(),)  # torch.zeros would leave the pages untouched
 
     def write(self, codes_SKH: Tensor, slots_T: Tensor, x_TKH: Tensor) -> None:
         codes_SKH.index_copy_(0, slots_T, x_TKH.to(self.dtype))
@@ -28,3 +28,11 @@ class Dense:
         """x_SKH of `rows` in `dtype`: a view for a slice that needs no cast."""
         found_SKH = codes_SKH[rows] if isinstance(rows, slice) else codes_SKH.index_select(0, rows)
         return found_SKH.to(dtype)
+
+    # as a codec (`kv/store/codec.py`), for views that hold keys and values in different ways
+
+    def encode(self, x_XW: Tensor) -> tuple[Tensor, ...]:
+        return (x_XW.to(self.dtype),)
+
+    def decode(self, parts: tuple[Tensor, ...], width: int, dtype: torch.dtype) -> Tensor:
+        return parts[0].to(dtype)
