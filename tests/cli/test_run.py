@@ -194,7 +194,7 @@ def test_a_plan_file_that_is_no_plan(cli, folder, tmp_path, text):
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
-        ({"kv": {"store": "int4"}}, "int4"),
+        ({"kv": {"store": "x-int8", "values": "int4"}}, "keys and values alike"),
         ({"attention": "flash"}, "flash"),
         ({"placement": {"streamed_layers": 1}}, "streamed"),
         ({"tensor_parallel": 2}, "2 devices"),

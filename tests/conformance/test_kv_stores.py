@@ -160,7 +160,7 @@ def test_bad_input():
         {"kind": "oldest"},
     ):
         with pytest.raises(InputError):
-            Retain(**values)
+            Retain(**values)  # pyright: ignore[reportArgumentType]
     for text in ("sliding", "sliding:0", "sliding:4,5", "sliding:1,2,3", "h2o:0", "recent:many", "full:1", "lru:5", "snapkv:10,10"):
         with pytest.raises(InputError):
             parse_retain(text, 2048)

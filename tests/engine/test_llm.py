@@ -254,8 +254,8 @@ def test_a_plan_object_is_obeyed(home, folder):
     with ts.open(folder, plan=best.plan) as opened:
         assert opened.plan.memory_bytes == best.plan.memory_bytes
         assert dataclasses.replace(opened.plan, threads=best.plan.threads) == best.plan
-    with pytest.raises(ts.UnsupportedError, match="cannot run yet: native attention over"):
-        ts.open(folder, plan=dataclasses.replace(best.plan, kv=dataclasses.replace(best.plan.kv, store="int8")))
+    with pytest.raises(ts.UnsupportedError, match="cannot run yet: speculation"):
+        ts.open(folder, plan=dataclasses.replace(best.plan, speculation=2))
     with pytest.raises(ts.InputError, match="exceeds the 8192"):
         ts.open(folder, plan=dataclasses.replace(best.plan, max_context=16384))
     with pytest.raises(ts.InputError, match="obeyed to the letter"):

@@ -98,11 +98,11 @@ def test_forgetting_is_exact_only_behind_the_window():
 
 def test_measured_figures_are_those_of_the_record():
     """The planner's file holds what results/quality.json says, or nothing where there is no such record: no figure is typed by hand."""
-    from tradespace.lab.figures import RECORD, rendered
+    from tradespace.lab.figures import KV_RECORD, RECORD, rendered
     from tradespace.measure.record import read_record
 
-    path = Path(__file__).resolve().parents[2] / RECORD
-    assert MEASURED_FILE.read_text(encoding="utf-8") == rendered(read_record(path) if path.is_file() else None)
+    paths = [Path(__file__).resolve().parents[2] / record for record in (RECORD, KV_RECORD)]
+    assert MEASURED_FILE.read_text(encoding="utf-8") == rendered(*(read_record(path) if path.is_file() else None for path in paths))
     assert (*MEASURED, *CITED) == FIGURES
 
 

@@ -140,7 +140,7 @@ def remade_work(summary: Summary, share: WeightShare, axes: Axes, length: float)
     kv, e = axes.kv, ELEMENT_BYTES[axes.dense]
     pairs = [(mixer, count) for mixer, count in summary.attention_groups]
     if kv.retain.rebuilds:
-        old = max(0.0, length - kv.retain.recent)
+        old = max(0, round(length) - kv.retain.recent)
         body = summary.active_parameters - summary.head_parameters
         flops = 2 * body * old + attention_flops(summary, lambda window: causal_pairs(old, window))
         held = sum(mixer.K * (mixer.H + mixer.Hv) * count for mixer, count in pairs)

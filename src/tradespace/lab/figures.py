@@ -1,4 +1,4 @@
-"""The planner's measured figures of quality, out of the record of experiment `quality`: `python -m tradespace.lab.figures [--check]` beside `results/`.
+"""The planner's measured figures of quality, out of the records of `quality` and `kv-quality`: `python -m tradespace.lab.figures [--check]` beside `results/`.
 
 The planner imports no torch and is installed without `results/`, so what it needs of the record is kept as data in the package, and never written by hand.
 """
@@ -16,6 +16,7 @@ from tradespace.measure.record import Record, read_record, write_atomically
 from tradespace.spec.formats import FORMATS
 
 RECORD = Path("results") / "quality.json"
+KV_RECORD = Path("results") / "kv_quality.json"
 
 
 def figures_of(record: Record) -> list[dict[str, Any]]:
@@ -45,14 +46,39 @@ def held_as(row: Mapping[str, Any]) -> str:
     return f"rounded to nearest from {row['stored']}, to fp32"
 
 
-def rendered(record: Record | None) -> str:
-    """What the planner's file should hold; without a record: no figures."""
-    return json.dumps([] if record is None else figures_of(record), indent=1, ensure_ascii=False) + "\n"
+def kv_figures_of(record: Record) -> list[dict[str, Any]]:
+    """One figure for each store and policy of the cache's record; a policy's holds for the very same number of tokens alone."""
+    found = []
+    for row in record.rows:
+        if "mean_kl" not in row:
+            continue
+        forgets = row["retain"] != "full"
+        found.append(
+            {
+                "kind": "retain" if forgets else "kv",
+                "choice": row["retain"] if forgets else row["store"],
+                "kl_nats": row["mean_kl"],
+                "family": row["family"],
+                "parameters": row["parameters"],
+                "model": row["model"],
+                "held_as": f"cache {row['kv']}",
+                "source": f"measured: {KV_RECORD.as_posix()}",
+                "date": record.date[:10],
+                "text": REFERENCE_TEXT,
+            }
+        )
+    return found
+
+
+def rendered(record: Record | None, kv_record: Record | None = None) -> str:
+    """What the planner's file should hold; without records: no figures."""
+    figures = [*([] if record is None else figures_of(record)), *([] if kv_record is None else kv_figures_of(kv_record))]
+    return json.dumps(figures, indent=1, ensure_ascii=False) + "\n"
 
 
 def main(arguments: list[str]) -> int:
     """Writes (or with --check compares) the planner's figures from the record in the present folder's results."""
-    wanted = rendered(read_record(RECORD) if RECORD.is_file() else None)
+    wanted = rendered(*(read_record(path) if path.is_file() else None for path in (RECORD, KV_RECORD)))
     if "--check" in arguments:
         if MEASURED_FILE.read_text(encoding="utf-8") != wanted:
             print(f"{MEASURED_FILE.name} differs from {RECORD}: run python -m tradespace.lab.figures", file=sys.stderr)

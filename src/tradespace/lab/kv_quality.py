@@ -1,9 +1,8 @@
 """What holding less of the past costs: KL divergence to the full cache for every store and policy, on WikiText-2, and whether a pass key is still found.
 
 Protocol: windows of CONTEXT tokens; all but the last SCORED are read as a prompt, in steps of STEP tokens, with the very cache that is measured; the last
-SCORED are then fed one by one, as if they had been generated, and each prediction is compared with the one over the full cache of fp32. So stores and
-policies meet tokens as the engine would bring them.
-Weights and activations are fp32: what differs is the cache alone. Policies that forget get SLOTS tokens.
+SCORED are then fed one by one, as if they had been generated, and each prediction is compared with the one over the full cache of fp32. So stores and policies
+meet tokens as the engine would bring them. Weights and activations are fp32: what differs is the cache alone. Policies that forget get SLOTS tokens.
 
 The pass key: five digits in a sentence among the pages of a book (pd-books), at several depths; found if the model, asked for it at the end, would go on with
 exactly these digits, greedily. Policies that forget get KEY_SLOTS of the prompt's KEY_CONTEXT tokens.

@@ -90,8 +90,9 @@ def whole(
 def blocks(
     q_TNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, hidden_KTS: Tensor, mixer: Attention, sinks_N: Tensor | None, weigh: int
 ) -> tuple[Tensor, Tensor | None]:
-    """√S keys at a time; the weights take a second pass, when every row's largest score and sum are known."""
-    T, S, size = len(q_TNH), len(k_SKH), chunk_size(len(k_SKH))
+    """√S keys at a time, more where queries are few; the weights take a second pass, when every row's largest score and sum are known."""
+    T, S = len(q_TNH), len(k_SKH)
+    size = chunk_size(S) * max(1, QUERIES // T)  # as many scores at a time for one query as for a block of them
     shape = (mixer.K, mixer.G, T)
     if sinks_N is None:
         peak_KGT, sum_KGT = q_TNH.new_full(shape, float("-inf"), dtype=torch.float32), q_TNH.new_zeros(shape, dtype=torch.float32)
