@@ -97,7 +97,8 @@ def flash_forward(
             v_NV = load_tile(v, k_row + start, kv_head * v_head, v_stride, k_row, k_row + num_keys, N, HV, HVP, TMA, True)
             acc, peak, total = absorb(acc, peak, total, q_MH, k_NH, v_NV, num_keys, position_M1, (start + keys_N)[None, :],
                                       factor, scale, cap, base, window, prefix, SOFTCAP, WINDOW, PREFIX, True, PRECISION)  # fmt: skip
-        store_tile(out, acc / total[:, None], row, head * out_head, out_stride, q_row, q_row + num_queries, M, HV, HVP)
+        some = tl.where(total == 0.0, 1.0, total)  # rows of no query
+        store_tile(out, acc / some[:, None], row, head * out_head, out_stride, q_row, q_row + num_queries, M, HV, HVP)
         rows = row + tl.arange(0, M)
         inside = (rows >= q_row) & (rows < q_row + num_queries)
-        tl.store(lse + head * tokens.to(tl.int64) + rows, peak + tl.math.log2(total), mask=inside)
+        tl.store(lse + head * tokens.to(tl.int64) + rows, peak + tl.math.log2(some), mask=inside)
