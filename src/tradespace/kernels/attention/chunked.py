@@ -75,7 +75,9 @@ def _online(
         scores_KRS = torch.bmm(q_KRH, k_SKH[start:stop].float().permute(1, 2, 0))
         if mixer.logit_softcap is not None:
             scores_KRS = torch.tanh(scores_KRS / mixer.logit_softcap) * mixer.logit_softcap
-        if mixer.pattern is not None or low + stop - 1 > first or earliest_key(mixer, first + num_queries - 1) > low + start:  # else every row sees the whole block
+        if (
+            mixer.pattern is not None or low + stop - 1 > first or earliest_key(mixer, first + num_queries - 1) > low + start
+        ):  # else every row sees the whole block
             hidden = ~visible(mixer, queries_T, torch.arange(low + start, low + stop, device=q_TNH.device), chosen_NIJ)
             hidden = hidden if chosen_NIJ is None else hidden.view(K, G, num_queries, stop - start)
             scores_KRS = scores_KRS.view(K, G, num_queries, stop - start).masked_fill(hidden, float("-inf")).view(K, rows, stop - start)

@@ -46,9 +46,7 @@ def attend(q_TNH: Tensor, view: KVView, batch: StepBatch, mixer: Attention, sink
     return torch.cat(out)
 
 
-def _tile(
-    q_TNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, span: Span, start: int, mixer: Attention, sinks_N: Tensor | None, chosen_NIJ: Tensor | None
-) -> Tensor:
+def _tile(q_TNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, span: Span, start: int, mixer: Attention, sinks_N: Tensor | None, chosen_NIJ: Tensor | None) -> Tensor:
     """The queries of `span` at positions start … start + ROWS - 1, computed in a full tile."""
     first, stop = max(start, span.first_position), min(start + ROWS, span.length)
     low = earliest_key(mixer, start) // KEYS * KEYS

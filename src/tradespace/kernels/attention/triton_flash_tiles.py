@@ -33,6 +33,12 @@ def _table() -> dict[str, dict[str, dict[str, Tiles]]]:
     return {device: {phase: {width: Tiles(**tiles) for width, tiles in by.items()} for phase, by in phases.items()} for device, phases in raw.items()}
 
 
+def find_shipped(device: str, phase: str, width: int) -> Tiles:
+    """The data's tiles of a phase for heads padded to `width`, on a device of the table ("sm90")."""
+    by_width = _table()[device][phase]
+    return by_width[min((key for key in by_width if int(key) >= width), key=int)]
+
+
 def find_tiles(phase: str, width: int, dtype: torch.dtype, device: torch.device, *, block: int = 0) -> Tiles:
     """The tiles of a phase for heads padded to `width`; at most `block` on either side where blocks are listed. fp32 takes a quarter of the area."""
     table = _table()
@@ -41,8 +47,7 @@ def find_tiles(phase: str, width: int, dtype: torch.dtype, device: torch.device,
         major, minor = torch.cuda.get_device_capability(device)
         known = sorted((key for key in table if key.startswith("sm")), key=lambda key: int(key[2:]))
         name = max((key for key in known if int(key[2:]) <= 10 * major + minor), key=lambda key: int(key[2:]), default=known[0])
-    by_width = table[name][phase]
-    tiles = by_width[min((key for key in by_width if int(key) >= width), key=int)]
+    tiles = find_shipped(name, phase, width)
     if dtype == torch.float32 and device.type == "cuda":
         tiles = replace(tiles, M=max(16, tiles.M // 2), N=max(16, tiles.N // 2), stages=1, tma=False)
     return replace(tiles, M=min(tiles.M, block), N=min(tiles.N, block)) if block else tiles
