@@ -26,6 +26,7 @@ from tradespace.measure.memory import MemoryMeter, limit_heap_growth, peak_rss_b
 from tradespace.measure.report import Report, ReportLine
 from tradespace.model.transformer import Transformer
 from tradespace.progress import StepClock, loading_bar
+from tradespace.spec.attention_imposed import impose
 from tradespace.spec.device import DeviceSpec
 from tradespace.spec.estimate import Estimate
 from tradespace.spec.model import ModelSpec
@@ -207,6 +208,7 @@ def open(
     goal: str = "latency",
     weights: str | None = None,
     attention: str | None = None,
+    pattern: str | None = None,
     activations: str | None = None,
     scheduling: Policy = "continuous",
     revision: str | None = None,
@@ -220,6 +222,7 @@ def open(
     plan         a Plan, or the file that `tradespace plan --save` wrote
     context      most tokens of one sequence; default min(the model's, 2,048)
     concurrency  sequences that the cache is sized for; more wait in the queue
+    pattern      an attention pattern imposed on the model ("sliding:1024"): lossy, and the plan says so
     weights, attention, activations  fix these choices of the planner; weights "stored" runs a GGUF file's blocks as they are, activations "fp32" asks the
                  native kernels for exact products
     say          receives one line per decision (the default is silent); progress shows bars on a terminal
@@ -235,7 +238,23 @@ def open(
     meter = MemoryMeter().__enter__()
     try:
         return _open(
-            meter, device, str(model), budget, chosen, context, concurrency, goal, weights, attention, activations, scheduling, revision, offline, progress, say
+            meter,
+            device,
+            str(model),
+            budget,
+            chosen,
+            context,
+            concurrency,
+            goal,
+            weights,
+            attention,
+            pattern,
+            activations,
+            scheduling,
+            revision,
+            offline,
+            progress,
+            say,
         )
     except BaseException:
         meter.__exit__(*sys.exc_info())
@@ -278,6 +297,7 @@ def _open(
     goal: str,
     weights: str | None,
     attention: str | None,
+    pattern: str | None,
     activations: str | None,
     scheduling: Policy,
     revision: str | None,
@@ -286,11 +306,11 @@ def _open(
     say: Callable[[str], None],
 ) -> LLM:
     files = resolve(model, revision=revision, offline=offline, progress=progress)
-    spec = api.spec_of_files(files)
+    spec = impose(api.spec_of_files(files), pattern or "" if chosen is None else chosen.pattern)
     if chosen is None:
         chosen = choose_plan(spec, device, budget, context, concurrency, goal, weights, attention, activations, stored=api.stored_weights(files, spec))
     else:
-        check_plan(chosen, spec, {"context": context, "weights": weights, "attention": attention, "activations": activations})
+        check_plan(chosen, spec, {"context": context, "weights": weights, "attention": attention, "attention-pattern": pattern, "activations": activations})
     chosen = replace(chosen, memory_bytes=budget)
     predicted = ledger(spec, chosen, device, staging_bytes=STAGING_BYTES)
     need = round(predicted.total_bytes().require())

@@ -131,9 +131,17 @@ def test_a_pattern_reads_back_what_it_wrote(text):
 
 @pytest.mark.parametrize(
     ("text", "word"),
-    [("diagonal", "unknown"), ("sliding:0", "at least 1"), ("sliding", "sliding:1024"), ("selected:share=2", "share"), ("block-sparse:block=20", "power of two"),
-     ("block-sparse:cells=2", "block-sparse:"), ("documents:5,5", "ascending"), ("documents:a", "documents:100")],
-)  # fmt: skip
+    [
+        ("diagonal", "unknown"),
+        ("sliding:0", "at least 1"),
+        ("sliding", "sliding:1024"),
+        ("selected:share=2", "share"),
+        ("block-sparse:block=20", "power of two"),
+        ("block-sparse:cells=2", "block-sparse:"),
+        ("documents:5,5", "ascending"),
+        ("documents:a", "documents:100"),
+    ],
+)
 def test_bad_patterns_say_what_is_wrong(text, word):
     with pytest.raises(InputError, match=word):
         parse_pattern(text)

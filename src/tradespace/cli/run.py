@@ -13,7 +13,21 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from tradespace.cli.options import Activations, Attention, Context, Json, Memory, Model, Offline, PlanFile, Revision, WeightFormat, console, print_json
+from tradespace.cli.options import (
+    Activations,
+    Attention,
+    AttentionPattern,
+    Context,
+    Json,
+    Memory,
+    Model,
+    Offline,
+    PlanFile,
+    Revision,
+    WeightFormat,
+    console,
+    print_json,
+)
 from tradespace.errors import InputError, TradespaceError
 
 if TYPE_CHECKING:
@@ -54,6 +68,7 @@ def run(
     plan: PlanFile = None,
     weights: WeightFormat = None,
     attention: Attention = None,
+    attention_pattern: AttentionPattern = None,
     activations: Activations = None,
     report: Annotated[bool, typer.Option("--report", help="End with the table predicted | measured.")] = False,
     revision: Revision = None,
@@ -76,6 +91,7 @@ def run(
         concurrency=len(texts),
         weights=weights,
         attention=attention,
+        pattern=attention_pattern,
         activations=activations,
         revision=revision,
         offline=offline,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from tradespace.lab.fitting import exponent
 from tradespace.measure.machine import this_machine
 from tradespace.measure.record import Figure, Record, new_record
 from tradespace.spec.attention import score_matrix_bytes
-from tradespace.units import GiB, MiB, format_bytes
+from tradespace.units import MiB, format_bytes
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16_384, 32_768)
 QUICK = (512, 1024, 2048, 4096)
@@ -28,38 +29,45 @@ LONG = 16_384  # from here on once
 
 def run(*, quick: bool, say: Callable[[str], None]) -> Record:
     """Every kind at every length: bytes once, time three times (once where it takes seconds)."""
-    import torch
-
-    from tradespace.lab.attention_kinds import KINDS, H, peak_bytes
-
     rows: list[dict[str, Any]] = []
     figures: dict[str, Figure] = {}
     device = this_machine()
     for n in QUICK if quick else LENGTHS:
-        gen = torch.Generator().manual_seed(n)
-        q, k, v = (torch.randn((n, H), generator=gen) for _ in range(3))
-        expected = None
-        with torch.inference_mode():
-            for kind in KINDS:
-                if kind.growth == 2.0 and 2 * score_matrix_bytes(n, n) > device.free_bytes:
-                    say(f"{n:,} tokens: {kind.name} left out, its scores alone take {format_bytes(score_matrix_bytes(n, n))}")
-                    continue
-                taken = []
-                for turn in range(1 if n >= LONG else REPEATS + 1):
-                    start = time.perf_counter()
-                    out = kind.attend(q, k, v)
-                    if turn or n >= LONG:  # the first call warms up; long ones need none
-                        taken.append(time.perf_counter() - start)
-                held = kind.counted(n) if kind.counted else peak_bytes(lambda kind=kind: kind.attend(q, k, v))
-                expected = out if expected is None else expected
-                worst = float((out - expected).abs().max())
-                figures[f"{kind.name} {n}"] = Figure.of(taken, "s")
-                rows.append({"kind": kind.name, "n": n, "held_bytes": held, "growth": kind.growth, "idea": kind.idea, "difference": worst})
+        rows += measured(n, device.free_bytes, figures, say)
         say(f"{n:,} tokens: " + "; ".join(f"{row['kind']} {format_bytes(row['held_bytes'])}" for row in rows if row["n"] == n))
     notes = (
-        f"one head of {H}, fp32, causal; bytes beyond q, k, v and the output; exponents fitted to bytes from {STORED_FROM} and times from {TIMED_FROM} tokens"
+        f"one head of 64, fp32, causal; bytes beyond q, k, v and the output; exponents fitted to bytes from {STORED_FROM} and times from {TIMED_FROM} tokens"
     )
     return new_record("attention", command=command_line(), device=device, repeats=REPEATS, figures=figures, rows=rows, notes=notes)
+
+
+def measured(n: int, free_bytes: int, figures: dict[str, Figure], say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """The rows of one length; times go into `figures`. The matrix is left out, aloud, where twice its scores exceed what is free."""
+    import torch
+
+    from tradespace.lab.attention_kinds import KINDS, H, peak_bytes
+
+    gen = torch.Generator().manual_seed(n)
+    q, k, v = (torch.randn((n, H), generator=gen) for _ in range(3))
+    rows: list[dict[str, Any]] = []
+    expected = None
+    with torch.inference_mode():
+        for kind in KINDS:
+            if kind.growth == 2.0 and 2 * score_matrix_bytes(n, n) > free_bytes:
+                say(f"{n:,} tokens: {kind.name} left out, its scores alone take {format_bytes(score_matrix_bytes(n, n))}")
+                continue
+            taken = []
+            for turn in range(1 if n >= LONG else REPEATS + 1):
+                start = time.perf_counter()
+                out = kind.attend(q, k, v)
+                if turn or n >= LONG:  # the first call warms up; long ones need none
+                    taken.append(time.perf_counter() - start)
+            held = kind.counted(n) if kind.counted else peak_bytes(partial(kind.attend, q, k, v))
+            expected = out if expected is None else expected
+            difference = float((out - expected).abs().max())
+            figures[f"{kind.name} {n}"] = Figure.of(taken, "s")
+            rows.append({"kind": kind.name, "n": n, "held_bytes": held, "growth": kind.growth, "idea": kind.idea, "difference": difference})
+    return rows
 
 
 def points(record: Record, kind: str) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
@@ -112,24 +120,23 @@ def markdown(record: Record) -> str:
 
 def verdicts(record: Record) -> list[str]:
     """The claims of the audit that this record decides, in a line each."""
-    from tradespace.lab.claims import load_claims
-    from tradespace.lab.claims_measured import VERDICTS
+    from tradespace.lab.claims import decide, find_record, load_claims
 
     claims = load_claims()
     lines = []
     for number in (2, 4, 5, 44):
-        found = VERDICTS[number](record)
+        found = decide(claims[number], lambda name: record if name == "attention" else find_record(name))
         lines.append(f"“{claims[number].wording}” (claim {number}): **{found.verdict}**. {found.figure}")
     stored = summary(record)
     flash, chunks = stored["flash (torch, CPU)"], stored["chunked"]
     lines.append(
-        f"“flash is O(√n)” (said of what is stored): **refuted**. Its log-sums are linear in n ({_log_sums(record)}); √n is what chunks of √n keys hold: "
-        f"n^{chunks['bytes_power']:.2f} fitted. Torch's kernel on the CPU adds tiles of constant size, {format_bytes(int(flash['bytes']))} with its log-sums at the longest."
+        f"“flash is O(√n)” (said of what is stored): **refuted**. Its log-sums are linear in n ({_log_sums()}); √n is what chunks of √n keys hold: "
+        f"n^{chunks['bytes_power']:.2f} fitted. Torch's kernel on the CPU adds tiles of constant size: {format_bytes(int(flash['bytes']))} in all."
     )
     return lines
 
 
-def _log_sums(record: Record) -> str:
+def _log_sums() -> str:
     """The power of n of the GPU kernel's bytes, from its own record beside this one; without it, the count."""
     from tradespace.lab.claims import find_record
 
@@ -137,7 +144,8 @@ def _log_sums(record: Record) -> str:
     if device is None:
         return "4 bytes per query and head by count"
     rows = [row for row in device.rows if row["kind"] == "memory"]
-    return f"n^{exponent([(row['length'], row['forward_bytes']) for row in rows]):.2f} measured on {device.device['name']}, {rows[-1]['length']:,} tokens: {format_bytes(rows[-1]['forward_bytes'])}"
+    power = exponent([(row["length"], row["forward_bytes"]) for row in rows])
+    return f"n^{power:.2f} measured on {device.device['name']}; {format_bytes(rows[-1]['forward_bytes'])} at {rows[-1]['length']:,} tokens"
 
 
 def draw(record: Record, path: Path) -> None:

@@ -19,7 +19,6 @@ from tradespace.spec.plan import KVPlan, Plan
 from tradespace.spec.tensors import QUANTIZABLE_ROLES, TensorSpec, active_parameters, model_tensors, num_parameters
 from tradespace.spec.weights import WeightPlan, weight_bytes
 from tradespace.spec.what_if import what_if
-from tradespace.spec.workload import Workload
 from tradespace.spec.zoo import find_model
 from tradespace.units import GiB, KiB, MiB
 
@@ -133,7 +132,7 @@ def qlora() -> Found:
     trained = training_bytes(adapters(model, 16)) / GB
     return judged(
         weights + trained <= 35,
-        f"weights in nf4 {weights:.1f} GB, adapters with gradients and AdamW {trained:.1f} GB: {weights + trained:.1f} GB before any activation; a card of 48 GB holds it",
+        f"weights in nf4 {weights:.1f} GB, adapters with gradients and AdamW {trained:.1f} GB: {weights + trained:.1f} GB before activations",
     )
 
 
@@ -166,16 +165,16 @@ def blocks() -> Found:
     sizes = {n: chunk_size(n) for n in (1024, 16_384)}
     return Found(
         HOLDS_IF,
-        f"the kernel is Rabe and Staats' (blocks of {sizes[1024]} keys at 1,024 tokens, {sizes[16_384]} at 16,384); flash attention's tiles are fixed ({tiles.M} × {tiles.N} at any length)",
+        f"the kernel is Rabe and Staats': {sizes[1024]} keys at 1,024 tokens, {sizes[16_384]} at 16,384. Flash tiles are {tiles.M} × {tiles.N} at any length",
     )
 
 
 def simulation_cache() -> Found:
     layer = 2 * 768 * 4
-    found = [tokens * layer / MiB for tokens in (2048, 4 * int(sqrt(2048)) + 1, 8)]
+    found = [tokens * layer / MiB for tokens in (2048, int(4 * sqrt(2048)), 8)]
     return judged(
         all(near(have, want, 0.1) for have, want in zip(found, (12, 1.1, 0.05), strict=True)),
-        ", ".join(f"{x:.3g} MiB" for x in found) + ": a window of 4√n + 1 tokens is meant by √n, of 8 by constant",
+        ", ".join(f"{x:.3g} MiB" for x in found) + ": a window of 4√n tokens is meant by √n, of 8 by constant",
     )
 
 
@@ -312,11 +311,6 @@ def planned_70b() -> Found:
     frontier = api.plan("llama-2-70b", memory="40GB", device="a100-40gb", context=2048)
     best = frontier.best
     return judged(best is not None, "no plan fits" if best is None else f"fits: {best.plan.describe()}, {best.bytes_each / GB:.1f} GB")
-
-
-def workload() -> Workload:
-    """What decode is looked at with: one sequence, 512 tokens in, some out."""
-    return Workload(context_tokens=1024, concurrency=1, prompt_tokens=512, output_tokens=64)
 
 
 SIZES: dict[int, Callable[[], Found]] = {

@@ -21,6 +21,7 @@ class Experiment:
     minutes: float
     module: str
     runner: str = "run"
+    on: str = "cpu"  # the kind of device that it needs
 
     def run(self, *, quick: bool, say: Callable[[str], None]) -> Record:
         """Measures, and returns the record."""
@@ -42,6 +43,8 @@ EXPERIMENTS: dict[str, Experiment] = {
         Experiment(name="batching", question="what does continuous batching gain over fixed batches?", minutes=6, module="batching"),
         Experiment(name="quality", question="what does each weight format cost in KL divergence?", minutes=5, module="quality"),
         Experiment(name="agreement", question="does it compute what llama.cpp computes?", minutes=6, module="agreement"),
+        Experiment(name="attention", question="what does attention hold beyond q, k, v and the output, and how does it grow?", minutes=2, module="attention"),
+        Experiment(name="flash", question="is the GPU kernel right, how fast is it, what does it hold?", minutes=2, module="flash", on="cuda"),
         Experiment(name="calibration", question="what do the cost model's measured constants come to here?", minutes=12, module="calibrate"),
         Experiment(name="demo", question="what does make demo print here?", minutes=1, module="commands", runner="run_demo"),
         Experiment(name="tests", question="how do the tests end here, and in what time?", minutes=9, module="commands", runner="run_tests"),

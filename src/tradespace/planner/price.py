@@ -15,7 +15,7 @@ from functools import partial
 from math import ceil
 
 from tradespace.cost import calibration, memory, workspace
-from tradespace.cost.quality import EXACT, activation_quality, combine, kv_quality, weight_quality
+from tradespace.cost.quality import EXACT, activation_quality, combine, kv_quality, pattern_quality, weight_quality
 from tradespace.cost.summary import (
     Product,
     Summary,
@@ -201,7 +201,9 @@ class Pricer:
         if key not in self._qualities:
             model = self.question.model
             held = EXACT if weights in self.space.own else weight_quality(model, weights.default)
-            self._qualities[key] = combine([held, activation_quality(model, weights, self.question.activations), kv_quality(model, store, weights.dense)])
+            self._qualities[key] = combine(
+                [held, activation_quality(model, weights, self.question.activations), kv_quality(model, store, weights.dense), pattern_quality(model)]
+            )
         return self._qualities[key]
 
     def reasons(self, weights: WeightPlan, kv: KVPlan, kernel: str, placement: Placement, degree: int) -> tuple[str, ...]:

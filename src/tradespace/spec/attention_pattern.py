@@ -1,6 +1,7 @@
 """Attention patterns: which keys a query may look at, as frozen values. A mixer without one is causal, within its window if it has one.
 
-A pattern is the model's own, or imposed on it (`attention_imposed.py`): then it loses something, its quality is unknown until it is measured, and plan and record say so.
+A pattern is the model's own, or imposed on it (`attention_imposed.py`): then it loses something, its quality is unknown until it is measured, and the plan
+says so.
 A pattern narrows what the mixer's own window shows (prefix alone widens it: towards the future, inside the prefix).
 Positions count from the sequence's start; a block is `block` consecutive positions from a multiple of it.
 """

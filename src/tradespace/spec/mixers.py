@@ -75,8 +75,9 @@ class Attention:
     """Softmax attention: N query heads share K heads of keys and values (MHA K = N; MQA K = 1, arXiv:1911.02150; GQA, arXiv:2305.13245).
 
     `window` w lets position t see t-w+1 … t (sliding); with `chunked` it sees its own chunk of w tokens (Llama 4). `pattern` says what
-    else restricts a query's view, or widens it (None: nothing). `sinks` are learned logits that join the softmax and carry no value (gpt-oss). `scale` multiplies q·k; None is H**-0.5. `qk_norm` is an RMS norm of each head ("head", Qwen3, Gemma 3) or of the
-    whole projection ("full", OLMo 2, MiniMax) before the rotation.
+    else narrows or widens a query's view (None: nothing). `sinks` are learned logits that join the softmax and carry no value (gpt-oss).
+    `scale` multiplies q·k; None is H**-0.5. `qk_norm` is an RMS norm of each head ("head", Qwen3, Gemma 3) or of the whole projection ("full", OLMo 2,
+    MiniMax) before the rotation.
     """
 
     N: int

@@ -94,7 +94,8 @@ def _sparse_blocks(pattern: BlockSparse, queries_T: Tensor, keys_S: Tensor) -> T
 
 @torch.no_grad()
 def chosen_blocks(q_TNH: Tensor, k_SKH: Tensor, first_position: int, mixer: Attention) -> Tensor | None:
-    """keep_NIJ (bool): the blocks of keys J that each block of queries I looks at, head by head, rows from the sequence's start; rows before the step are empty.
+    """keep_NIJ (bool): the blocks of keys J that each block of queries I looks at, head by head. Rows count from the sequence's start, those before the
+    step are empty.
 
     q_TNH holds one sequence's queries from `first_position` on, k_SKH all its keys. None: no such pattern, or a step shorter than a block, which sees all.
     """

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -104,7 +105,7 @@ def _documents(pattern: Documents, query_row: int, first: int, length: int, key_
     """A segment for each document that has queries in the step."""
     edges = [0, *(b for b in pattern.boundaries if b < length), length]
     found = []
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in pairwise(edges):
         if stop > first:
             begin = max(start, first)
             found.append([query_row + begin - first, stop - begin, key_row + start, stop - start, start, 0, 0, 0])

@@ -12,7 +12,10 @@ import triton.language as tl
 
 @triton.jit
 def keys_of(low, high, first, num_keys, base, window, prefix, WINDOW: tl.constexpr, PREFIX: tl.constexpr, N: tl.constexpr):
-    """(run, full, end, stop): keys that queries at positions low … high - 1 meet, in tiles of N: masked run … full - 1, unmasked full … end - 1, masked end … stop - 1."""
+    """(run, full, end, stop): keys that queries at positions low … high - 1 meet, in tiles of N.
+
+    Masked from run to full, unmasked from full to end, masked from end to stop.
+    """
     low = tl.maximum(low, first)
     high = tl.minimum(high, num_keys)
     run = 0

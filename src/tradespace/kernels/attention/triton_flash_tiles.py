@@ -1,6 +1,7 @@
 """Tile sizes of the flash kernels, as data: `triton_flash_tiles.json` holds what was fastest where it was measured (experiment script `lab/flash_device.py`).
 
-A device that nobody measured takes the entry of the nearest one below it in compute capability; the interpreter has small tiles, so that small shapes have several.
+A device that nobody measured takes the entry of the nearest one below it in compute capability. The interpreter has small tiles, so that small shapes have
+several.
 """
 
 from __future__ import annotations
