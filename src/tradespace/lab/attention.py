@@ -73,9 +73,10 @@ def measured(n: int, free_bytes: int, figures: dict[str, Figure], say: Callable[
 def points(record: Record, kind: str) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
     """((n, bytes) …, (n, seconds) …) of one kind, from the lengths on where constants no longer hide the growth."""
     rows = [row for row in record.rows if row["kind"] == kind]
-    stored = [(row["n"], row["held_bytes"]) for row in rows if row["n"] >= STORED_FROM] or [(row["n"], row["held_bytes"]) for row in rows]
+    stored = [(row["n"], row["held_bytes"]) for row in rows]
     timed = [(row["n"], record.figures[f"{kind} {row['n']}"].median) for row in rows]
-    return stored, [point for point in timed if point[0] >= TIMED_FROM] or timed
+    long = [point for point in stored if point[0] >= STORED_FROM], [point for point in timed if point[0] >= TIMED_FROM]
+    return long[0] if len(long[0]) > 1 else stored, long[1] if len(long[1]) > 1 else timed
 
 
 def kinds_of(record: Record) -> list[Mapping[str, Any]]:
