@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tradespace.lab.common import command_line, markdown_table
-from tradespace.lab.fitting import exponent
+from tradespace.lab.fitting import exponent, power_text
 from tradespace.measure.machine import this_machine
 from tradespace.measure.record import Figure, Record, new_record
 from tradespace.spec.attention import score_matrix_bytes
@@ -110,9 +110,9 @@ def markdown(record: Record) -> str:
                 row["idea"],
                 f"{own['longest']:,.0f}",
                 format_bytes(int(own["bytes"])),
-                f"n^{own['bytes_power']:.2f}",
+                power_text(own["bytes_power"]),
                 f"{own['seconds']:.2f} s",
-                f"n^{own['time_power']:.2f}",
+                power_text(own["time_power"]),
             )
         )
     header = ("kind", "held beyond q, k, v and the output", "at n", "bytes", "fitted", "time", "fitted")
@@ -162,9 +162,9 @@ def draw(record: Record, path: Path) -> None:
         own = [each for each in record.rows if each["kind"] == row["kind"]]
         lengths = [each["n"] for each in own]
         power = powers[row["kind"]]
-        left.plot(lengths, [each["held_bytes"] / MiB for each in own], color=colour, marker=shape, label=f"{row['kind']}: n^{power['bytes_power']:.2f}")
+        left.plot(lengths, [each["held_bytes"] / MiB for each in own], color=colour, marker=shape, label=f"{row['kind']}: {power_text(power['bytes_power'])}")
         seconds = [record.figures[f"{row['kind']} {n}"].median for n in lengths]
-        right.plot(lengths, seconds, color=colour, marker=shape, label=f"{row['kind']}: n^{power['time_power']:.2f}")
+        right.plot(lengths, seconds, color=colour, marker=shape, label=f"{row['kind']}: {power_text(power['time_power'])}")
     for axes, label in ((left, "held beyond q, k, v and the output, MiB"), (right, "seconds")):
         axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel=label)
         axes.grid(True, which="major", alpha=0.3)

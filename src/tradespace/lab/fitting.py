@@ -25,3 +25,12 @@ def misfit(points: Points, law: Callable[[float], float]) -> float:
     ratios = [log(y / law(x)) for x, y in points]
     mean = fmean(ratios)
     return sqrt(fmean([(ratio - mean) ** 2 for ratio in ratios]))
+
+
+def power_text(power: float) -> str:
+    """A fitted power as tables show it.
+
+    >>> power_text(1.987), power_text(-0.001)
+    ('n^1.99', 'n^0.00')
+    """
+    return f"n^{round(power, 2) + 0.0:.2f}"
