@@ -56,12 +56,13 @@ def measured(n: int, free_bytes: int, figures: dict[str, Figure], say: Callable[
             if kind.growth == 2.0 and 2 * score_matrix_bytes(n, n) > free_bytes:
                 say(f"{n:,} tokens: {kind.name} left out, its scores alone take {format_bytes(score_matrix_bytes(n, n))}")
                 continue
+            once = n >= LONG  # long calls need no other to warm up
+            out = q if once else kind.attend(q, k, v)
             taken = []
-            for turn in range(1 if n >= LONG else REPEATS + 1):
+            for _ in range(1 if once else REPEATS):
                 start = time.perf_counter()
                 out = kind.attend(q, k, v)
-                if turn or n >= LONG:  # the first call warms up; long ones need none
-                    taken.append(time.perf_counter() - start)
+                taken.append(time.perf_counter() - start)
             held = kind.counted(n) if kind.counted else peak_bytes(partial(kind.attend, q, k, v))
             expected = out if expected is None else expected
             difference = float((out - expected).abs().max())

@@ -97,6 +97,6 @@ def peak_bytes(run: Callable[[], Tensor]) -> int:
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]  # pyright: ignore[reportOptionalMemberAccess]
     live = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
+        live += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue]
         peak = max(peak, live)
     return peak - out.numel() * out.element_size()

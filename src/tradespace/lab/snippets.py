@@ -112,8 +112,8 @@ def _attention_case(attend: Callable[..., Tensor]) -> str | None:
     if not torch.equal(attend(q, k, v, 4)[:-1], attend(q, k, changed, 4)[:-1]):
         return "a token sees its future"
     shape = (1, 6, 4, 4)
-    heads = [x.view(shape).transpose(1, 2) for x in (q, k, v)]
-    expected = torch.nn.functional.scaled_dot_product_attention(*heads, is_causal=True).transpose(1, 2).reshape(6, 16)
+    q_heads, k_heads, v_heads = (x.view(shape).transpose(1, 2) for x in (q, k, v))
+    expected = torch.nn.functional.scaled_dot_product_attention(q_heads, k_heads, v_heads, is_causal=True).transpose(1, 2).reshape(6, 16)
     return None if torch.allclose(attend(q, k, v, 4), expected, atol=1e-5) else "scores have the wrong scale"
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from itertools import pairwise
+from typing import Any
 
 from tradespace.errors import InputError
 
@@ -199,7 +200,7 @@ def parse_pattern(text: str) -> Pattern:
         if name in _SHORT:
             return _SHORT[name](rest)
         pairs = [part.partition("=") for part in rest.split(",") if part]
-        values = {key.strip(): (float if key.strip() == "share" else int)(value) for key, _, value in pairs}
+        values: dict[str, Any] = {key.strip(): (float if key.strip() == "share" else int)(value) for key, _, value in pairs}
         return PATTERNS[name](**values)
     except (ValueError, TypeError):
         example = {"sliding": "sliding:1024", "prefix": "prefix:128", "documents": "documents:100,250", "selected": "selected:block=64,share=0.25"}

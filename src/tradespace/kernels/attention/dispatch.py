@@ -32,8 +32,8 @@ KERNELS: dict[str, Callable[[], Attend]] = {
     "flash": lambda: triton_flash.attend,
 }
 _SUPPORTS = {"reference": reference.supports, "chunked": chunked.supports, "sdpa": sdpa.supports, "native": native.supports, "flash": triton_flash.supports}
-# tried in this order where the requested kernel cannot take a layer
-_INSTEAD = ("sdpa", "chunked", "reference")
+# tried in this order where the requested kernel cannot take a layer; under the interpreter flash is for tests alone
+_INSTEAD = {"cuda": ("flash", "chunked", "reference"), "cpu": ("sdpa", "chunked", "reference")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ def choose(requested: str, mixer: Attention, dtype: torch.dtype, device: torch.d
         raise UnsupportedError(f"{reasons[requested]}. Choose one of {', '.join(KERNELS)}")
     if reasons[requested] is None:
         return Choice(requested)
-    for name in _INSTEAD:
+    for name in _INSTEAD.get(torch.device(device).type, _INSTEAD["cpu"]):
         reasons[name] = supports(name, mixer, dtype, device)
         if reasons[name] is None:
             return Choice(name, reasons[requested])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -76,7 +76,7 @@ class Call:
         prefix = pattern.length if isinstance(pattern, Prefix) else 0
         return mixer.softmax_scale, mixer.logit_softcap or 0.0, tokens, min(windows, default=0), prefix, self.layout.block
 
-    def flags(self, tiles: Tiles, like: Tensor) -> dict[str, Any]:
+    def flags(self, tiles: Tiles, like: Tensor, *, tma: bool) -> dict[str, Any]:
         """What every kernel is compiled for."""
         mixer = self.mixer
         has_window = mixer.window is not None or isinstance(mixer.pattern, Sliding)
@@ -92,6 +92,7 @@ class Call:
             "PREFIX": isinstance(mixer.pattern, Prefix),
             "LISTED": self.layout.block > 0,
             "SOFTCAP": mixer.logit_softcap is not None,
+            "TMA": tma,
             "PRECISION": "ieee" if like.dtype == torch.float32 else "tf32",
             "num_warps": tiles.warps,
             "num_stages": tiles.stages,
@@ -147,9 +148,8 @@ class _Flash(torch.autograd.Function):
             *call.lists(layout.keys_of_queries),
             *call.numbers(T),
             *(stride for x in (q_TNH, k_SKH, v_SKH, out_TNV) for stride in x.stride()[:2]),
-            **call.flags(tiles, q_TNH),
-            SINKS=sinks_N is not None,
-            TMA=tma,
+            **call.flags(tiles, q_TNH, tma=tma),
+            **cast(dict[str, Any], {"SINKS": sinks_N is not None}),
         )
         ctx.save_for_backward(q_TNH, k_SKH, v_SKH, sinks_N, out_TNV, lse_NT)
         ctx.call = call
@@ -166,7 +166,8 @@ class _Flash(torch.autograd.Function):
         delta_NT = torch.empty_like(lse_NT)
         with torch.cuda.device(q_TNH.device) if q_TNH.is_cuda else nullcontext():
             strides = (*out_TNV.stride()[:2], *dout_TNV.stride()[:2])
-            flash_delta[(-(-T // 64), mixer.N)](out_TNV, dout_TNV, delta_NT, T, *strides, HV=mixer.Hv, HVP=padded(mixer.Hv), M=64)
+            rows: dict[str, Any] = {"HV": mixer.Hv, "HVP": padded(mixer.Hv), "M": 64}
+            flash_delta[(-(-T // 64), mixer.N)](out_TNV, dout_TNV, delta_NT, T, *strides, **rows)
             held = [stride for x in (q_TNH, k_SKH, v_SKH, dout_TNV) for stride in x.stride()[:2]]
 
             # keys that no query of the step belongs to (another sequence's, in a packed view) get no gradient
@@ -188,8 +189,7 @@ class _Flash(torch.autograd.Function):
                 *held,
                 *dk_SKH.stride()[:2],
                 *dv_SKH.stride()[:2],
-                **call.flags(tiles, q_TNH),
-                TMA=tma,
+                **call.flags(tiles, q_TNH, tma=tma),
             )
             dq_TNH = torch.empty_like(q_TNH, memory_format=torch.contiguous_format)
             tiles = call.tiles_for("queries", q_TNH)
@@ -207,8 +207,7 @@ class _Flash(torch.autograd.Function):
                 *call.numbers(T),
                 *held,
                 *dq_TNH.stride()[:2],
-                **call.flags(tiles, q_TNH),
-                TMA=tma,
+                **call.flags(tiles, q_TNH, tma=tma),
             )
         return dq_TNH, dk_SKH, dv_SKH, _sinks_gradient(sinks_N, lse_NT, delta_NT), None
 

@@ -32,6 +32,7 @@ def keys_step(dk, dv, k_NH, v_NV, q_MH, do_MV, lse_M, delta_M, position_1M, posi
         bent = capped(scores, scale, cap)
         weights = tl.math.exp2(bent * (cap * 1.4426950408889634) - lse_M[None, :])
     else:
+        bent = scores
         weights = tl.math.exp2(scores * factor - lse_M[None, :])
     if MASKED:
         weights = tl.where(sees(position_1M, position_N1, base, window, prefix, WINDOW, PREFIX), weights, 0.0)
@@ -109,6 +110,7 @@ def queries_step(dq, q_MH, do_MV, lse_M, delta_M, k_NH, v_NV, hidden_from, posit
         bent = capped(scores, scale, cap)
         weights = tl.math.exp2(bent * (cap * 1.4426950408889634) - lse_M[:, None])
     else:
+        bent = scores
         weights = tl.math.exp2(scores * factor - lse_M[:, None])
     if MASKED:
         seen = sees(position_M1, position_1N, base, window, prefix, WINDOW, PREFIX) & (position_1N < hidden_from)

@@ -44,4 +44,4 @@ def prepare() -> None:
     def create_dot(self, a, b, *rest):
         return dot(self, widened(a), widened(b), *rest)
 
-    interpreter.InterpreterBuilder.create_dot = create_dot
+    setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)  # noqa: B010 - a type checker would want all its parameters named
