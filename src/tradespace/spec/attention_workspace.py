@@ -36,7 +36,8 @@ def workspace_bytes(
     if kernel == "native":  # its partial results are among the step's buffers (`spec/native.py`)
         return out + step_tokens * mixer.N * 4
     if kernel == "flash":
-        return out + _flash(mixer, step_tokens, max_context, max_sequences) + (2 * kv_tokens * key_bytes(mixer, element_bytes) if copies else 0)
+        # priced as reading the cache in place, which engines on a GPU will; until one runs there, `triton_flash_layout.pack` copies it together
+        return out + _flash(mixer, step_tokens, max_context, max_sequences)
     if kernel == "sdpa":
         return out + _sdpa(mixer, step_tokens, max_context, max_sequences, kv_tokens, element_bytes, copied, threads)
     raise InputError(f"no workspace formula for attention kernel '{kernel}'")

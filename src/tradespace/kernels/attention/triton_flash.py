@@ -165,7 +165,7 @@ class _Flash(torch.autograd.Function):
         dout_TNV = gradients[0] if gradients[0].stride(-1) == 1 else gradients[0].contiguous()
         delta_NT = torch.empty_like(lse_NT)
         with torch.cuda.device(q_TNH.device) if q_TNH.is_cuda else nullcontext():
-            strides = (*out_TNV.stride()[:2], *dout_TNV.stride()[:2])
+            strides: list[Any] = [stride for x in (out_TNV, dout_TNV) for stride in x.stride()[:2]]
             rows: dict[str, Any] = {"HV": mixer.Hv, "HVP": padded(mixer.Hv), "M": 64}
             flash_delta[(-(-T // 64), mixer.N)](out_TNV, dout_TNV, delta_NT, T, *strides, **rows)
             held = [stride for x in (q_TNH, k_SKH, v_SKH, dout_TNV) for stride in x.stride()[:2]]
