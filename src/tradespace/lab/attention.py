@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
-from math import sqrt
 from pathlib import Path
 from typing import Any
 
@@ -173,12 +172,3 @@ def draw(record: Record, path: Path) -> None:
     figure.suptitle("Attention, one head of 64 in fp32: space and time", fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130, metadata={"Software": None})
-
-
-def largest_matrix(bytes_held: int) -> int:
-    """Tokens whose score matrix, one head in fp32, takes so many bytes.
-
-    >>> largest_matrix(4 * GiB)
-    32768
-    """
-    return int(sqrt(bytes_held / score_matrix_bytes(1, 1)))
