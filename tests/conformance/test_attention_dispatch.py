@@ -42,6 +42,13 @@ def test_sdpa_declares_what_it_cannot_do(mixer, word):
     assert "cuda" in str(supports("sdpa", PLAIN, torch.float32, "cuda"))
 
 
+def test_flash_is_for_cuda(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    choice = choose("flash", PLAIN, torch.float32)
+    assert choice.kernel == "sdpa" and "CUDA" in str(choice.reason)
+    assert choose("sdpa", PLAIN, torch.bfloat16, "cuda").kernel == "flash"
+
+
 def test_when_nothing_fits_every_reason_is_listed():
     with pytest.raises(UnsupportedError) as caught:
         choose("sdpa", Attention(N=4, K=2, H=16, alibi=True), torch.float32)
