@@ -17,6 +17,7 @@ from tradespace.loading.resolve import ModelFiles, read_json_object, resolve
 from tradespace.loading.safetensors import read_sharded
 from tradespace.measure.machine import this_machine
 from tradespace.planner.search import Frontier, budget_error, plan_frontier
+from tradespace.spec.attention_imposed import impose
 from tradespace.spec.device import DeviceSpec
 from tradespace.spec.device_zoo import find_device
 from tradespace.spec.families import model_spec_from_config
@@ -145,6 +146,7 @@ def plan(
     runnable_only: bool = False,
     pins: Mapping[str, str] | None = None,
     stored: WeightPlan | None = None,
+    pattern: str | None = None,
     revision: str | None = None,
     offline: bool = False,
 ) -> Frontier:
@@ -155,6 +157,7 @@ def plan(
     device         a name of the zoo ("a100-40gb", "2x h100-80gb"), or None for this machine
     context        tokens a sequence may reach; default: prompt + output, at least 2,048, at most what the model takes
     stored         how the checkpoint holds its weights, where that is quantized: run as they are, they lose nothing (a local GGUF file states it itself)
+    pattern        an attention pattern imposed on the model, such as "sliding:1024": its quality is unknown until it is measured
     pins           fixes an axis: {"weights": "int4", "kv_store": "bf16", "attention": "sdpa", "layout": "paged"}
 
     Raises InputError for names and numbers that make no sense. A budget that nothing fits is not an error here: `.best` is then None, and `.nearest`
@@ -164,7 +167,7 @@ def plan(
     >>> frontier.best.plan.weights.default
     'int8'
     """
-    spec = find_spec(model, revision=revision, offline=offline)
+    spec = impose(find_spec(model, revision=revision, offline=offline), pattern or "")
     machine = find_machine(device)
     if stored is None and not isinstance(model, ModelSpec):
         stored = weights_at_hand(str(model), revision)

@@ -10,6 +10,7 @@ import yaml
 from tradespace import api
 from tradespace.build import check_runs
 from tradespace.errors import InputError, UnsupportedError
+from tradespace.kernels.attention.triton_interpreter import interprets
 from tradespace.spec.device import DeviceSpec
 from tradespace.spec.device_zoo import find_device
 from tradespace.spec.model import ModelSpec
@@ -86,5 +87,7 @@ def check_plan(plan: Plan, spec: ModelSpec, flags: Mapping[str, object]) -> None
         if kind != "cpu":
             raise UnsupportedError(f"this plan is for {plan.device}; this version runs on the CPU alone. Plan without --device: tradespace plan {spec.name}")
     check_runs(plan, spec)
+    if plan.attention == "flash" and not interprets():  # another kernel in its place would need more than the plan counts with
+        raise UnsupportedError("plan: attention by flash, a kernel for CUDA devices; this version runs on the CPU alone. Set attention to sdpa or chunked")
     if plan.max_context > spec.max_context:
         raise InputError(f"plan: max_context {plan.max_context} exceeds the {spec.max_context} tokens that {spec.name} was made for")

@@ -25,6 +25,7 @@ from tradespace.quality.forward import Forward, rows_within
 from tradespace.quality.perplexity import Perplexity, SlidingWindows, summarize
 from tradespace.quality.stored import StoredLogprobs, check_disk, stored_bytes
 from tradespace.quality.text import Text, first_difference
+from tradespace.spec.attention_imposed import impose
 from tradespace.spec.device import DeviceSpec
 from tradespace.spec.formats import find_format
 from tradespace.spec.model import ModelSpec
@@ -82,6 +83,7 @@ def plan_subject(
     files: ModelFiles,
     weights: str | None = None,
     kv_store: str | None = None,
+    pattern: str | None = None,
     also: Mapping[str, str] | None = None,
 ) -> Subject:
     """The planner's best plan for one sequence of `context` tokens; a stated weight format comes with a cache in its activations' dtype, so that the format
@@ -89,7 +91,7 @@ def plan_subject(
 
     Raises BudgetError where nothing fits, InputError for a context that the model lacks.
     """
-    spec = api.spec_of_files(files)
+    spec = impose(api.spec_of_files(files), pattern or "")
     stored = api.stored_weights(files, spec) if weights in (None, STORED) else None
     if kv_store is None and weights is not None:
         kv_store = find_format(stored.default if stored is not None else weights).compute

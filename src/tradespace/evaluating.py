@@ -24,6 +24,7 @@ from tradespace.quality.forward import rows_within
 from tradespace.quality.perplexity import Perplexity, summarize, token_nats
 from tradespace.quality.tasks import Example, TaskResult, find_task, read_examples, run_task
 from tradespace.quality.text import Text, encode_text
+from tradespace.spec.attention_pattern import Prefix, parse_pattern
 
 SELF = "self"
 DEFAULT_CONTEXT = 2048
@@ -63,6 +64,7 @@ def evaluate(
     limit: int | None = None,
     weights: str | None = None,
     kv_store: str | None = None,
+    pattern: str | None = None,
     memory: str | int | None = None,
     offline: bool = False,
     on_progress: OnProgress = lambda what, done, total: None,
@@ -76,6 +78,7 @@ def evaluate(
     tasks            names of `quality.tasks.TASKS`, read from task_data/<name>.jsonl; limit: only the first so many examples of each
     weights          evaluates the model in this format, quantized as it is loaded, and its cache exact; default: as `ts.open` would run it in this memory
     kv_store         evaluates the cache in this store
+    pattern          evaluates the model with this attention pattern imposed on it; a reference keeps its own
 
     Raises InputError for a text or task that is missing, empty, too short or not what it should be, and for a reference with another vocabulary; BudgetError
     where the model, or the reference alone, does not fit.
@@ -84,13 +87,15 @@ def evaluate(
         raise InputError("nothing to evaluate on. Give a text (--text FILE), tasks (--tasks arc_easy,piqa), or both")
     if against is not None and text is None:
         raise InputError("--against compares predictions of a text. Give one with --text FILE")
+    if pattern is not None and isinstance(parse_pattern(pattern), Prefix):
+        raise InputError("--attention-pattern prefix shows tokens their own future: what they predict of it says nothing. Evaluate a causal pattern")
     examples = _examples(tasks, task_data, limit)
     device = api.find_machine(None)
     budget = Budget.of(memory, device)
     name, files = str(model), resolve(str(model), offline=offline)
     window = min(DEFAULT_CONTEXT, api.spec_of_files(files).max_context) if context is None else context
     read = None if text is None else encode_text(Tokenizer.from_files(files), text, context=window, stride=stride, tokens=tokens)
-    subject = plan_subject(name, device, budget, window, files=files, weights=weights, kv_store=kv_store)
+    subject = plan_subject(name, device, budget, window, files=files, weights=weights, kv_store=kv_store, pattern=pattern)
     compared, perplexity, divergence = None, None, None
     with ExitStack() as stack:
         if against is not None and read is not None:

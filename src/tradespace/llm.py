@@ -29,6 +29,7 @@ from tradespace.measure.memory import MemoryMeter, limit_heap_growth, peak_rss_b
 from tradespace.measure.report import Report, ReportLine
 from tradespace.model.transformer import Transformer
 from tradespace.progress import StepClock, loading_bar
+from tradespace.spec.attention_imposed import impose
 from tradespace.spec.device import DeviceSpec
 from tradespace.spec.estimate import Estimate
 from tradespace.spec.model import ModelSpec
@@ -214,6 +215,7 @@ def open(
     goal: str = "latency",
     weights: str | None = None,
     attention: str | None = None,
+    pattern: str | None = None,
     activations: str | None = None,
     prefix_sharing: bool | None = None,
     kv_store: str | None = None,
@@ -230,6 +232,7 @@ def open(
     plan         a Plan, or the file that `tradespace plan --save` wrote
     context      most tokens of one sequence; default min(the model's, 2,048)
     concurrency  sequences that the cache is sized for; more wait in the queue
+    pattern      an attention pattern imposed on the model ("sliding:1024"): lossy, and the plan says so
     weights, attention, activations  fix these choices of the planner; weights "stored" runs a GGUF file's blocks as they are, activations "fp32" asks the
                  native kernels for exact products
     prefix_sharing  prompts with equal first tokens share what the cache holds of them; default: where the plan allows it (paged, full retention, continuous)
@@ -249,7 +252,7 @@ def open(
         sharing = None if prefix_sharing is None else "on" if prefix_sharing else "off"
         fixed = {"weights": weights, "attention": attention, "activations": activations, "kv_store": kv_store, "kv_retain": kv_retain}
         fixed |= {"prefix_sharing": sharing}
-        return _open(meter, device, str(model), budget, chosen, context, concurrency, goal, fixed, scheduling, revision, offline, progress, say)
+        return _open(meter, device, str(model), budget, chosen, context, concurrency, goal, fixed, pattern, scheduling, revision, offline, progress, say)
     except BaseException:
         meter.__exit__(*sys.exc_info())
         raise
@@ -290,6 +293,7 @@ def _open(
     concurrency: int,
     goal: str,
     fixed: Mapping[str, str | None],
+    pattern: str | None,
     scheduling: Policy,
     revision: str | None,
     offline: bool,
@@ -298,14 +302,14 @@ def _open(
 ) -> LLM:
     files = resolve(model, revision=revision, offline=offline, progress=progress)
     with held_headers():
-        spec, defaults = api.spec_of_files(files), Defaults.of(files)
+        spec, defaults = impose(api.spec_of_files(files), pattern or "" if chosen is None else chosen.pattern), Defaults.of(files)
         stored = api.stored_weights(files, spec) if chosen is None else None
     if chosen is None:
         if scheduling == "fixed" and fixed["prefix_sharing"] is None:
             fixed = {**fixed, "prefix_sharing": "off"}  # a fixed batch reserves its blocks beforehand
         chosen = choose_plan(spec, device, budget, context, concurrency, goal, **fixed, stored=stored)
     else:
-        check_plan(chosen, spec, {"context": context, **fixed})
+        check_plan(chosen, spec, {"context": context, "attention_pattern": pattern, **fixed})
     chosen = replace(chosen, memory_bytes=budget)
     predicted = ledger(spec, chosen, device, staging_bytes=STAGING_BYTES)
     need = round(predicted.total_bytes().require())

@@ -195,7 +195,6 @@ def test_a_plan_file_that_is_no_plan(cli, folder, tmp_path, text):
     ("changes", "word"),
     [
         ({"kv": {"store": "x-int8", "values": "int4"}}, "keys and values alike"),
-        ({"attention": "flash"}, "flash"),
         ({"placement": {"streamed_layers": 1}}, "streamed"),
         ({"tensor_parallel": 2}, "2 devices"),
         ({"speculation": 2}, "speculation"),
@@ -207,6 +206,12 @@ def test_a_plan_that_cannot_run_yet_is_refused(cli, folder, saved, changes, word
         values[key] = {**values[key], **value} if isinstance(value, dict) else value
     saved.write_text(yaml.safe_dump(values))
     cli("run", folder, PROMPT, "-n", 1, "--plan", saved).failed(2, "cannot run yet", word, "--runnable")
+
+
+def test_a_plan_with_a_kernel_for_gpus_is_refused_here(cli, folder, saved, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    saved.write_text(yaml.safe_dump(yaml.safe_load(saved.read_text()) | {"attention": "flash"}))
+    cli("run", folder, PROMPT, "-n", 1, "--plan", saved).failed(2, "flash", "CUDA", "sdpa")
 
 
 @pytest.mark.parametrize("flag", [("--context", 64), ("--weights", "bf16"), ("--attention", "sdpa")])

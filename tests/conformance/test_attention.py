@@ -15,6 +15,8 @@ from tradespace.spec import attention as spec
 from tradespace.spec.mixers import Attention
 
 torch.set_num_threads(1)
+# flash has shapes of its own (test_triton_flash.py): under the interpreter these would take minutes
+COMPILED = [name for name in KERNELS if name != "flash"]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 
@@ -33,7 +35,7 @@ def assert_close(out: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) 
         assert worst <= TOLERANCE[dtype] * scale, f"{worst} from the definition; values up to {scale}"
 
 
-@pytest.mark.parametrize("kernel", list(KERNELS))
+@pytest.mark.parametrize("kernel", COMPILED)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @settings(max_examples=60, deadline=None)
 @given(mixer=mixers(), cuts=sequences, dtype=st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float16]), seed=st.integers(0, 10**6))
@@ -45,7 +47,7 @@ def test_kernel_matches_the_definition(kernel, layout, mixer, cuts, dtype, seed)
     assert_close(run(kernel, case, mixer), oracle(case, mixer), dtype)
 
 
-@pytest.mark.parametrize("kernel", list(KERNELS))
+@pytest.mark.parametrize("kernel", COMPILED)
 @settings(max_examples=15, deadline=None)
 @given(mixer=mixers(softcap=False, sinks=False), lengths=st.lists(st.sampled_from([1, 2, 9, 64, 129, 300]), max_size=4), seed=st.integers(0, 10**6))
 def test_packed_documents_without_a_cache(kernel, mixer, lengths, seed):

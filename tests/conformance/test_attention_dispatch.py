@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tradespace.errors import InputError, UnsupportedError
-from tradespace.kernels.attention import KERNELS, Choice, choose, make_kernels, resolve_kernels, supports
+from tradespace.kernels.attention import KERNELS, Choice, choose, dispatch, make_kernels, resolve_kernels, supports
 from tradespace.spec.mixers import Attention
 from tradespace.spec.model import LayerSpec, ModelSpec
 
@@ -42,14 +42,22 @@ def test_sdpa_declares_what_it_cannot_do(mixer, word):
     assert "cuda" in str(supports("sdpa", PLAIN, torch.float32, "cuda"))
 
 
+def test_flash_is_for_cuda(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    choice = choose("flash", PLAIN, torch.float32)
+    assert choice.kernel == "sdpa" and "CUDA" in str(choice.reason)
+    assert choose("sdpa", PLAIN, torch.bfloat16, "cuda").kernel == "flash"
+
+
 def test_when_nothing_fits_every_reason_is_listed():
     with pytest.raises(UnsupportedError) as caught:
         choose("sdpa", Attention(N=4, K=2, H=16, alibi=True), torch.float32)
-    # the native kernel comes with its own weights and cache: it stands in for nobody
-    assert all(name in str(caught.value) for name in KERNELS if name != "native")
+    # the native kernel comes with its own weights and cache, and flash is for CUDA: they stand in for nobody here
+    assert all(name in str(caught.value) for name in KERNELS if name not in ("native", "flash"))
 
 
-def test_a_kernel_that_nobody_wrote_is_never_replaced():
+def test_a_kernel_that_nobody_wrote_is_never_replaced(monkeypatch):
+    monkeypatch.delitem(dispatch.KERNELS, "flash")
     with pytest.raises(UnsupportedError, match="flash"):
         choose("flash", PLAIN, torch.float32)
     with pytest.raises(InputError, match="unknown attention kernel"):

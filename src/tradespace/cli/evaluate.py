@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from tradespace.cli.options import Json, Memory, Model, Offline, console, print_json
+from tradespace.cli.options import AttentionPattern, Json, Memory, Model, Offline, console, print_json
 from tradespace.errors import InputError
 from tradespace.units import format_bytes
 
@@ -46,6 +46,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first so many examples of each task.")] = None,
     weights: Annotated[str | None, typer.Option("--weights", help="Evaluate the model in this format, quantized as it is loaded.")] = None,
     kv_store: Annotated[str | None, typer.Option("--kv-store", help="Evaluate the cache in this store. Default with --weights: exact.")] = None,
+    attention_pattern: AttentionPattern = None,
     memory: Memory = None,
     sweep: Annotated[bool, typer.Option("--sweep", help="Many formats and methods: bytes against KL to 'self', drawn and recorded in -o.")] = False,
     formats: Annotated[str | None, typer.Option("--formats", help="With --sweep: these formats, with commas. Default: all that run.")] = None,
@@ -75,6 +76,7 @@ def evaluate(
             "--limit": limit,
             "--weights": weights,
             "--kv-store": kv_store,
+            "--attention-pattern": attention_pattern,
             "--against": against if against != "self" else None,
         }
         refuse(unfit, "does not go with --sweep, which measures a text in every format against the model itself")
@@ -119,6 +121,7 @@ def evaluate(
             limit=limit,
             weights=weights,
             kv_store=kv_store,
+            pattern=attention_pattern,
             memory=memory,
             offline=offline,
             on_progress=on_progress,

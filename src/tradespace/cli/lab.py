@@ -10,6 +10,7 @@ from rich.markdown import Markdown
 from rich.markup import escape
 from rich.table import Table
 
+from tradespace.cli import lab_claims
 from tradespace.cli.options import Json, console, print_json
 from tradespace.errors import InputError
 
@@ -17,6 +18,7 @@ lab = typer.Typer(no_args_is_help=True, help="Measure, and keep the record.\n\nE
 
 
 def register(app: typer.Typer) -> None:
+    lab_claims.register(lab)
     app.add_typer(lab, name="lab")
 
 
@@ -58,6 +60,9 @@ def run(
         raise InputError(f"no experiment '{name}'. Known: {', '.join(EXPERIMENTS)}, or all")
     notes = console(stderr=True)
     for experiment in EXPERIMENTS.values() if name == "all" else [EXPERIMENTS[name]]:
+        if name == "all" and experiment.on != "cpu":
+            notes.print(f"{experiment.name} left out: it needs a device of kind {experiment.on}. Alone: tradespace lab run {experiment.name}", style="dim")
+            continue
         notes.print(f"{experiment.name}: {experiment.question} (about {experiment.minutes:g} minutes)", style="dim", soft_wrap=True)
         record = experiment.run(quick=quick, say=lambda line: notes.print(escape(line), style="dim", soft_wrap=True), only=only or ())
         path = output / f"{experiment.name}.json"

@@ -28,10 +28,17 @@ Context = Annotated[int | None, typer.Option("--context", "-c", min=1, help="Mos
 Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a hub model.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Never touch the network; use what is on this machine.")]
 PlanFile = Annotated[str | None, typer.Option("--plan", help="A plan that `tradespace plan --save` wrote; it is obeyed to the letter.")]
-Attention = Annotated[str | None, typer.Option("--attention", help="Attention kernel: native, sdpa, chunked or reference.")]
+Attention = Annotated[str | None, typer.Option("--attention", help="Attention kernel: native, sdpa, chunked, reference or flash (CUDA).")]
 PrefixSharing = Annotated[
     bool | None,
     typer.Option("--prefix-sharing/--no-prefix-sharing", help="Prompts with equal beginnings share them in the cache. Default: where the plan allows it."),
+]
+AttentionPattern = Annotated[
+    str | None,
+    typer.Option(
+        "--attention-pattern",
+        help="Impose a pattern on layers that look at everything (lossy): sliding:W, block-sparse:local=4,leading=1,random=2, selected:share=0.25, prefix:P.",
+    ),
 ]
 Activations = Annotated[str | None, typer.Option("--activations", help="What the native kernels multiply by: auto (int8 for integer weights) or fp32 (exact).")]
 WeightFormat = Annotated[str | None, typer.Option("--weights", help="Weight format: bf16, fp32, fp16, int8. Default: the planner's choice.")]

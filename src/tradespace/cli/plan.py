@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from tradespace.cli.options import (
     Activations,
+    AttentionPattern,
     Context,
     Goal,
     Json,
@@ -48,6 +49,7 @@ def plan(
     kv_retain: KVRetain = None,
     kv_layout: Annotated[str | None, typer.Option("--kv-layout", help="Fix the cache's layout (paged, contiguous).")] = None,
     attention: Annotated[str | None, typer.Option("--attention", help="Fix the attention kernel (native, sdpa, chunked, reference).")] = None,
+    attention_pattern: AttentionPattern = None,
     activations: Activations = None,
     runnable: Annotated[bool, typer.Option("--runnable", help="Only what this version can run; leave out what is priced for later.")] = False,
     save: Annotated[Path | None, typer.Option("--save", help="Write the best plan as YAML; `tradespace run --plan FILE` obeys it.")] = None,
@@ -66,8 +68,9 @@ def plan(
     from tradespace import api
     from tradespace.cli.plan_view import alternatives_view, frontier_view, ledger_view, rejections_view, what_if_view
     from tradespace.planner.explain import alternatives, compare_shapes
+    from tradespace.spec.attention_imposed import impose
 
-    spec = api.find_spec(model, revision=revision, offline=offline)
+    spec = impose(api.find_spec(model, revision=revision, offline=offline), attention_pattern or "")
     machine = api.find_machine(device)
     work = api.workload(spec, context=context, concurrency=concurrency, prompt=prompt, output=output, goal=goal)
     budget = api.budget_bytes(device_memory if device_memory is not None else memory, machine)

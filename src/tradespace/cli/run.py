@@ -16,6 +16,7 @@ from rich.text import Text
 from tradespace.cli.options import (
     Activations,
     Attention,
+    AttentionPattern,
     Context,
     Json,
     KVRetain,
@@ -72,6 +73,7 @@ def run(
     plan: PlanFile = None,
     weights: WeightFormat = None,
     attention: Attention = None,
+    attention_pattern: AttentionPattern = None,
     activations: Activations = None,
     prefix_sharing: PrefixSharing = None,
     kv_store: KVStore = None,
@@ -97,6 +99,7 @@ def run(
         concurrency=len(texts) * n,
         weights=weights,
         attention=attention,
+        pattern=attention_pattern,
         activations=activations,
         prefix_sharing=prefix_sharing,
         kv_store=kv_store,

@@ -28,7 +28,8 @@ EXACT = Estimate(0.0, "exact")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figure:
-    """One published or measured divergence. `kind`: "weights" or "kv"; `choice`: our name of the format or store; `held_as`: what was in fact measured."""
+    """One published or measured divergence. `kind`: "weights", "kv" or "pattern"; `choice`: our name of the format, store or pattern;
+    `held_as`: what was in fact measured."""
 
     kind: str
     choice: str
@@ -146,6 +147,13 @@ def retention_quality(model: ModelSpec, plan: Plan | KVPlan) -> Estimate:
     return Estimate.unknown(f"no figure for {kv.retain.describe()} retention on {REFERENCE_TEXT}")
 
 
+def pattern_quality(model: ModelSpec) -> Estimate:
+    """Loss of an attention pattern that is not the model's own: unknown unless it was measured, and causal is what it does anyway."""
+    if model.imposed in ("", "causal"):
+        return EXACT
+    return _of_choice("pattern", model.imposed, model)
+
+
 def combine(parts: list[Estimate]) -> Estimate:
     """The loss of several techniques at once: exact ones add nothing; one that is not decides; of more the sum, marked so; one unknown makes all unknown."""
     for part in parts:
@@ -172,6 +180,7 @@ def quality(model: ModelSpec, plan: Plan) -> Estimate:
             activation_quality(model, plan.weights, plan.activations),
             kv_quality(model, plan.kv, plan.weights.dense),
             retention_quality(model, plan),
+            pattern_quality(model),
         ]
     )
 

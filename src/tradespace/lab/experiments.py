@@ -25,6 +25,7 @@ class Experiment:
     module: str
     runner: str = "run"
     parts: tuple[str, ...] = ()
+    on: str = "cpu"  # the kind of device that it needs
 
     def run(self, *, quick: bool, say: Callable[[str], None], only: Sequence[str] = ()) -> Record:
         """Measures (with `only`, these parts), and returns the record. Raises InputError for a part that it does not have."""
@@ -66,6 +67,8 @@ EXPERIMENTS: dict[str, Experiment] = {
         Experiment(name="activations", question="what do activations in int8 cost, beside llama.cpp's?", minutes=4, module="activations"),
         Experiment(name="native-quality", question="does the native path predict as well as the torch path?", minutes=8, module="native_quality"),
         Experiment(name="cpu-speed", question="does the CPU engine hold its bars?", minutes=18, module="cpu_speed", parts=CPU_PARTS),
+        Experiment(name="attention", question="what does attention hold beyond q, k, v and the output, and how does it grow?", minutes=2, module="attention"),
+        Experiment(name="flash", question="is the GPU kernel right, how fast is it, what does it hold?", minutes=2, module="flash", on="cuda"),
         Experiment(name="calibration", question="what do the cost model's measured constants come to here?", minutes=12, module="calibrate"),
         Experiment(
             name="quantize_safety", question="does quantize keep its budget, survive SIGKILL, and does int4 run as int4?", minutes=12, module="quantizing"

@@ -139,6 +139,7 @@ class Candidate:
             weights=self.weights,
             kv=self.kv,
             attention=self.attention,
+            pattern=question.model.imposed,
             linear="native" if self.attention == "native" else question.linear,
             activations=question.activations if self.attention == "native" else "auto",
             max_sequences=self.max_sequences,

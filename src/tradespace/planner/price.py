@@ -15,7 +15,7 @@ from functools import partial
 from math import ceil
 
 from tradespace.cost import calibration, memory, workspace
-from tradespace.cost.quality import EXACT, activation_quality, combine, kv_quality, retention_quality, weight_quality
+from tradespace.cost.quality import EXACT, activation_quality, combine, kv_quality, pattern_quality, retention_quality, weight_quality
 from tradespace.cost.summary import (
     Product,
     Summary,
@@ -205,7 +205,7 @@ class Pricer:
             model = self.question.model
             held = EXACT if weights in self.space.own else weight_quality(model, weights.default)
             parts = [held, activation_quality(model, weights, self.question.activations), kv_quality(model, kv, weights.dense), retention_quality(model, kv)]
-            self._qualities[key] = combine(parts)
+            self._qualities[key] = combine([*parts, pattern_quality(model)])
         return self._qualities[key]
 
     def reasons(self, weights: WeightPlan, kv: KVPlan, kernel: str, placement: Placement, degree: int) -> tuple[str, ...]:

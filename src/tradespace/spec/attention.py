@@ -31,9 +31,11 @@ KERNELS: dict[str, AttentionKernel] = {
         AttentionKernel(
             name="native", memory="O(T)", runs_since="0.2", idea="C++, online softmax over the cache's own pages, split over keys; arXiv:2311.01282"
         ),
-        AttentionKernel(name="flash", memory="O(T)", runs_since=None, idea="tiles in SRAM, Triton; arXiv:2205.14135"),
+        AttentionKernel(name="flash", memory="O(T)", runs_since="0.2", idea="tiles in SRAM, forward and backward, Triton; arXiv:2205.14135, 2307.08691"),
     )
 }
+
+FLASH_WIDTH = 256  # a wider head's tiles do not fit beside each other
 
 
 def find_kernel(name: str) -> AttentionKernel:
@@ -48,6 +50,15 @@ def refusal(kernel: str, mixer: Attention) -> str | None:
         return "torch's fused attention cannot cap the scores (logit_softcap)"
     if kernel == "sdpa" and mixer.sinks:
         return "torch's fused attention has no learned sinks"
+    if kernel in ("sdpa", "native") and mixer.pattern is not None:
+        held = "would need a mask of n² elements" if kernel == "sdpa" else "knows causal attention and windows only"
+        return f"{kernel} {held}: no {mixer.pattern.kind} pattern"
+    if kernel == "flash" and max(mixer.H, mixer.Hv) > FLASH_WIDTH:
+        return f"flash takes heads of up to {FLASH_WIDTH}, not {max(mixer.H, mixer.Hv)}"
+    if kernel == "flash" and mixer.softmax_scale <= 0:
+        return f"flash takes a positive scale of the scores, not {mixer.softmax_scale}"
+    if kernel == "flash" and mixer.chunked and mixer.pattern is not None and mixer.pattern.kind == "sliding":
+        return "flash knows one kind of window at a time: chunks or a sliding pattern"
     return f"{kernel} has no linear position biases (ALiBi)" if mixer.alibi else None
 
 

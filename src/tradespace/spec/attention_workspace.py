@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from tradespace.errors import InputError
 from tradespace.spec.attention import chunk_size
+from tradespace.spec.attention_pattern import BlockSparse, Selected
 from tradespace.spec.mixers import Attention
 
 REFERENCE_ROWS = 8  # queries per tile
@@ -47,8 +48,11 @@ def workspace_bytes(
         return 2 * out + copied + _reference(mixer, max_context)
     if kernel == "chunked":
         return out + copied + _chunked(mixer, min(step_tokens, CHUNKED_QUERIES), max_context)
-    if kernel in ("flash", "native"):  # native: its partial results are among the step's buffers (`spec/native.py`)
-        return out + step_tokens * mixer.N * 4  # one log-sum per query and head
+    if kernel == "native":  # its partial results are among the step's buffers (`spec/native.py`)
+        return out + step_tokens * mixer.N * 4
+    if kernel == "flash":
+        # priced as reading the cache in place, which engines on a GPU will; until one runs there, `triton_flash_layout.pack` copies it together
+        return out + _flash(mixer, step_tokens, max_context, max_sequences)
     if kernel == "sdpa":
         return out + _sdpa(mixer, step_tokens, max_context, max_sequences, kv_tokens, element_bytes, copied, threads)
     raise InputError(f"no workspace formula for attention kernel '{kernel}'")
@@ -77,6 +81,20 @@ def _kept(kernel: str, mixer: Attention, num_queries: int, num_keys: int, elemen
     rows = num_queries * mixer.N * (mixer.H + 3 * mixer.Hv + 6) * 4
     widened = 0 if fused and mixer.Hv == mixer.H else mixer.K * (mixer.H + mixer.Hv) * block * 4 * 2
     return scores + masks + rows + widened + 2 * mixer.K * num_keys * 4 + 24 * num_keys
+
+
+def _flash(mixer: Attention, step_tokens: int, max_context: int, max_sequences: int) -> int:
+    """One log-sum per query and head, eight numbers a sequence, and the lists of a pattern of blocks: chosen ones are scored first, (n/block)² a head."""
+    held = step_tokens * mixer.N * 4 + 32 * max_sequences
+    pattern = mixer.pattern
+    if isinstance(pattern, BlockSparse):
+        blocks = -(-max_context // pattern.block)
+        held += 2 * 4 * blocks * (pattern.local + pattern.leading + pattern.random + 1)
+    if isinstance(pattern, Selected):
+        blocks = -(-max_context // pattern.block)
+        # scores, ranked scores twice, their order (int64) twice, flags; afterwards flags and both lists (int64 pairs)
+        held += mixer.N * blocks * blocks * (3 * 4 + 2 * 8 + 4) + 2 * max_context * (mixer.N + mixer.K) * mixer.H * 4
+    return held
 
 
 def _reference(mixer: Attention, max_context: int) -> int:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
+from tradespace.spec.attention_pattern import Pattern
+
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
@@ -72,9 +74,10 @@ class Mixer(Protocol):
 class Attention:
     """Softmax attention: N query heads share K heads of keys and values (MHA K = N; MQA K = 1, arXiv:1911.02150; GQA, arXiv:2305.13245).
 
-    `window` w lets position t see t-w+1 … t (sliding); with `chunked` it sees its own chunk of w tokens (Llama 4). `sinks` are learned logits that join the
-    softmax and carry no value (gpt-oss). `scale` multiplies q·k; None is H**-0.5. `qk_norm` is an RMS norm of each head ("head", Qwen3, Gemma 3) or of the
-    whole projection ("full", OLMo 2, MiniMax) before the rotation.
+    `window` w lets position t see t-w+1 … t (sliding); with `chunked` it sees its own chunk of w tokens (Llama 4). `pattern` says what
+    else narrows or widens a query's view (None: nothing). `sinks` are learned logits that join the softmax and carry no value (gpt-oss).
+    `scale` multiplies q·k; None is H**-0.5. `qk_norm` is an RMS norm of each head ("head", Qwen3, Gemma 3) or of the whole projection ("full", OLMo 2,
+    MiniMax) before the rotation.
     """
 
     N: int
@@ -84,6 +87,7 @@ class Attention:
     value_H: int | None = None
     window: int | None = None
     chunked: bool = False
+    pattern: Pattern | None = None
     scale: float | None = None
     logit_softcap: float | None = None
     qk_norm: Literal["none", "head", "full"] = "none"

@@ -95,6 +95,7 @@ class ModelSpec:
     stored_dtype: str = "bf16"  # what the published checkpoint holds, before any quantization
     quantization: str | None = None  # the format that the published config names, e.g. "fp8-128x128", "nvfp4", "mxfp4"
     plan_only: str | None = None
+    imposed: str = ""  # an attention pattern that is not the model's own (`attention_imposed.py`); '': none
     extra_parameters: tuple[tuple[str, int], ...] = field(default=())  # (what, count) outside of the decoder: vision towers, MTP heads
     left_out: tuple[str, ...] = ()  # what the checkpoint holds beside the decoder that nobody counted
 

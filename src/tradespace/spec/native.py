@@ -113,6 +113,8 @@ def refusal(model: ModelSpec, kv: KVPlan) -> str | None:
         mixer = layer.mixer
         if not isinstance(mixer, Attention):
             return f"layer {index} of {model.name} is no softmax attention"
+        if mixer.pattern is not None:
+            return f"layer {index} of {model.name} has a {mixer.pattern.kind} attention pattern; native attention knows windows only"
         if mixer.output_gate or mixer.alibi or mixer.value_from_keys or mixer.head_gate:
             return f"layer {index} of {model.name} has attention with gates, linear biases or shared projections"
         if not isinstance(layer.ffn, DenseFFN):

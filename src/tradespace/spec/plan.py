@@ -8,6 +8,7 @@ from typing import Any
 
 from tradespace.errors import InputError
 from tradespace.spec.attention import KERNELS, find_kernel, weights_refusal
+from tradespace.spec.attention_pattern import parse_pattern
 from tradespace.spec.formats import FORMATS
 from tradespace.spec.kv import KVPlan, Retain, drafting_refusal, refusal
 from tradespace.spec.weights import WeightPlan
@@ -37,6 +38,7 @@ class Placement:
 class Plan:
     """memory_bytes: the budget of the pool that the model computes in (host for a CPU, each device otherwise).
 
+    pattern         an attention pattern imposed on the model (`attention_pattern.parse_pattern`); "": the model's own
     attention, linear   kernels; "reference" for both, or "native" for both, gives each request the same bits whatever else is in the batch
     activations     what native products multiply by: see ACTIVATIONS
     max_sequences   most sequences that are in a step at once
@@ -52,6 +54,7 @@ class Plan:
     weights: WeightPlan = field(default_factory=WeightPlan)
     kv: KVPlan = field(default_factory=KVPlan)
     attention: str = "sdpa"
+    pattern: str = ""
     linear: str = "torch"
     activations: str = "auto"
     max_sequences: int = 1
@@ -68,6 +71,8 @@ class Plan:
 
     def __post_init__(self):
         find_kernel(self.attention)
+        if self.pattern:
+            parse_pattern(self.pattern)
         if self.linear not in LINEAR_KERNELS:
             raise InputError(f"unknown linear kernel '{self.linear}'. Known: {', '.join(LINEAR_KERNELS)}")
         if self.activations not in ACTIVATIONS:
@@ -122,6 +127,8 @@ class Plan:
     def describe(self) -> str:
         """One line: what a table of plans shows."""
         parts = [self.weights.describe(), f"KV {self.kv.describe()}", self.attention]
+        if self.pattern:
+            parts.append(f"{self.pattern} imposed")
         if self.placement.streamed_layers:
             parts.append(self.placement.describe())
         if self.tensor_parallel > 1:

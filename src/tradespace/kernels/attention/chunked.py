@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tradespace.kernels.attention.kept import attend_kept, blocks
-from tradespace.kernels.attention.pattern import earliest_key, visible
+from tradespace.kernels.attention.pattern import check_prefix, chosen_blocks, earliest_key, keys_end, visible
 from tradespace.kernels.view import KVView, StepBatch
 from tradespace.spec.attention import chunk_size, refusal
 from tradespace.spec.attention_workspace import CHUNKED_QUERIES as QUERIES
@@ -35,19 +35,33 @@ def attend(
     for span in batch.spans:
         if span.num_queries == 0:
             continue
+        check_prefix(mixer, span)
         k_SKH, v_SKH = view.read(span)
+        chosen_NIJ = chosen_blocks(q_TNH[span.query_start : span.query_start + span.num_queries], k_SKH, span.first_position, mixer)
         row = span.query_start - span.first_position
         for first in range(span.first_position, span.length, queries):
             stop = min(first + queries, span.length)
             low = earliest_key(mixer, first)
             size = block or chunk_size(span.length)
-            out_TNH[row + first : row + stop] = _online(q_TNH[row + first : row + stop], k_SKH[low:stop], v_SKH[low:stop], first, low, mixer, sinks_N, size)
+            end = min(keys_end(mixer, stop), span.length)
+            q_part_TNH = q_TNH[row + first : row + stop]
+            out_TNH[row + first : row + stop] = _online(q_part_TNH, k_SKH[low:end], v_SKH[low:end], first, low, mixer, sinks_N, size, chosen_NIJ)
         del k_SKH, v_SKH  # a copy, if the cache pages: free it before the next one is made
     return out_TNH
 
 
-def _online(q_TNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, first: int, low: int, mixer: Attention, sinks_N: Tensor | None, block: int) -> Tensor:
-    """Queries at positions first … over keys at positions low …, whose last is the last query's own: (T, N, Hv) in fp32."""
+def _online(
+    q_TNH: Tensor,
+    k_SKH: Tensor,
+    v_SKH: Tensor,
+    first: int,
+    low: int,
+    mixer: Attention,
+    sinks_N: Tensor | None,
+    block: int,
+    chosen_NIJ: Tensor | None = None,
+) -> Tensor:
+    """Queries at positions first … over keys at positions low …, whose last is the last that any of them sees: (T, N, Hv) in fp32."""
     num_queries, num_keys = q_TNH.shape[0], k_SKH.shape[0]
     K, G, rows = mixer.K, mixer.G, mixer.G * num_queries
     q_KRH = (q_TNH.float() * mixer.softmax_scale).view(num_queries, K, G, mixer.H).permute(1, 2, 0, 3).reshape(K, rows, mixer.H)
@@ -64,9 +78,12 @@ def _online(q_TNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, first: int, low: int, m
         scores_KRS = torch.bmm(q_KRH, k_SKH[start:stop].float().permute(1, 2, 0))
         if mixer.logit_softcap is not None:
             scores_KRS = torch.tanh(scores_KRS / mixer.logit_softcap) * mixer.logit_softcap
-        if low + stop - 1 > first or earliest_key(mixer, first + num_queries - 1) > low + start:  # else every row sees the whole block
-            hidden_TS = ~visible(mixer, queries_T, torch.arange(low + start, low + stop, device=q_TNH.device))
-            scores_KRS = scores_KRS.view(K, G, num_queries, stop - start).masked_fill(hidden_TS, float("-inf")).view(K, rows, stop - start)
+        if (
+            mixer.pattern is not None or low + stop - 1 > first or earliest_key(mixer, first + num_queries - 1) > low + start
+        ):  # else every row sees the whole block
+            hidden = ~visible(mixer, queries_T, torch.arange(low + start, low + stop, device=q_TNH.device), chosen_NIJ)
+            hidden = hidden if chosen_NIJ is None else hidden.view(K, G, num_queries, stop - start)
+            scores_KRS = scores_KRS.view(K, G, num_queries, stop - start).masked_fill(hidden, float("-inf")).view(K, rows, stop - start)
         new_peak_KR = torch.maximum(peak_KR, scores_KRS.amax(dim=-1)).detach()  # what it is does not change the result: no gradient
         base_KR = new_peak_KR.masked_fill(new_peak_KR == float("-inf"), 0.0)  # a row that has seen no key yet: exp(-inf - 0) = 0, not NaN
         weights_KRS = torch.exp(scores_KRS - base_KR[..., None])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tradespace.errors import UnsupportedError
-from tradespace.kernels.attention import chunked, native, reference, sdpa
+from tradespace.kernels.attention import chunked, native, reference, sdpa, triton_flash
 from tradespace.kernels.view import KVView, StepBatch
 from tradespace.spec.attention import find_kernel, weights_refusal
 from tradespace.spec.mixers import Attention
@@ -29,10 +29,11 @@ KERNELS: dict[str, Callable[[], Attend]] = {
     "chunked": lambda: chunked.attend,
     "sdpa": sdpa.Sdpa,
     "native": lambda: native.attend,
+    "flash": lambda: triton_flash.attend,
 }
-_SUPPORTS = {"reference": reference.supports, "chunked": chunked.supports, "sdpa": sdpa.supports, "native": native.supports}
-# tried in this order where the requested kernel cannot take a layer
-_INSTEAD = ("sdpa", "chunked", "reference")
+_SUPPORTS = {"reference": reference.supports, "chunked": chunked.supports, "sdpa": sdpa.supports, "native": native.supports, "flash": triton_flash.supports}
+# tried in this order where the requested kernel cannot take a layer; under the interpreter flash is for tests alone
+_INSTEAD = {"cuda": ("flash", "chunked", "reference"), "cpu": ("sdpa", "chunked", "reference")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,7 @@ def choose(requested: str, mixer: Attention, dtype: torch.dtype, device: torch.d
         raise UnsupportedError(f"{reasons[requested]}. Choose one of {', '.join(KERNELS)}")
     if reasons[requested] is None:
         return Choice(requested)
-    for name in _INSTEAD:
+    for name in _INSTEAD.get(torch.device(device).type, _INSTEAD["cpu"]):
         reasons[name] = supports(name, mixer, dtype, device, weights=weights)
         if reasons[name] is None:
             return Choice(name, reasons[requested])

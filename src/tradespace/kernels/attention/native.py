@@ -15,6 +15,7 @@ from tradespace.kernels.native import program as ops
 from tradespace.kernels.native.library import Cache, Step
 from tradespace.kernels.native.program import Buffer, Program
 from tradespace.kernels.view import KVView, Span, StepBatch
+from tradespace.spec.attention import refusal
 from tradespace.spec.mixers import Attention
 from tradespace.spec.native import LANES, SLOTS_PER_THREAD, partial_floats, round_up
 
@@ -23,9 +24,7 @@ def supports(mixer: Attention, dtype: torch.dtype, device: torch.device) -> str 
     """Why it cannot compute such a layer; None: it can."""
     if device.type != "cpu":
         return f"native attention runs on the CPU, not on {device.type}"
-    if mixer.alibi:
-        return "native attention has no linear position biases (ALiBi)"
-    return None
+    return refusal("native", mixer)
 
 
 def attend(q_TNH: Tensor, view: KVView, batch: StepBatch, mixer: Attention, sinks_N: Tensor | None = None) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from tradespace.kernels.attention.kept import attend_kept, whole
-from tradespace.kernels.attention.pattern import earliest_key, visible
+from tradespace.kernels.attention.pattern import check_prefix, chosen_blocks, earliest_key, keys_end, visible
 from tradespace.kernels.view import KVView, Span, StepBatch
 from tradespace.spec.attention import refusal
 from tradespace.spec.attention_workspace import REFERENCE_KEYS as KEYS
@@ -40,28 +40,34 @@ def attend(q_TNH: Tensor, view: KVView, batch: StepBatch, mixer: Attention, sink
     for span in batch.spans:
         if span.num_queries == 0:
             continue
+        check_prefix(mixer, span)
         k_SKH, v_SKH = view.read(span)
+        chosen_NIJ = chosen_blocks(q_TNH[span.query_start : span.query_start + span.num_queries], k_SKH, span.first_position, mixer)
         for start in range(span.first_position // ROWS * ROWS, span.length, ROWS):
-            out.append(_tile(q_TNH, k_SKH, v_SKH, span, start, mixer, sinks_N).to(q_TNH.dtype))
+            out.append(_tile(q_TNH, k_SKH, v_SKH, span, start, mixer, sinks_N, chosen_NIJ).to(q_TNH.dtype))
         del k_SKH, v_SKH  # a copy, if the cache pages: free it before the next one is made
     return torch.cat(out)
 
 
-def _tile(q_TNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, span: Span, start: int, mixer: Attention, sinks_N: Tensor | None) -> Tensor:
+def _tile(q_TNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, span: Span, start: int, mixer: Attention, sinks_N: Tensor | None, chosen_NIJ: Tensor | None) -> Tensor:
     """The queries of `span` at positions start … start + ROWS - 1, computed in a full tile."""
     first, stop = max(start, span.first_position), min(start + ROWS, span.length)
     low = earliest_key(mixer, start) // KEYS * KEYS
-    high = -(-(start + ROWS) // KEYS) * KEYS
+    end = keys_end(mixer, start + ROWS)
+    high = -(-end // KEYS) * KEYS
+    last = min(end, span.length) if end > start + ROWS else stop  # keys from here on are padding
     row = span.query_start - span.first_position  # + position: row in the step
     # pad always copies: the products also see the same strides and alignment
     q_RNH = pad(q_TNH[row + first : row + stop].float(), (0, 0, 0, 0, first - start, start + ROWS - stop))
-    k_SKH, v_SKH = (pad(x[low : min(high, stop)].float(), (0, 0, 0, 0, 0, high - min(high, stop))) for x in (k_SKH, v_SKH))
+    k_SKH, v_SKH = (pad(x[low:last].float(), (0, 0, 0, 0, 0, high - last)) for x in (k_SKH, v_SKH))
     q_KRH = q_RNH.view(ROWS, mixer.K, mixer.G, mixer.H).permute(1, 2, 0, 3).reshape(mixer.K, mixer.G * ROWS, mixer.H)
     scores_NRS = (torch.bmm(q_KRH, k_SKH.permute(1, 2, 0)) * mixer.softmax_scale).view(mixer.N, ROWS, high - low)
     if mixer.logit_softcap is not None:
         scores_NRS = torch.tanh(scores_NRS / mixer.logit_softcap) * mixer.logit_softcap
     positions = torch.arange(low, max(high, start + ROWS), device=q_TNH.device)
-    seen_RS = visible(mixer, positions[start - low : start - low + ROWS], positions[: high - low])
+    seen_RS = visible(mixer, positions[start - low : start - low + ROWS], positions[: high - low], chosen_NIJ)
+    if end > start + ROWS:  # a prefix shows what comes later, and padding comes later, too
+        seen_RS = seen_RS & (positions[: high - low] < last)
     scores_NRS = scores_NRS.masked_fill(~seen_RS, float("-inf"))
     if sinks_N is not None:
         scores_NRS = torch.cat([scores_NRS, sinks_N.float()[:, None, None].expand(mixer.N, ROWS, 1)], dim=-1)
