@@ -48,6 +48,7 @@ class Experiment:
         return import_module(f"tradespace.lab.{self.module}").markdown(record)
 
 
+MODELS = ("smollm2-135m", "gemma3-270m")
 CPU_PARTS = ("decode", "prefill", "batch", "start")
 _BUDGET = "does the process stay inside its budget, and is its peak what was predicted?"
 
@@ -61,7 +62,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         Experiment(name="prefix", question="what do shared prefixes gain, and what do they cost where nothing is shared?", minutes=4, module="prefix"),
         Experiment(name="quality", question="what does each weight format cost in KL divergence?", minutes=12, module="quality"),
         Experiment(name="sweep", question="which format by which method, at how many bytes?", minutes=15, module="sweep"),
-        Experiment(name="quantizers", question="which quantizer makes the most of the same bits?", minutes=10, module="quantizers"),
+        Experiment(name="quantizers", question="which quantizer makes the most of the same bits?", minutes=10, module="quantizers", parts=MODELS),
         Experiment(name="kv-quality", question="what does holding less of the past cost in KL divergence?", minutes=15, module="kv_quality"),
         Experiment(name="agreement", question="does it compute what llama.cpp computes?", minutes=6, module="agreement"),
         Experiment(name="activations", question="what do activations in int8 cost, beside llama.cpp's?", minutes=4, module="activations"),

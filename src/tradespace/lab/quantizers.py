@@ -100,19 +100,18 @@ def quick_cases(group: int) -> list[Case]:
     ]
 
 
-def run(*, quick: bool, say: Say) -> Record:
-    """Every case on both models. Where an accelerator computes, a few cases to a process: what limits one of them is the launching of small kernels."""
+def run(*, quick: bool, say: Say, only: Sequence[str] = tuple(MODELS)) -> Record:
+    """Every case on these models. Where an accelerator computes, a few cases to a process: what limits one of them is the launching of small kernels."""
     device, size = this_machine(), QUICK if quick else Size() if torch.cuda.is_available() else ON_CPU
-    jobs = [
-        (model, group, size, tuple(quick_cases(group) if quick else cases(group))) for model, group in (list(MODELS.items())[:1] if quick else MODELS.items())
-    ]
+    chosen = [(model, group) for model, group in MODELS.items() if model in only]
+    jobs = [(model, group, size, tuple(quick_cases(group) if quick else cases(group))) for model, group in (chosen[:1] if quick else chosen)]
     if torch.cuda.is_available():
         jobs = [(model, group, size, some) for model, group, size, wanted in jobs for some in split(wanted)]
         with multiprocessing.get_context("spawn").Pool(len(jobs)) as pool:
             found = pool.starmap(measure_model, jobs)
     else:
         found = [measure_model(*job) for job in jobs]
-    rows = [row for rows in found for row in rows]
+    rows = [{"part": job[0]} | row for job, rows in zip(jobs, found, strict=True) for row in rows]
     shutil.rmtree(rows_folder(size))
     for row in rows:
         say(f"{row['model']} {row['format']} {row['method']} {row['scope']} {row['rule']}: KL {row['mean_kl']:.4g} ± {row['kl_error']:.1g}")
