@@ -16,6 +16,7 @@ from torch import Tensor
 from tradespace.errors import InputError
 from tradespace.kernels.view import Span, StepBatch, positions_of
 from tradespace.kv.cache import KVCache
+from tradespace.spec.kv import sharing_refusal
 from tradespace.spec.model import ModelSpec
 
 ROWS = 64  # rows of logits held at a time: 64 × 262k × fp32 = 64 MiB for the largest vocabulary in use
@@ -131,18 +132,19 @@ class Forward:
             skipped = self._shared_blocks(passage, written=spans[-1].length) if spans else 0
             fresh = self._num_blocks(length) - skipped
             too_long = self.cache is not None and (len(tokens) + length - skipped * self.block_size > self.step_tokens or self._over(used_blocks + fresh))
+            too_long = too_long or (self.cache is not None and len(spans) == self.cache.max_sequences and self.cache.plan.places_tokens)
             if too_long or (self.cache is None and tokens and len(tokens) + length > PACKED_TOKENS):
                 break
             table = (*before[:skipped], *range(used_blocks, used_blocks + fresh))
             start = skipped * self.block_size
-            spans.append(Span(len(tokens), length - start, length, table if self.cache is not None else ()))
+            spans.append(Span(len(tokens), length - start, length, table if self.cache is not None else (), len(spans)))
             tokens += passage.ids[start:length]
             used_blocks, before, at = used_blocks + fresh, table, at + 1
         return spans, tokens
 
     def _shared_blocks(self, passage: Passage, *, written: int) -> int:
         """Whole blocks of keys and values that the passage before has `written` already: what is scored is computed, and at least one token."""
-        if self.cache is None or self.cache.plan.layout != "paged":
+        if self.cache is None or self.cache.plan.layout != "paged" or self.cache.plan.of_input or sharing_refusal(self.cache.plan):
             return 0
         return min(passage.shared, passage.first - 1, len(passage.ids) - 2, written) // self.block_size
 
@@ -182,11 +184,12 @@ class Forward:
 
     @torch.inference_mode()
     def _step(self, spans: Sequence[Span], tokens: list[int]) -> Tensor:
-        batch = StepBatch.from_spans(spans, block_size=self.block_size)
+        placed = self.cache is not None and self.cache.plan.places_tokens  # such a cache finds tokens their slots itself
+        batch = StepBatch.from_spans(spans, block_size=0 if placed else self.block_size)
         return self.transformer.forward(torch.tensor(tokens, dtype=torch.int64), positions_of(spans), batch, self.cache)
 
     def _num_blocks(self, tokens: int) -> int:
-        return -(-tokens // self.block_size) if self.cache is not None else 0
+        return -(-self.cache.plan.retain.tokens(tokens) // self.block_size) if self.cache is not None else 0
 
     def _over(self, num_blocks: int) -> bool:
         return self.cache is not None and num_blocks > self.cache.num_blocks
