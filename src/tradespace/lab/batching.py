@@ -112,7 +112,7 @@ def markdown(record: Record) -> str:
     table = []
     for row in record.rows:
         name = f"{row['weights']}, {row['regions']} regions"
-        for policy in POLICIES:
+        for policy in row["steps"]:
             ratio = record.figures.get(f"{name}: continuous over {policy}")
             cells = (f"{record.figures[f'{name}: {policy}'].median:.0f}", f"{row['steps'][policy]:,}", f"{row['rows'][policy]:,}")
             more = (f"{ratio.median:.2f}×", f"{row['rows'][policy] / row['rows']['continuous']:.2f}×") if ratio else ("", "")
