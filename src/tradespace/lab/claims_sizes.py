@@ -300,10 +300,8 @@ def batch_cache() -> Found:
     model = find_model("llama-2-70b")
     one, many, full = kv_cache_bytes(model, 4096) / GB, kv_cache_bytes(model, 4096, 16) / GB, kv_cache_bytes(all_heads(model), 4096, 16) / GB
     holds = near(one, 1, 0.05) and near(many, 16, 0.05) and near(full, 128, 0.05)
-    return judged(
-        holds,
-        f"{one:.2f} GB a sample, {many:.1f} GB for 16, {full:.0f} GB with 64 heads ({layer_token_bytes(model, 0, KVPlan(store='fp16'))} bytes a token and layer)",
-    )
+    each = layer_token_bytes(model, 0, KVPlan(store="fp16"))
+    return judged(holds, f"{one:.2f} GB a sample, {many:.1f} GB for 16, {full:.0f} GB with 64 heads ({each} bytes a token and layer)")
 
 
 def planned_70b() -> Found:

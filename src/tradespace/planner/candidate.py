@@ -4,7 +4,8 @@ The rule for "best", in this order:
 1. comfort: plans with all layers resident and at least MIN_BITS bits a weight; then plans that stream layers, as every token waits for a link; then fewer bits;
 2. quality: a loss of at most QUALITY_LIMIT nats per token counts as none; beyond it the smaller loss wins; unknown comes after every known loss, and among
    unknowns the format with more bits, first of the weights, then of the cache;
-3. a quantized checkpoint's own formats, before any that it would have to be quantized to once more;
+3. a quantized checkpoint's own formats, before any that it would have to be quantized to once more, and a cache of floats before one that rounds to codes:
+   who wants that for more or longer sequences says so (--kv-store), or gets it where nothing else fits;
 4. speed: seconds to serve the workload once (`cost.time.request_seconds`), prompts included, so that sequences which have to wait count;
 5. shared prefixes: at equal speed a layout in which requests can share them, the smaller its blocks the more;
 6. bytes, and between plans equal in all that the smaller loss.
@@ -117,10 +118,11 @@ class Candidate:
 
     @cached_property
     def preference(self) -> tuple[float, ...]:
-        """Smaller is better: comfort, quality, own formats, speed, shared prefixes, bytes, and between equals the loss below the limit."""
+        """Smaller is better: comfort, quality, own formats and a cache of floats, speed, shared prefixes, bytes, and at last the smaller loss."""
         loss = float("inf") if self.quality.value is None else self.quality.value
         grain = float(self.kv.block_size) if self.kv.prefix_sharing else float("inf")
-        return (self.comfort, *self.quality_key, float(self.requantized), self.request_s, grain, float(self.total_bytes), loss)
+        rounded = float(self.requantized) + (self.kv.min_bits < 16)
+        return (self.comfort, *self.quality_key, rounded, self.request_s, grain, float(self.total_bytes), loss)
 
     @cached_property
     def objectives(self) -> tuple[float, ...]:

@@ -147,7 +147,7 @@ FORMATS |= {short: FORMATS[name] for short, name in ALIASES.items()}
 def find_format(name: str) -> WeightFormat:
     """The format of this name, or InputError with the list."""
     if name not in FORMATS:
-        close = get_close_matches(name[:40].lower(), FORMATS, n=3, cutoff=0.6)
+        close = get_close_matches(str(name)[:40].lower(), FORMATS, n=3, cutoff=0.6)
         hint = f"Closest: {', '.join(close)}. " if close else ""
         raise InputError(f"unknown weight format '{name}'. {hint}Known: {', '.join(FORMATS)}")
     return FORMATS[name]

@@ -17,6 +17,7 @@ from tradespace.kernels.attention.kept import attend_kept, whole
 from tradespace.kernels.attention.pattern import check_prefix, chosen_blocks, earliest_key, keys_end, visible
 from tradespace.kernels.view import KVView, Span, StepBatch
 from tradespace.spec.attention import refusal
+from tradespace.spec.attention_pattern import Prefix
 from tradespace.spec.attention_workspace import REFERENCE_KEYS as KEYS
 from tradespace.spec.attention_workspace import REFERENCE_ROWS as ROWS
 from tradespace.spec.mixers import Attention
@@ -66,7 +67,7 @@ def _tile(q_TNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, span: Span, start: int, m
         scores_NRS = torch.tanh(scores_NRS / mixer.logit_softcap) * mixer.logit_softcap
     positions = torch.arange(low, max(high, start + ROWS), device=q_TNH.device)
     seen_RS = visible(mixer, positions[start - low : start - low + ROWS], positions[: high - low], chosen_NIJ)
-    if end > start + ROWS:  # a prefix shows what comes later, and padding comes later, too
+    if isinstance(mixer.pattern, Prefix):  # it shows what comes later, and padding comes later, too
         seen_RS = seen_RS & (positions[: high - low] < last)
     scores_NRS = scores_NRS.masked_fill(~seen_RS, float("-inf"))
     if sinks_N is not None:
