@@ -14,7 +14,8 @@ from native.sanitized import examples
 from native.test_recorded import EXACT, _copy, _random_model, _spec
 from tradespace.errors import EngineError, UnsupportedError
 from tradespace.formats.native import NativeWeight
-from tradespace.kernels.native import unavailable
+from tradespace.kernels.native import load, unavailable
+from tradespace.kernels.native.compiler import ISAS, cpu_flags
 from tradespace.kernels.view import Span, StepBatch, positions_of
 from tradespace.kv.cache import STORES, KVCache
 from tradespace.model.transformer import Transformer
@@ -135,3 +136,21 @@ def test_other_stores_have_no_tiles():
         tiled.view(0)
     with pytest.raises(EngineError, match="no tiles"):
         slots.tiled_planes(0)
+
+
+@pytest.mark.parametrize("store", CODED)
+@pytest.mark.parametrize("isa", [isa for isa, (need, _) in ISAS.items() if need <= cpu_flags()])
+def test_instruction_sets_agree(isa, store, monkeypatch):
+    """The specification's codes of the keys and values that each computes; logits as near as a code that rounds the other way lets them be."""
+    model = _random_model(_spec(6, 2, 20, 12, window=70), EXACT)
+    tokens_T = torch.randint(0, model.spec.V, (150,))
+    best = RecordedStepper(model, 1, store=store).step({0: tokens_T})[0]
+    monkeypatch.setattr("tradespace.model.recorded.load", lambda: load(isa))
+    stepper, plain = RecordedStepper(model, 1, store=store), RecordedStepper(model, 1)
+    torch.testing.assert_close(stepper.step({0: tokens_T})[0], best, atol=5e-2, rtol=5e-2)
+    plain.step({0: tokens_T})
+    mixer = model.spec.layers[0].mixer
+    assert isinstance(mixer, Attention)
+    for (x_SKW,), parts in zip(by_slots(plain.cache, 0, mixer), by_slots(stepper.cache, 0, mixer), strict=True):
+        for part, expected in zip(parts, STORES[store].encode(x_SKW[: len(tokens_T)].reshape(-1, x_SKW.shape[-1])), strict=True):
+            assert torch.equal(part[: len(tokens_T)].reshape(expected.shape), expected)
