@@ -12,6 +12,9 @@ from tradespace.model.transformer import Transformer
 from tradespace.spec.kv import KVPlan
 from tradespace.spec.native import block_slots
 
+# what values hold that nobody wrote; 249 is a number in fp8, too
+NOISE = {torch.float32: -9, torch.float16: -9, torch.bfloat16: -9, torch.int8: -9, torch.uint8: 249}
+
 
 class RecordedStepper:
     """Sequences in a tiled cache, advanced by ragged steps of any number of tokens each."""
@@ -27,9 +30,12 @@ class RecordedStepper:
         self.cache = KVCache(model.spec, plan, num_blocks=count * per_sequence, block_size=self.block_size, dtype=model.dtype, order="tiles")
         # what lies in blocks that nobody wrote must not matter
         for index in model.spec.attention_layers:
-            view = self.cache.view(index)
-            view.k_SKH.fill_(7.0)
-            view.v_SKH.fill_(-9.0)
+            held = self.cache.tiled_planes(index)
+            held.keys.fill_(7)
+            held.values.fill_(NOISE[held.values.dtype])
+            for scales in (held.key_scales, held.value_scales):
+                if scales is not None:
+                    scales.fill_(torch.nan)
         self.blocks = [tuple(range(i, count * per_sequence, count)) for i in range(count)]
         self.model = Recorded(model, step_tokens=step_tokens, logit_rows=step_tokens, threads=threads)
         self.model.record(self.cache)

@@ -52,7 +52,7 @@ def engine_of(model: Transformer, *, store: str = "fp16", prefix_sharing: bool, 
 
 
 @pytest.mark.parametrize("changes", [{}, {"step_tokens": 19}, {"kv_tokens": CONTEXT}, {"max_sequences": 2}], ids=lambda changes: ",".join(changes) or "all")
-@pytest.mark.parametrize(("weights", "store"), [("fp32", "fp32"), ("bf16", "fp16")])
+@pytest.mark.parametrize(("weights", "store"), [("fp32", "fp32"), ("bf16", "fp16"), ("bf16", "int8")])
 def test_logits_are_the_same_bits(weights, store, changes):
     """Prompts with a common beginning, whole prompts known, samples that copy a block, chunks and preemptions; twice over one cache."""
     model = _random_model(SPEC, WeightPlan(default=weights, layout="native"))

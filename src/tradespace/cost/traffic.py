@@ -84,7 +84,7 @@ def attention_flops(summary: Summary, pairs_of: Callable[[int | None], float]) -
 
 def kernel_traffic_factor(kernel: str, gathered: bool) -> int:
     """How often keys and values pass through memory: once; read, written and read again where they are gathered first. Fused kernels read blocks in place."""
-    return 3 if gathered and kernel != "flash" else 1
+    return 3 if gathered and kernel not in ("flash", "native") else 1
 
 
 def score_traffic_bytes(summary: Summary, kernel: str, pairs: float, degree: int) -> float:

@@ -39,7 +39,7 @@ from tradespace.spec.kv_stores import STORES as STORE_SPECS
 from tradespace.spec.kv_stores import Store
 from tradespace.spec.mixers import Attention
 from tradespace.spec.model import ModelSpec
-from tradespace.spec.native import LANES
+from tradespace.spec.native import LANES, cache_refusal
 
 RETAIN = {"full": Full, "sliding": Sliding, "h2o": H2O, "snapkv": SnapKV, "recent": Recent}
 LAYOUTS = {"contiguous": Contiguous, "paged": Paged}
@@ -57,6 +57,20 @@ STORES: dict[str, Codec] = {
     "int2-token-tail": Grouped(2, 32),
 }
 STORES |= {name: STORES[store.codec] for name, store in STORE_SPECS.items() if store.of_input}
+TILED = "this cache lies in the native kernels' tiles: only a recorded step reads and writes it"
+
+
+@dataclass(frozen=True, slots=True)
+class Tiled:
+    """One layer's planes in tiles, shaped as by slots: within a block of P tokens keys lie as (K, P/16, H, 16), values as (K, P, Hv), scales as (K, P).
+
+    int8 alone has scales.
+    """
+
+    keys: Tensor
+    values: Tensor
+    key_scales: Tensor | None
+    value_scales: Tensor | None
 
 
 class KVCache:
@@ -65,7 +79,7 @@ class KVCache:
     Paged: block_size is the plan's. Contiguous: block_size is the most that a sequence keeps, num_blocks the number of sequences.
     max_sequences, max_context: rows for what a sequence keeps beside its blocks (tails, token ids), and the length of its ids.
     order "slots": token after token, (slots, K, H), as torch's kernels read it. "tiles": the same bytes, within a block by head, keys in tiles of 16 tokens,
-    as the native kernels read it; they read and write the planes themselves.
+    scales as [head][token], as the native kernels read it; they read and write the planes themselves.
     """
 
     def __init__(
@@ -85,7 +99,7 @@ class KVCache:
             raise UnsupportedError(
                 f"KV cache {plan.describe()} is priced but has no implementation yet. Runs: {', '.join(RETAIN)} × {', '.join(LAYOUTS)} × {', '.join(STORES)}"
             )
-        if (reason := model_refusal(model, plan)) is not None:
+        if reason := model_refusal(model, plan) or (cache_refusal(plan) if order == "tiles" else None):
             raise UnsupportedError(reason)
         if num_blocks < 1 or block_size < 1:
             raise InputError(f"a KV cache needs at least one block of one token; got {num_blocks} blocks of {block_size}")
@@ -157,7 +171,9 @@ class KVCache:
         # made anew each time: views that the cache kept would make a cycle, and the planes would live on until some collection finds it
         plan, mixer = self.plan, self._mixers[layer]
         if plan.is_plain:
-            return LayerView(self, *self.plain_planes(layer))
+            return LayerView(self, *self._planes[layer])
+        if self.order != "slots":
+            raise EngineError(TILED)
         held = self._held[layer]
         if isinstance(held, tuple):
             return TailView(self, mixer, *held)
@@ -168,12 +184,12 @@ class KVCache:
             return (RecentView if plan.retain.rebuilds else SlidingView)(self, mixer, held)
         return InputView(self, mixer, held) if isinstance(held, Input) else CodedView(self, mixer, held)
 
-    def plain_planes(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of a layer as they lie, for kernels that read and write them themselves; EngineError where they are no plain floats."""
-        if not self.plan.is_plain:
-            raise EngineError(f"a cache of {self.plan.describe()} has no planes of floats")
-        k_SKH, v_SKH = self._planes[layer]
-        return k_SKH, v_SKH
+    def tiled_planes(self, layer: int) -> Tiled:
+        """A layer's planes as they lie, for kernels that read and write them themselves; EngineError where the cache has another order."""
+        if self.order != "tiles":
+            raise EngineError(f"a cache of {self.plan.describe()} by slots has no tiles")
+        planes, half = self._planes[layer], len(self._planes[layer]) // 2
+        return Tiled(planes[0], planes[half], *((planes[1], planes[3]) if half == 2 else (None, None)))
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copies block src to block dst for every (src, dst), in every layer, as if all at once: what copy-on-write needs."""
@@ -236,7 +252,7 @@ class LayerView(Immediate):
 
     def _by_slots(self) -> Dense:
         if self.cache.order != "slots":
-            raise EngineError("this cache lies in the native kernels' tiles: only a recorded step reads and writes it")
+            raise EngineError(TILED)
         store = STORES[self.cache.plan.store]
         assert isinstance(store, Dense)
         return store

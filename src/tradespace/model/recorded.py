@@ -133,8 +133,9 @@ class Recorded:
         """From the qkv product's result in `wide` to the heads' outputs in `mixed`."""
         a, transformer = mixer.mixer, self.transformer
         rope = transformer.layer_ropes[index]
-        keys, values = cache.plain_planes(index)
-        planes = Cache(keys.data_ptr(), values.data_ptr(), cache.block_size, ops.STORES[cache.plan.store], a.K, a.H, a.Hv)
+        held = cache.tiled_planes(index)
+        keys, values, *scales = (None if plane is None else plane.data_ptr() for plane in (held.keys, held.values, held.key_scales, held.value_scales))
+        planes = Cache(keys, values, cache.block_size, ops.STORES[cache.plan.store], a.K, a.H, a.Hv, *scales)
         heads = {"in_": self.wide, "heads": a.N, "kv_heads": a.K, "head_width": a.H, "value_width": a.Hv, "cache": planes, "scale": a.softmax_scale}
         flags = 0
         if mixer.q_norm is not None and mixer.k_norm is not None:
@@ -143,7 +144,7 @@ class Recorded:
         if rope is not None:
             heads |= {"table": transformer.rope_tables[rope].table_SH2, "dims": rope.dims}
             flags |= ops.INTERLEAVED if rope.interleaved else 0
-        self.body.keep += [keys, values]
+        self.body.keep.append(held)
         self.body.add(ops.HEADS, **heads, flags=flags)
         self.body.add(
             ops.ATTEND,

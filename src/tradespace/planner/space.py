@@ -80,7 +80,9 @@ class Space:
         """KV stores that make sense beside the activations: theirs, bf16 under fp32, and all narrower ones. Native steps hold 16 bits unless told not to."""
         dense = weights.dense
         if weights.layout == "native":
-            return ("fp16",) if self.stores is None or self.own_store else tuple(name for name in self.stores if self.kv_plan(name, "paged", 16).is_plain)
+            if self.stores is None or self.own_store:
+                return ("fp16",)
+            return tuple(name for name in self.stores if native.cache_refusal(self.kv_plan(name, "paged", 16)) is None)
         if self.stores is not None:
             return (dense, *self.stores) if self.own_store else self.stores
         exact = (dense, "bf16") if dense == "fp32" else (dense,)

@@ -20,6 +20,7 @@ SUPER_SECTIONS = 8
 CHUNK = 64  # keys of a partial result of attention
 ROWS = 12  # query rows that share a pass over the keys
 SLOTS_PER_THREAD = 64  # partial results that attention keeps for each thread
+KV_STORES = ("fp32", "fp16", "bf16", "int8", "fp8")  # that attention reads and writes, keys and values alike
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,14 +102,21 @@ def runs(format_name: str) -> bool:
     return format_name in FORMAT_KINDS
 
 
-def refusal(model: ModelSpec, kv: KVPlan) -> str | None:
-    """Why the native step cannot compute such a model with such a cache; None: it can."""
+def cache_refusal(kv: KVPlan) -> str | None:
+    """Why native attention cannot read such a cache, whatever the model; None: it can."""
     if kv.retain.kind != "full":
         return f"native attention reads caches that retain everything, not {kv.retain.kind}"
-    if not kv.is_plain:
-        return f"native attention reads fp32, fp16 and bf16 caches, not {kv.describe_store()}"
+    if kv.store not in KV_STORES or kv.value_store != kv.store:
+        return f"native attention reads keys and values alike in {', '.join(KV_STORES)}, not {kv.describe_store()}"
     if kv.layout == "paged" and kv.block_size % LANES:
         return f"native attention reads keys in tiles of {LANES}: the block size must be a multiple of that, not {kv.block_size}"
+    return None
+
+
+def refusal(model: ModelSpec, kv: KVPlan) -> str | None:
+    """Why the native step cannot compute such a model with such a cache; None: it can."""
+    if reason := cache_refusal(kv):
+        return reason
     for index, layer in enumerate(model.layers):
         mixer = layer.mixer
         if not isinstance(mixer, Attention):

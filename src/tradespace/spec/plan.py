@@ -11,6 +11,7 @@ from tradespace.spec.attention import KERNELS, find_kernel, weights_refusal
 from tradespace.spec.attention_pattern import parse_pattern
 from tradespace.spec.formats import FORMATS
 from tradespace.spec.kv import KVPlan, Retain, drafting_refusal, refusal
+from tradespace.spec.native import cache_refusal
 from tradespace.spec.weights import WeightPlan
 
 # how x @ W.T is computed: "reference" in fp32 over fixed tiles of rows, "torch" as the library does it best, "native" the whole step in C++ on a CPU
@@ -110,8 +111,8 @@ class Plan:
             reasons.append(found)
         if self.kv.retain.evicts and (found := weights_refusal(self.attention)) is not None:
             reasons.append(found)
-        if self.attention == "native" and not self.kv.is_plain:
-            reasons.append(f"native attention over {self.kv.describe()}")
+        if self.attention == "native" and (found := cache_refusal(self.kv)) is not None:
+            reasons.append(found)
         if KERNELS[self.attention].runs_since is None:
             reasons.append(f"attention kernel {self.attention}")
         if self.placement.runs_since is None:

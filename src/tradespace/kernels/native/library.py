@@ -65,6 +65,8 @@ class Cache(c.Structure):
         ("heads", c.c_int32),
         ("key_width", c.c_int32),
         ("value_width", c.c_int32),
+        ("key_scales", c.c_void_p),
+        ("value_scales", c.c_void_p),
     )
 
 

@@ -14,7 +14,7 @@ EMBED, NORM, PRODUCT, HEADS, ATTEND, PREPARE, ACTIVATE, FINISH_LOGITS = range(8)
 ROWS, ADD, INTERLEAVED, GATED, ACCUMULATE, NORM_FULL = 1, 2, 4, 8, 32, 64
 NORMS = {"none": 0, "rms": 1, "layer": 2}
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu2": 4, "identity": 5}
-STORES = {"fp32": 0, "fp16": 1, "bf16": 2}
+STORES = {"fp32": 0, "fp16": 1, "bf16": 2, "int8": 3, "fp8": 4}
 # operations that a thread does for its own rows of the step: one after the other, they need not wait for the other threads
 _BY_ROW = (EMBED, NORM)
 

@@ -8,43 +8,24 @@
 
 namespace ts {
 
-static inline int64_t width_bytes(int store) { return store == STORE_F32 ? 4 : 2; }
-
-template <int STORE>
-TS_INLINE vf load_stored(const void* base, int64_t element) {
-  if constexpr (STORE == STORE_F32) return load((const float*)base + element);
-  if constexpr (STORE == STORE_F16) return load_half((const uint16_t*)base + element);
-  return load_bf16((const uint16_t*)base + element);
-}
-
-static inline void store_one(void* base, int64_t element, int store, float value) {
-  if (store == STORE_F32) ((float*)base)[element] = value;
-  else if (store == STORE_F16) ((uint16_t*)base)[element] = float_to_half(value);
-  else ((uint16_t*)base)[element] = float_to_bf16(value);
-}
-
-// element at which the 16 keys from `position` on begin (position a multiple of 16), and at which one token's value begins
-TS_INLINE int64_t key_tile(const Cache& c, const int32_t* table, int64_t position, int head) {
+// slot of a token and head: where its value and its scales lie; its tile of keys begins at that of the tile's first token
+TS_INLINE int64_t slot_of(const Cache& c, const int32_t* table, int64_t position, int head) {
   const int64_t block = table[position / c.block_size], inside = position % c.block_size;
-  return ((block * c.heads + head) * c.block_size + inside) * c.key_width;
-}
-TS_INLINE int64_t value_row(const Cache& c, const int32_t* table, int64_t position, int head) {
-  const int64_t block = table[position / c.block_size], inside = position % c.block_size;
-  return ((block * c.heads + head) * c.block_size + inside) * c.value_width;
+  return (block * c.heads + head) * c.block_size + inside;
 }
 
 // where the tiles of a chunk lie: found once for all rows, as a division takes as long as many products
 struct Tiles {
   int count;
-  int64_t keys[CHUNK / LANES], values[CHUNK / LANES];
+  int64_t slots[CHUNK / LANES], keys[CHUNK / LANES], values[CHUNK / LANES];
 };
 
 static Tiles tiles_of(const Cache& c, const int32_t* table, int64_t start, int64_t end, int head) {
   Tiles found;
   found.count = (int)((end - start + LANES - 1) / LANES);
   for (int t = 0; t < found.count; t++) {
-    const int64_t position = start + t * LANES, block = table[position / c.block_size], inside = position % c.block_size;
-    const int64_t slot = (block * c.heads + head) * c.block_size + inside;
+    const int64_t slot = slot_of(c, table, start + t * LANES, head);
+    found.slots[t] = slot;
     found.keys[t] = slot * c.key_width;
     found.values[t] = slot * c.value_width;
   }
@@ -53,18 +34,18 @@ static Tiles tiles_of(const Cache& c, const int32_t* table, int64_t start, int64
 
 void expect_key(const Cache& c, const Step& step, int64_t sequence, int64_t position, int head) {
   const int64_t width = width_bytes(c.store);
-  const char* tile = (const char*)c.keys + key_tile(c, step.tables + sequence * step.table_width, position / LANES * LANES, head) * width;
+  const char* tile = (const char*)c.keys + slot_of(c, step.tables + sequence * step.table_width, position / LANES * LANES, head) * c.key_width * width;
   for (int64_t byte = 0; byte < c.key_width * LANES * width; byte += 64) __builtin_prefetch(tile + byte, 1, 3);
 }
 
 void write_key(const Cache& c, const Step& step, int64_t sequence, int64_t position, int head, const float* k) {
-  const int64_t base = key_tile(c, step.tables + sequence * step.table_width, position / LANES * LANES, head) + position % LANES;
-  for (int64_t d = 0; d < c.key_width; d++) store_one(c.keys, base + d * LANES, c.store, k[d]);
+  const int64_t lane = position % LANES, tile = slot_of(c, step.tables + sequence * step.table_width, position - lane, head);
+  store_vector(c.store, c.keys, tile * c.key_width + lane, LANES, c.key_scales ? c.key_scales + tile + lane : nullptr, k, c.key_width);
 }
 
 void write_value(const Cache& c, const Step& step, int64_t sequence, int64_t position, int head, const float* v) {
-  const int64_t base = value_row(c, step.tables + sequence * step.table_width, position, head);
-  for (int64_t d = 0; d < c.value_width; d++) store_one(c.values, base + d, c.store, v[d]);
+  const int64_t slot = slot_of(c, step.tables + sequence * step.table_width, position, head);
+  store_vector(c.store, c.values, slot * c.value_width, 1, c.value_scales ? c.value_scales + slot : nullptr, v, c.value_width);
 }
 
 int64_t partial_floats(int64_t value_width) { return ROWS * round_up(value_width, LANES) + 2 * LANES; }
@@ -99,14 +80,21 @@ static void clear(Partial& p) {
 // `ahead`, where it is not null, are the tiles of the chunk that this thread computes next: they are asked for one line at a time, while this one is computed,
 // since pages are too short a run in memory for the hardware to see them coming.
 template <int STORE, int NQ, int TILES>
-TS_INLINE void score_tiles(const Attention& a, const Block& b, int first_row, const int64_t* tiles, float* scores, const int64_t* ahead) {
-  constexpr int WIDTH = STORE == STORE_F32 ? 4 : 2;
+TS_INLINE void score_tiles(const Attention& a, const Block& b, int first_row, const Tiles& chunk, int first_tile, float* scores, const Tiles* ahead) {
+  constexpr int WIDTH = width_bytes(STORE);
+  const int64_t* tiles = chunk.keys + first_tile;
+  const int64_t* next = ahead && first_tile + TILES <= ahead->count ? ahead->keys + first_tile : nullptr;
+  if (STORE == STORE_I8 && next)
+    for (int t = first_tile; t < first_tile + TILES; t++) {
+      __builtin_prefetch(a.cache.key_scales + ahead->slots[t], 0, 2);
+      __builtin_prefetch(a.cache.value_scales + ahead->slots[t], 0, 2);
+    }
   vf acc[NQ][TILES];
   for (int i = 0; i < NQ; i++)
     for (int t = 0; t < TILES; t++) acc[i][t] = vf{};
   for (int64_t d = 0; d < a.cache.key_width; d++) {
-    if (ahead && d * LANES * WIDTH % 64 == 0)
-      for (int t = 0; t < TILES; t++) __builtin_prefetch((const char*)a.cache.keys + (ahead[t] + d * LANES) * WIDTH, 0, 2);
+    if (next && d * LANES * WIDTH % 64 == 0)
+      for (int t = 0; t < TILES; t++) __builtin_prefetch((const char*)a.cache.keys + (next[t] + d * LANES) * WIDTH, 0, 2);
     vf k[TILES];
     for (int t = 0; t < TILES; t++) k[t] = load_stored<STORE>(a.cache.keys, tiles[t] + d * LANES);
 TS_UNROLL(12)
@@ -115,21 +103,25 @@ TS_UNROLL(12)
       for (int t = 0; t < TILES; t++) acc[i][t] = fma(k[t], q, acc[i][t]);
     }
   }
-  for (int i = 0; i < NQ; i++)
-    for (int t = 0; t < TILES; t++) store(scores + (first_row + i) * CHUNK + t * LANES, acc[i][t]);
+  scores += first_tile * LANES;
+  for (int t = 0; t < TILES; t++) {
+    if constexpr (is_scaled(STORE)) {
+      const vf scales = token_scales<STORE>(a.cache.key_scales, chunk.slots[first_tile + t]);
+      for (int i = 0; i < NQ; i++) acc[i][t] = acc[i][t] * scales;
+    }
+    for (int i = 0; i < NQ; i++) store(scores + (first_row + i) * CHUNK + t * LANES, acc[i][t]);
+  }
 }
 
 template <int STORE, int NQ>
 TS_INLINE void score_rows(const Attention& a, const Block& b, int first_row, const Tiles& chunk, float* scores, const Tiles* next) {
-  const int64_t* tiles = chunk.keys;
   const int num_tiles = chunk.count;
-  auto ahead = [&](int t, int count) { return next && t + count <= next->count ? next->keys + t : nullptr; };
   int t = 0;
   if constexpr (NQ <= MOST_ROWS_BY_FOUR)
-    for (; t + 4 <= num_tiles; t += 4) score_tiles<STORE, NQ, 4>(a, b, first_row, tiles + t, scores + t * LANES, ahead(t, 4));
+    for (; t + 4 <= num_tiles; t += 4) score_tiles<STORE, NQ, 4>(a, b, first_row, chunk, t, scores, next);
   if constexpr (NQ <= 6)
-    for (; t + 2 <= num_tiles; t += 2) score_tiles<STORE, NQ, 2>(a, b, first_row, tiles + t, scores + t * LANES, ahead(t, 2));
-  for (; t < num_tiles; t++) score_tiles<STORE, NQ, 1>(a, b, first_row, tiles + t, scores + t * LANES, ahead(t, 1));
+    for (; t + 2 <= num_tiles; t += 2) score_tiles<STORE, NQ, 2>(a, b, first_row, chunk, t, scores, next);
+  for (; t < num_tiles; t++) score_tiles<STORE, NQ, 1>(a, b, first_row, chunk, t, scores, next);
 }
 
 template <int STORE, int NQ>
@@ -234,6 +226,11 @@ static void chunk_partial(const Attention& a, const Block& b, int64_t chunk, Par
     }
     p.total[i] = sum(total);
   }
+  if constexpr (is_scaled(STORE))  // once a token and row, not once an element
+    for (int t = 0; t < num_tiles; t++) {
+      const vf scales = token_scales<STORE>(a.cache.value_scales, tiles.slots[t]);
+      for (int i = 0; i < b.count; i++) store(scores + i * CHUNK + t * LANES, load(scores + i * CHUNK + t * LANES) * scales);
+    }
   row = 0;
   for (; row + 6 <= b.count; row += 6) weigh_rows<STORE, 6>(a, row, tiles, from, to, scores, p.values, row ? nullptr : next);
   for (; row + 3 <= b.count; row += 3) weigh_rows<STORE, 3>(a, row, tiles, from, to, scores, p.values, row ? nullptr : next);
@@ -436,7 +433,9 @@ static void attend_with(Worker& worker, const Attention& a, const Step& step) {
 void attend(Worker& worker, const Attention& a, const Step& step) {
   if (a.cache.store == STORE_F32) attend_with<STORE_F32>(worker, a, step);
   else if (a.cache.store == STORE_F16) attend_with<STORE_F16>(worker, a, step);
-  else attend_with<STORE_BF16>(worker, a, step);
+  else if (a.cache.store == STORE_BF16) attend_with<STORE_BF16>(worker, a, step);
+  else if (a.cache.store == STORE_I8) attend_with<STORE_I8>(worker, a, step);
+  else attend_with<STORE_F8>(worker, a, step);
 }
 
 }  // namespace ts

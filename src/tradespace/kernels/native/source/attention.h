@@ -1,11 +1,10 @@
 // Paged attention over keys and values as the cache holds them, for decode and prefill alike.
 #pragma once
 #include "pool.h"
+#include "stores.h"
 #include "weights.h"
 
 namespace ts {
-
-enum Store : int32_t { STORE_F32 = 0, STORE_F16 = 1, STORE_BF16 = 2 };
 
 // A step's sequences. Its tokens lie one after the other; sequence b has those from starts[b] to starts[b + 1], at the end of its `lengths[b]` tokens.
 struct Step {
@@ -18,13 +17,16 @@ struct Step {
   int64_t num_tokens, num_sequences, table_width, num_rows;
 };
 
-// One layer's planes. A block of `block_size` tokens holds keys as [head][tile of 16 tokens][H][16] and values as [head][token][Hv].
+// One layer's planes. A block of `block_size` tokens holds keys as [head][tile of 16 tokens][H][16] and values as [head][token][Hv]; scales, which int8 alone has,
+// as [head][token] of fp16, so that those of a tile lie beside each other.
 struct Cache {
   void* keys;
   void* values;
   int64_t block_size;
   int32_t store, heads;
   int32_t key_width, value_width;
+  uint16_t* key_scales;    // or null
+  uint16_t* value_scales;
 };
 
 constexpr int CHUNK = 64;       // keys whose scores are held at once: a partial result

@@ -89,7 +89,7 @@ static void heads(const Op& op, const Step& step, int64_t first, int64_t last, f
       std::memcpy(q + op.heads * H, scratch, (size_t)(op.kv_heads * H) * 4);
     }
   }
-  // where keys will be written is asked for first: a token's key lies in as many lines as it has numbers, or half as many
+  // where keys will be written is asked for first: a token's key lies in as many lines as it has numbers, or in half or a quarter as many
   for (int64_t unit = first, s = 0; unit < last && last - first < 64 * all; unit++) {
     const int64_t t = unit / all, head = unit % all - op.heads;
     while (t >= step.starts[s + 1]) s++;

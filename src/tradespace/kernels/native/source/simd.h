@@ -255,6 +255,11 @@ TS_INLINE vi widen(const uint8_t* p) {  // 16 unsigned bytes
 TS_INLINE vi widen(const int8_t* p) {  // 16 signed bytes
 #if defined(__AVX512F__)
   return (vi)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p));
+#elif defined(__AVX2__)
+  union { vi whole; __m256i part[2]; } u;
+  u.part[0] = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p));
+  u.part[1] = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8)));
+  return u.whole;
 #else
   vi v;
   for (int i = 0; i < LANES; i++) v[i] = p[i];

@@ -1,0 +1,117 @@
+// How keys and values lie in the cache, store by store: bytes an element, reading sixteen of them, writing a vector. `tradespace/kv/store/` is the
+// specification; a vector that it codes has the same codes here.
+#pragma once
+#include <algorithm>
+
+#include "simd.h"
+
+namespace ts {
+
+// Mirrored in program.py. int8: codes -127 … 127 and an fp16 scale per token and head. fp8: e4m3 without a scale.
+enum Store : int32_t { STORE_F32 = 0, STORE_F16 = 1, STORE_BF16 = 2, STORE_I8 = 3, STORE_F8 = 4 };
+
+constexpr int64_t width_bytes(int store) { return store == STORE_F32 ? 4 : store == STORE_F16 || store == STORE_BF16 ? 2 : 1; }
+// whether what load_stored gives is to be multiplied by token_scales still
+constexpr bool is_scaled(int store) { return store == STORE_I8 || store == STORE_F8; }
+
+typedef int8_t vc __attribute__((vector_size(16)));
+typedef int16_t vs __attribute__((vector_size(32)));
+
+// An e4m3 code's bits, moved to where fp16 has them, are 2^-8 of its value, subnormal ones included: the exponents' biases are 7 and 15.
+TS_INLINE vf load_e4m3(const int8_t* p) {
+  vc codes;
+  std::memcpy(&codes, p, sizeof codes);
+  const vs halves = (__builtin_convertvector(codes, vs) << 7) & (int16_t)0xbfff;  // the sign is kept by the widening
+#if defined(__AVX512F__)
+  return (vf)_mm512_cvtph_ps((__m256i)halves);
+#else
+  uint16_t bits[LANES];
+  std::memcpy(bits, &halves, sizeof bits);
+  return load_half(bits);
+#endif
+}
+
+template <int STORE>
+TS_INLINE vf load_stored(const void* base, int64_t element) {
+  if constexpr (STORE == STORE_F32) return load((const float*)base + element);
+  else if constexpr (STORE == STORE_F16) return load_half((const uint16_t*)base + element);
+  else if constexpr (STORE == STORE_BF16) return load_bf16((const uint16_t*)base + element);
+  else if constexpr (STORE == STORE_I8) return to_float(widen((const int8_t*)base + element));
+  else return load_e4m3((const int8_t*)base + element);
+}
+
+// what the elements of the 16 tokens from `slot` on are multiplied by
+template <int STORE>
+TS_INLINE vf token_scales(const uint16_t* scales, int64_t slot) {
+  if constexpr (STORE == STORE_I8) return load_half(scales + slot);
+  else return splat(256.f);
+}
+
+// round to nearest even, saturating; e4m3 has no infinity
+TS_INLINE uint8_t float_to_e4m3(float f) {
+  f = f > 448.f ? 448.f : f < -448.f ? -448.f : f;
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  const uint32_t sign = bits >> 24 & 0x80, a = bits & 0x7fffffff;
+  if (a > 0x7f800000) return (uint8_t)(sign | 0x7f);
+  if (a < 0x3c800000) {  // below 2^-6, the least normal number: let the adder round to whole 2^-9
+    float magnitude;
+    std::memcpy(&magnitude, &a, 4);
+    magnitude += 16384.f;
+    uint32_t rounded;
+    std::memcpy(&rounded, &magnitude, 4);
+    return (uint8_t)(sign | (rounded - 0x46800000));
+  }
+  return (uint8_t)(sign | (a - 0x3c000000 + 0x7ffff + (a >> 20 & 1)) >> 20);
+}
+
+// Codes of x, `put(index, code)` for each, and its scale as fp16 holds it: the codes belong to that, not to the scale as it was computed.
+template <typename Put>
+static inline uint16_t encode_int8(const float* x, int64_t width, Put put) {
+  constexpr float TINY = 6e-8f;  // int8.py
+  auto part = [&](int64_t c) {
+    if (c + LANES <= width) return load(x + c);
+    alignas(64) float rest[LANES] = {0};
+    std::memcpy(rest, x + c, (size_t)(width - c) * 4);
+    return load(rest);
+  };
+  vf largest{};
+  for (int64_t c = 0; c < width; c += LANES) {
+    const vf v = part(c);
+    largest = max(largest, max(v, -v));
+  }
+  const uint16_t scale = float_to_half(maximum(largest) / 127.f);
+  const vf by = splat(std::max(half_to_float(scale), TINY));
+  for (int64_t c = 0; c < width; c += LANES) {
+    const vf magic = splat(12582912.f);  // 1.5 · 2^23: adding it rounds to a whole number, halves to even
+    const vf whole = (max(splat(-127.f), min(splat(127.f), part(c) / by)) + magic) - magic;
+    int8_t codes[LANES];
+    const vc narrow = __builtin_convertvector(__builtin_convertvector(whole, vi), vc);
+    std::memcpy(codes, &narrow, sizeof codes);
+    for (int64_t lane = 0; lane < std::min<int64_t>(LANES, width - c); lane++) put(c + lane, codes[lane]);
+  }
+  return scale;
+}
+
+// x into elements base, base + stride, …; its scale, where the store has one, into `scale`
+static inline void store_vector(int kind, void* plane, int64_t base, int64_t stride, uint16_t* scale, const float* x, int64_t width) {
+  switch (kind) {
+    case STORE_F32:
+      for (int64_t d = 0; d < width; d++) ((float*)plane)[base + d * stride] = x[d];
+      return;
+    case STORE_F16:
+      for (int64_t d = 0; d < width; d++) ((uint16_t*)plane)[base + d * stride] = float_to_half(x[d]);
+      return;
+    case STORE_BF16:
+      for (int64_t d = 0; d < width; d++) ((uint16_t*)plane)[base + d * stride] = float_to_bf16(x[d]);
+      return;
+    case STORE_F8:
+      for (int64_t d = 0; d < width; d++) ((uint8_t*)plane)[base + d * stride] = float_to_e4m3(x[d]);
+      return;
+    case STORE_I8:
+      int8_t* codes = (int8_t*)plane + base;
+      *scale = encode_int8(x, width, [&](int64_t d, int8_t code) { codes[d * stride] = code; });
+  }
+}
+
+}  // namespace ts
