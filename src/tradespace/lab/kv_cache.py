@@ -244,5 +244,3 @@ def _transient(spec: ModelSpec, kv: KVPlan, n: int) -> int:
     """Bytes that a step of a rebuilding cache holds at its peak beside what stays: the spec's, which a test holds against torch's allocations."""
     mixers = [mixer for index in spec.attention_layers if isinstance(mixer := spec.layers[index].mixer, Attention)]
     return max((rebuild_bytes(kv, mixer, spec.D, n, 4) for mixer in mixers), default=0)
-
-

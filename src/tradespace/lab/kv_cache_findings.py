@@ -144,7 +144,9 @@ def _input_text(record: Record, n: int) -> str:
     if INPUT8 in rows:
         own = recomputing(record, INPUT8, n)
         where = "" if own.pays_below is None else f" and would pay below {own.pays_below / 1e9:.2f} GB/s"
-        text += f"; in int8 it takes {rows[INPUT8]['bytes'] / rows[FULL]['bytes']:.2f} of the bytes, {1 / over_full(record, INPUT8, n):.1f} times the time{where}"
+        text += (
+            f"; in int8 it takes {rows[INPUT8]['bytes'] / rows[FULL]['bytes']:.2f} of the bytes, {1 / over_full(record, INPUT8, n):.1f} times the time{where}"
+        )
     return text + "."
 
 
