@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from cli.conftest import Ran, cli, folder, home  # noqa: F401 - fixtures
 
+from cli.conftest import Ran, cli, folder, home  # noqa: F401 - fixtures
 from tradespace.errors import InputError
 from tradespace.lab import kv_cache, kv_cache_findings, kv_cache_simulation
 from tradespace.lab.claims import decide, load_claims
@@ -25,11 +25,11 @@ LENGTHS = (64, 128)
 
 
 @pytest.fixture(scope="module")
-def small_toy() -> pytest.MonkeyPatch:
+def small_toy() -> Iterator[None]:
     patch = pytest.MonkeyPatch()
     whole = kv_cache_simulation.simulate
     patch.setattr(kv_cache_simulation, "simulate", lambda *, quick: whole(quick=quick, length=256, width=64, heads=4))
-    yield patch
+    yield
     patch.undo()
 
 

@@ -34,8 +34,8 @@ def kv_cache(
 
     The toy: tradespace lab kv-cache --published-simulation
     """
-    from tradespace.lab.experiments import EXPERIMENTS
-    from tradespace.lab.kv_cache import PARTS, markdown, run
+    from tradespace.lab.experiments import EXPERIMENTS, KV_PARTS
+    from tradespace.lab.kv_cache import markdown, run
     from tradespace.lab.kv_cache_files import write_files
     from tradespace.lab.sweep_plot import require_plotters
 
@@ -43,10 +43,16 @@ def kv_cache(
         raise InputError(f"--text {text}: no such file. Give a UTF-8 text")
     require_plotters()
     experiment = EXPERIMENTS["kv-cache"]
-    only = ("simulation",) if published_simulation else PARTS
+    only = ("simulation",) if published_simulation else KV_PARTS
     notes = console(stderr=True)
-    say = lambda line: notes.print(escape(line), style="dim", soft_wrap=True)  # noqa: E731 - one line, as elsewhere
-    record = run(quick=quick, say=say, only=only, model=model, lengths=parse_lengths(lengths), text=text)
+    record = run(
+        quick=quick,
+        say=lambda line: notes.print(escape(line), style="dim", soft_wrap=True),
+        only=only,
+        model=model,
+        lengths=parse_lengths(lengths),
+        text=text,
+    )
     written = write_files(experiment, record, only, output)
     if json:
         print_json(record)

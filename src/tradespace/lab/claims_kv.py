@@ -6,12 +6,13 @@ from collections.abc import Callable
 
 from tradespace.lab.claims_found import CONFIRMED, HOLDS_IF, NOT_MEASURED, REFUTED, Found, judged
 from tradespace.lab.kv_cache_findings import agreement_text, at, crossing, lengths, over_full, readings, recomputing, seconds, verdict_of
-from tradespace.lab.kv_cache_kinds import IDS, MINIMAL_NAME, RECENT, ROOT
+from tradespace.lab.kv_cache_kinds import FULL, IDS, MINIMAL_NAME, RECENT, ROOT
 from tradespace.lab.kv_cache_simulation import against_published, is_simulated, ratio_text
 from tradespace.measure.record import Record
 from tradespace.units import format_bytes
 
 Decide = Callable[[Record], Found]
+FREE_KL = 1e-3  # nats a token that nobody would notice
 SLOWER = 1.05  # a cache is no rival in speed if it takes this much longer
 
 
@@ -37,8 +38,9 @@ def constant_is_recomputing(record: Record) -> Found:
     rows = at(record, n)
     window, ids = rows[MINIMAL_NAME], rows[IDS]
     text = (
-        f"as published it recomputes nothing and forgets: a window of {window['tokens_kept']} has the full cache's likeliest token at {window['top1_agreement']:.0%} "
-        f"of positions (KL {window['mean_kl']:.2g}); what does recompute keeps every token's id, {format_bytes(ids['bytes'])} at {n:,} tokens, which is not constant"
+        f"as published it recomputes nothing and forgets: a window of {window['tokens_kept']} has the full cache's likeliest token at "
+        f"{window['top1_agreement']:.0%} of positions (KL {window['mean_kl']:.2g}); what does recompute keeps every token's id, "
+        f"{format_bytes(ids['bytes'])} at {n:,} tokens, which is not constant"
     )
     return judged(window["top1_agreement"] == 1, text)
 
@@ -48,7 +50,8 @@ def published_speeds(record: Record) -> Found:
     hits = [name for name, what in found.items() if what == "as published"]
     speeds = " / ".join(f"{record.figures[f'simulation: afresh {name}'].median:,.0f}" for name in ("full", *found))
     cached = record.figures["simulation: cached full"].median
-    text = f"{speeds} tokens a second here, {ratio_text(record, 'afresh')} ({', '.join(f'{name} {what}' for name, what in found.items())}); full really cached {cached:,.0f}"
+    compared = ", ".join(f"{name} {what}" for name, what in found.items())
+    text = f"{speeds} tokens a second here, {ratio_text(record, 'afresh')} ({compared}); full really cached {cached:,.0f}"
     if len(hits) == len(found):
         return Found(CONFIRMED, text)
     return Found(HOLDS_IF, f"{hits[0]} alone is meant, keys and values projected afresh at every step: {text}") if hits else Found(REFUTED, text)
@@ -63,11 +66,8 @@ def published_ratios(record: Record) -> Found:
         return Found(CONFIRMED, text)
     afresh = [verdict for reading, verdict in found.items() if "afresh" in reading]
     if afresh and afresh[0] != REFUTED:
-        which = (
-            ""
-            if afresh[0] == CONFIRMED
-            else f" and {' and '.join(n for n, what in against_published(record, 'afresh').items() if what == 'as published')} alone is meant"
-        )
+        hits = [name for name, what in against_published(record, "afresh").items() if what == "as published"]
+        which = "" if afresh[0] == CONFIRMED else f" and {hits[0]} alone is meant"
         return Found(HOLDS_IF, f"the full version caches nothing and projects all keys and values at every step{which}: {text}")
     return Found(REFUTED, text)
 
@@ -111,6 +111,14 @@ def int8_cache(record: Record) -> Found:
     return judged(row["mean_kl"] < 0.005 and slower <= SLOWER, text)
 
 
+def costs_nothing(record: Record) -> Found:
+    n = lengths(record)[-1]
+    rows = [row for row in at(record, n).values() if row["name"] != FULL and row["bytes"] < at(record, n)[FULL]["bytes"]]
+    free = [row["name"] for row in rows if row["mean_kl"] < FREE_KL and over_full(record, row["name"], n) >= 1 / SLOWER]
+    text = f"of {len(rows)} caches smaller than the full one, at {n:,} tokens {len(free)} cost neither {FREE_KL:g} nats nor {SLOWER - 1:.0%} of time"
+    return judged(len(free) > len(rows) / 2, text + (f": {', '.join(free)}" if free else ""))
+
+
 KV: dict[int, Decide] = {
     34: of_model(recompute_possible),
     48: of_model(constant_is_recomputing),
@@ -119,4 +127,5 @@ KV: dict[int, Decide] = {
     52: of_model(moving_slower),
     56: of_model(root_optimal),
     75: of_model(int8_cache),
+    106: of_model(costs_nothing),
 }

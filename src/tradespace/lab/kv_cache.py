@@ -22,6 +22,7 @@ from tradespace import api
 from tradespace.errors import InputError
 from tradespace.lab import kv_cache_simulation
 from tradespace.lab.common import command_line, data_file
+from tradespace.lab.experiments import KV_PARTS
 from tradespace.lab.kv_cache_kinds import DTYPE, MINIMAL, NOTHING, Cache, caches, is_exact
 from tradespace.lab.kv_cache_table import markdown
 from tradespace.lab.kv_quality import Reader
@@ -46,7 +47,6 @@ SCORED, QUICK_SCORED = 96, 16
 SHARE_S, QUICK_SHARE_S = 45.0, 4.0  # of one cache at one length; two tokens at least
 STEP = 512  # tokens of a prompt at once
 PROBE = 128  # tokens read to say how long it will take
-PARTS = ("model", "simulation")
 KEPT = ("mean_kl", "kl_error", "p99_kl", "top1_agreement", "perplexity", "reference_perplexity", "num_tokens")
 
 
@@ -54,7 +54,7 @@ def run(
     *,
     quick: bool,
     say: Callable[[str], None],
-    only: Sequence[str] = PARTS,
+    only: Sequence[str] = KV_PARTS,
     model: str = MODEL,
     lengths: Sequence[int] | None = None,
     text: Path | None = None,
@@ -142,7 +142,9 @@ def measure(
     figures: dict[str, Figure] = {}
     share_s = QUICK_SHARE_S if quick else SHARE_S
     scored = min(scored, lengths[0] // 2)
-    say(f"about {expected_s(llm, lengths, ids, scored, share_s, quick) / 60:.0f} minutes for {', '.join(f'{n:,}' for n in lengths)} tokens")
+    expected = expected_s(llm, lengths, ids, scored, share_s, quick)
+    how_long = f"{expected:.0f} s" if expected < 100 else f"{expected / 60:.0f} minutes"
+    say(f"about {how_long} for {', '.join(f'{n:,}' for n in lengths)} tokens")
     for n in lengths:
         started = time.perf_counter()
         own_rows, own_figures = measure_length(llm, n, ids[-n - 1 :], scored=scored, share_s=share_s, quick=quick, say=say)

@@ -15,6 +15,7 @@ from tradespace.spec.kv import token_bytes
 from tradespace.spec.zoo import find_model
 from tradespace.units import format_bytes
 
+NOISE = 1.03  # what a ratio of times must exceed to count as faster
 UNSHARED = "gpt2"  # a model whose heads share no keys and values
 
 Row = Mapping[str, Any]
@@ -44,16 +45,20 @@ def over_full(record: Record, name: str, n: int) -> float:
 
 def windows_text(record: Record) -> str:
     """Finding (a): what a window gains in speed, the most that it could, and what it loses."""
-    n = lengths(record)[-1]
+    all_n = lengths(record)
+    n = all_n[-1]
     rows = at(record, n)
     names = [name for name in (ROOT, SINKS_NAME, MINIMAL_NAME) if name in rows]
     speeds = ", ".join(f"{name} ({rows[name]['tokens_kept']} tokens) {over_full(record, name, n):.2f}" for name in names)
+    faster = [each for each in all_n if over_full(record, MINIMAL_NAME, each) > NOISE]
+    since = f"From {faster[0]:,} tokens on the smallest one is faster at all" if faster else "At none of these lengths is the smallest one faster"
     most = over_full(record, NOTHING, n)
     losses = ", ".join(f"{name} {rows[name]['perplexity']:.4g} (KL {rows[name]['mean_kl']:.2g})" for name in names)
+    full = f"{rows[FULL]['perplexity']:.4g} with the full cache"
     return (
-        f"**(a) A small window does less work, and forgets.** At {n:,} tokens it decodes at so many times the full cache's speed: {speeds}. With no past at all "
-        f"the model would reach {most:.2f}: the rest of a step is weights and not cache, so no window gains more. What it costs: perplexity of the same "
-        f"{rows[FULL]['num_tokens']} tokens {rows[FULL]['perplexity']:.4g} with the full cache, {losses}. None of these is the full cache made smaller: all are lossy."
+        f"**(a) A small window does less work, and forgets.** At {n:,} tokens it decodes at so many times the full cache's speed: {speeds}. {since}. With no "
+        f"past at all the model would reach {most:.2f}: the rest of a step is weights and not cache, so no window gains more. What it costs: perplexity of the "
+        f"same {rows[FULL]['num_tokens']} tokens is {full}, {losses}. None of these is the full cache made smaller: all are lossy."
     )
 
 
@@ -102,23 +107,25 @@ def crossing(found: list[Recomputing]) -> str:
 def rebuilding_text(record: Record) -> str:
     """Finding (b): what rebuilding exactly costs, and where it would pay."""
     all_n = lengths(record)
-    first, n = all_n[0], all_n[-1]
-    rows, device = at(record, n), record.device
-    names = [name for name in (RECENT, IDS) if name in rows]
-    times = "; ".join(
-        f"{name} {1 / over_full(record, name, first):,.0f} times the full cache's time a token at {first:,} tokens, {1 / over_full(record, name, n):,.0f} at {n:,} "
-        f"({format_bytes(rows[name]['bytes'])} stay, {format_bytes(rows[name]['transient_bytes'])} more at the peak of a step; {rows[name]['timed_tokens']} tokens timed)"
-        for name in names
-    )
+    n, device = all_n[-1], record.device
+    rows = at(record, n)
+    times = "; ".join(_times(record, rows[name], all_n) for name in (RECENT, IDS) if name in rows)
     found = [recomputing(record, IDS, length) for length in all_n]
     last, most = found[-1], max(each.pays_below or 0.0 for each in found)
     disk = device["disk_bytes_per_s"]
     rates = f"memory here reads {device['read_bytes_per_s']['value'] / 1e9:.1f} GB/s" + (f", the disk {disk['value'] / 1e9:.1f} GB/s" if disk else "")
     return (
-        f"**(b) Rebuilding exactly costs time.** {times}. Predictions are the full cache's: {agreement_text(record)}. At {n:,} tokens computing one older token's "
-        f"keys and values again takes {last.compute_s / n * 1e6:,.1f} µs, reading them {last.read_s / n * 1e6:.2f} µs: {crossing(found)}. It would pay with "
-        f"memory slower than {most / 1e6:,.0f} MB/s ({rates}).{_input_text(record, n)}"
+        f"**(b) Rebuilding exactly costs time.** {times}. Predictions are the full cache's: {agreement_text(record)}. At {n:,} tokens computing one older "
+        f"token's keys and values again takes {last.compute_s / n * 1e6:,.1f} µs, reading them {last.read_s / n * 1e6:.2f} µs: {crossing(found)}. It would pay "
+        f"with memory slower than {most / 1e6:,.0f} MB/s ({rates}).{_input_text(record, n)}"
     )
+
+
+def _times(record: Record, row: Row, all_n: list[int]) -> str:
+    """A rebuilding cache's time over the full one's at the shortest and the longest length, and its bytes at the longest."""
+    at_each = ", ".join(f"{1 / over_full(record, row['name'], n):,.0f} at {n:,} tokens" for n in dict.fromkeys((all_n[0], all_n[-1])))
+    stay, more = format_bytes(row["bytes"]), format_bytes(row["transient_bytes"])
+    return f"{row['name']} takes so many times the full cache's time: {at_each} ({stay} stay, {more} more at a step's peak; {row['timed_tokens']} tokens timed)"
 
 
 def agreement_text(record: Record) -> str:
@@ -144,9 +151,8 @@ def _input_text(record: Record, n: int) -> str:
     if INPUT8 in rows:
         own = recomputing(record, INPUT8, n)
         where = "" if own.pays_below is None else f" and would pay below {own.pays_below / 1e9:.2f} GB/s"
-        text += (
-            f"; in int8 it takes {rows[INPUT8]['bytes'] / rows[FULL]['bytes']:.2f} of the bytes, {1 / over_full(record, INPUT8, n):.1f} times the time{where}"
-        )
+        held = f"{rows[INPUT8]['bytes'] / rows[FULL]['bytes']:.2f} of the bytes"
+        text += f"; in int8 it takes {held}, {1 / over_full(record, INPUT8, n):.1f} times the time{where}"
     return text + "."
 
 

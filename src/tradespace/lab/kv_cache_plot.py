@@ -32,7 +32,9 @@ PANELS = (
     Panel(label="cache, MiB", value=lambda record, name, n: at(record, n)[name]["bytes"] / MiB),
     Panel(label="decode, tokens a second", value=lambda record, name, n: 1 / seconds(record, name, n)),
     Panel(
-        label="KL to the full cache, nats per token", value=lambda record, name, n: max(LEAST_KL, at(record, n)[name]["mean_kl"]), of=lambda name: name != FULL
+        label="KL to the full cache, nats per token",
+        value=lambda record, name, n: max(LEAST_KL, at(record, n)[name]["mean_kl"]),
+        of=lambda name: name != FULL,
     ),
 )
 
@@ -81,10 +83,8 @@ def draw_png(record: Record, path: Path) -> None:
     for axes, panel in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
         for line in series(record):
             if panel.of(line.name):
-                shape = SHAPES[line.shape][0]
-                axes.plot(
-                    *points(record, panel, line.name), color=line.colour, marker=shape, linestyle="-" if line.exact else "--", alpha=0.85, label=line.label
-                )
+                look = {"color": line.colour, "marker": SHAPES[line.shape][0], "linestyle": "-" if line.exact else "--", "alpha": 0.85}
+                axes.plot(*points(record, panel, line.name), label=line.label, **look)
         axes.set(xlabel="tokens", ylabel=panel.label, yscale="log")
         axes.set_xscale("log", base=2)
         axes.set_xticks(lengths(record), [f"{n:,}" for n in lengths(record)])
@@ -113,9 +113,8 @@ def draw_html(record: Record, path: Path) -> None:
     drawn = to_html(figure, include_plotlyjs=True, full_html=False)
     text = "\n".join(_html(paragraph) for paragraph in [*paragraphs(record), *([finding(record)] if is_simulated(record) else []), *verdict_lines(record)])
     style = "body{font-family:sans-serif;margin:2em auto;max-width:1500px;line-height:1.45}"
-    write_atomically(
-        path, f"<!doctype html><html><head><meta charset='utf-8'><title>{TITLE}</title><style>{style}</style></head><body>{drawn}{text}</body></html>\n"
-    )
+    head = f"<meta charset='utf-8'><title>{TITLE}</title><style>{style}</style>"
+    write_atomically(path, f"<!doctype html><html><head>{head}</head><body>{drawn}{text}</body></html>\n")
 
 
 def _trace(record: Record, panel: Panel, line: Series, *, legend: bool):
