@@ -16,6 +16,7 @@ from tradespace.spec.zoo import find_model
 from tradespace.units import format_bytes
 
 NOISE = 1.03  # what a ratio of times must exceed to count as faster
+SLOW_WINDOW = "At none of these lengths is the smallest one faster: keeping its ring in order costs what not reading the rest spares"
 UNSHARED = "gpt2"  # a model whose heads share no keys and values
 
 Row = Mapping[str, Any]
@@ -51,13 +52,13 @@ def windows_text(record: Record) -> str:
     names = [name for name in (ROOT, SINKS_NAME, MINIMAL_NAME) if name in rows]
     speeds = ", ".join(f"{name} ({rows[name]['tokens_kept']} tokens) {over_full(record, name, n):.2f}" for name in names)
     faster = [each for each in all_n if over_full(record, MINIMAL_NAME, each) > NOISE]
-    since = f"From {faster[0]:,} tokens on the smallest one is faster at all" if faster else "At none of these lengths is the smallest one faster"
+    since = f"From {faster[0]:,} tokens on the smallest one is faster at all" if faster else SLOW_WINDOW
     most = over_full(record, NOTHING, n)
     losses = ", ".join(f"{name} {rows[name]['perplexity']:.4g} (KL {rows[name]['mean_kl']:.2g})" for name in names)
     full = f"{rows[FULL]['perplexity']:.4g} with the full cache"
     return (
         f"**(a) A small window does less work, and forgets.** At {n:,} tokens it decodes at so many times the full cache's speed: {speeds}. {since}. With no "
-        f"past at all the model would reach {most:.2f}: the rest of a step is weights and not cache, so no window gains more. What it costs: perplexity of the "
+        f"past at all the model would reach {most:.2f}: the rest of a step is weights and fixed costs, so no window gains more. What it costs: perplexity of the "
         f"same {rows[FULL]['num_tokens']} tokens is {full}, {losses}. None of these is the full cache made smaller: all are lossy."
     )
 
