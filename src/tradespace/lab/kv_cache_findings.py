@@ -58,8 +58,8 @@ def windows_text(record: Record) -> str:
     full = f"{rows[FULL]['perplexity']:.4g} with the full cache"
     return (
         f"**(a) A small window does less work, and forgets.** At {n:,} tokens it decodes at so many times the full cache's speed: {speeds}. {since}. With no "
-        f"past at all the model would reach {most:.2f}: the rest of a step is weights and fixed costs, so no window gains more. What it costs: perplexity of the "
-        f"same {rows[FULL]['num_tokens']} tokens is {full}, {losses}. None of these is the full cache made smaller: all are lossy."
+        f"past at all the model would reach {most:.2f}: the rest of a step is weights and fixed costs, so no window gains more. What it costs: perplexity of "
+        f"the same {rows[FULL]['num_tokens']} tokens is {full}, {losses}. None of these is the full cache made smaller: all are lossy."
     )
 
 
