@@ -10,7 +10,7 @@ from rich.markdown import Markdown
 from rich.markup import escape
 from rich.table import Table
 
-from tradespace.cli import lab_claims
+from tradespace.cli import lab_cache, lab_claims
 from tradespace.cli.options import Json, console, print_json
 from tradespace.errors import InputError
 
@@ -19,6 +19,7 @@ lab = typer.Typer(no_args_is_help=True, help="Measure, and keep the record.\n\nE
 
 def register(app: typer.Typer) -> None:
     lab_claims.register(lab)
+    lab_cache.register(lab)
     app.add_typer(lab, name="lab")
 
 
@@ -65,7 +66,7 @@ def run(
             continue
         notes.print(f"{experiment.name}: {experiment.question} (about {experiment.minutes:g} minutes)", style="dim", soft_wrap=True)
         record = experiment.run(quick=quick, say=lambda line: notes.print(escape(line), style="dim", soft_wrap=True), only=only or ())
-        path = output / f"{experiment.name}.json"
+        path = output / experiment.file
         if only and path.exists():
             record = experiment.joined(read_record(path), record, only)
         write_record(path, record)

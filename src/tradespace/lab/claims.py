@@ -15,6 +15,7 @@ from typing import Any
 
 from tradespace.errors import InputError
 from tradespace.lab.claims_found import CONFIRMED, NOT_MEASURED, NOT_TESTABLE, Found
+from tradespace.lab.common import record_file
 from tradespace.measure.record import Record, read_record
 
 FILE = Path(__file__).with_name("claims.toml")
@@ -71,7 +72,7 @@ def find_claims(text: str | None) -> list[Claim]:
 def find_record(experiment: str) -> Record | None:
     """The record of an experiment, from this checkout's results or those of the present folder; None where there is none."""
     for folder in (RECORDS, Path("results")):
-        if (path := folder / f"{experiment}.json").is_file():
+        if (path := folder / record_file(experiment)).is_file():
             return read_record(path)
     return None
 

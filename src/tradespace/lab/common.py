@@ -56,6 +56,15 @@ def read_text(*parts: str) -> str:
     return data_file(*parts).read_text(encoding="utf-8")
 
 
+def record_file(experiment: str) -> str:
+    """The name of an experiment's record in results/: commands are written with hyphens, files with underscores.
+
+    >>> record_file("kv-cache")
+    'kv_cache.json'
+    """
+    return f"{experiment.replace('-', '_')}.json"
+
+
 def command_line() -> str:
     """The command that this process runs under, without folders: where the record goes is not part of what was measured."""
     program = Path(sys.argv[0]).name

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from importlib import import_module
 
 from tradespace.errors import InputError
+from tradespace.lab.common import record_file
 from tradespace.measure.record import Record
 
 
@@ -26,6 +27,11 @@ class Experiment:
     runner: str = "run"
     parts: tuple[str, ...] = ()
     on: str = "cpu"  # the kind of device that it needs
+
+    @property
+    def file(self) -> str:
+        """The record's name in its folder."""
+        return record_file(self.name)
 
     def run(self, *, quick: bool, say: Callable[[str], None], only: Sequence[str] = ()) -> Record:
         """Measures (with `only`, these parts), and returns the record. Raises InputError for a part that it does not have."""
@@ -49,6 +55,7 @@ class Experiment:
 
 
 MODELS = ("smollm2-135m", "gemma3-270m")
+KV_PARTS = ("model", "simulation")
 CPU_PARTS = ("decode", "prefill", "batch", "start")
 _BUDGET = "does the process stay inside its budget, and is its peak what was predicted?"
 
@@ -64,6 +71,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         Experiment(name="sweep", question="which format by which method, at how many bytes?", minutes=15, module="sweep"),
         Experiment(name="quantizers", question="which quantizer makes the most of the same bits?", minutes=10, module="quantizers", parts=MODELS),
         Experiment(name="kv-quality", question="what does holding less of the past cost in KL divergence?", minutes=15, module="kv_quality"),
+        Experiment(name="kv-cache", question="what do bytes, speed and quality do as the cache shrinks?", minutes=30, module="kv_cache", parts=KV_PARTS),
         Experiment(name="agreement", question="does it compute what llama.cpp computes?", minutes=6, module="agreement"),
         Experiment(name="activations", question="what do activations in int8 cost, beside llama.cpp's?", minutes=4, module="activations"),
         Experiment(name="native-quality", question="does the native path predict as well as the torch path?", minutes=8, module="native_quality"),

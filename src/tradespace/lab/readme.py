@@ -24,7 +24,7 @@ def render(text: str, results: Path) -> str:
         name = match["name"]
         if name not in EXPERIMENTS:
             raise InputError(f"README: no experiment '{name}'. Known: {', '.join(EXPERIMENTS)}")
-        path = results / f"{name}.json"
+        path = results / EXPERIMENTS[name].file
         if not path.exists():  # said, not left out: a section promises figures
             return f"<!-- record: {name} -->\n*Not measured yet: `tradespace lab run {name}`.*\n<!-- end -->"
         record = read_record(path)
