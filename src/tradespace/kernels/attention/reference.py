@@ -68,7 +68,8 @@ def _tile(q_TNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, span: Span, start: int, m
     positions = torch.arange(low, max(high, start + ROWS), device=q_TNH.device)
     seen_RS = visible(mixer, positions[start - low : start - low + ROWS], positions[: high - low], chosen_NIJ)
     if isinstance(mixer.pattern, Prefix):  # it shows what comes later, and padding comes later, too
-        seen_RS = seen_RS & (positions[: high - low] < last)
+        # rows of padding keep theirs: one that saw nothing would be nan, and so would gradients
+        seen_RS = seen_RS & ((positions[: high - low] < last) | (positions[start - low : start - low + ROWS, None] >= stop))
     scores_NRS = scores_NRS.masked_fill(~seen_RS, float("-inf"))
     if sinks_N is not None:
         scores_NRS = torch.cat([scores_NRS, sinks_N.float()[:, None, None].expand(mixer.N, ROWS, 1)], dim=-1)
