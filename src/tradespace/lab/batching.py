@@ -91,7 +91,7 @@ def _case(weights: str, regions: int, lengths: list[Length], rounds: int, say: C
 
 def run(*, quick: bool, say: Callable[[str], None]) -> Record:
     """All cases, all policies in turn over the same requests."""
-    rounds = 1 if quick else 2
+    rounds = 1  # of five policies over the same requests; their order within a round is fixed
     lengths = trace_lengths(24 if quick else REQUESTS, max_prompt=MAX_PROMPT, max_output=MAX_OUTPUT)
     figures: dict[str, Figure] = {}
     rows = []
