@@ -75,6 +75,7 @@ def step_shape(plan: Plan, threads: int = 1) -> StepShape:
 # ---------------------------------------------------------------------------------------------------------------- products
 
 
+@lru_cache(maxsize=4096)
 def formats_of(weights: WeightPlan, role: str) -> tuple[WeightFormat, ...]:
     """All formats in which some layer holds matrices of `role`, without repeats."""
     by_layer = [name for key, name in weights.exceptions.items() if key.endswith(f":{role}")]

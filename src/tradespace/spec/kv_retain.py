@@ -89,6 +89,8 @@ class Retain:
     @property
     def capacity(self) -> int | None:
         """Most tokens that one sequence keeps; None: all of them."""
+        if self.kind == "full":  # a search asks a hundred thousand times
+            return None
         kept = {"sliding": self.window + self.sinks, "h2o": self.budget, "snapkv": self.budget, "recent": self.recent}
         return kept.get(self.kind)
 
