@@ -26,7 +26,7 @@ def variants(task: Task) -> dict[str, dict[str, Any]]:
 
 class Session:
     def __init__(self, task: Task, settings: dict[str, Any]):
-        import llama_cpp as library
+        import llama_cpp as library  # pyright: ignore[reportMissingImports]  # a peer: there or not
 
         self._library, self._task = library, task
         library.llama_backend_init()

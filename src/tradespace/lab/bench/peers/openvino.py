@@ -16,8 +16,8 @@ def variants(task: Task) -> dict[str, dict[str, Any]]:
 
 class Session:
     def __init__(self, task: Task, settings: dict[str, Any]):
-        import openvino
-        import openvino_genai
+        import openvino  # pyright: ignore[reportMissingImports]  # a peer: there or not
+        import openvino_genai  # pyright: ignore[reportMissingImports]  # a peer: there or not
 
         self._openvino, self._library = openvino, openvino_genai
         self._pipeline = openvino_genai.LLMPipeline(task.path, "CPU", INFERENCE_NUM_THREADS=task.threads, **settings)
