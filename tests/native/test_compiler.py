@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from tradespace.errors import EngineError, InputError
-from tradespace.kernels.native import compiler
+from tradespace.kernels.native import compiler, unavailable
 
 
 @pytest.fixture
@@ -76,3 +76,9 @@ def test_another_source_compiler_or_set_has_another_name(cache):
 def test_an_unknown_instruction_set_is_refused(cache):
     with pytest.raises(InputError, match="avx512"):
         compiler.compile_library("sse9")
+
+
+@pytest.mark.skipif(compiler.find_compiler() is None, reason="no C++ compiler")
+def test_the_kernels_compile_where_there_is_a_compiler():
+    """The tests of the native kernels skip where those are not to be had; sources that no longer compile must not pass for that."""
+    assert unavailable() is None

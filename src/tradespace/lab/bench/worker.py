@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import traceback
 from importlib import import_module
 from typing import Any
 
@@ -38,7 +39,8 @@ def main(module: str) -> None:
                 answer: dict[str, Any] = {"result": None}
             else:
                 answer = {"result": getattr(session, asked["call"])(**asked["arguments"])}
-        except Exception as error:
+        except Exception as error:  # the parent raises it; where it came from is said here
+            traceback.print_exc()
             answer = {"error": f"{type(error).__name__}: {error}"}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
