@@ -15,7 +15,7 @@ from tradespace.cost.time import decode_time, prefill_time
 from tradespace.errors import BudgetError, InputError
 from tradespace.planner.candidate import QUALITY_LIMIT
 from tradespace.planner.pareto import dominates
-from tradespace.planner.price import Placements
+from tradespace.planner.parts import Placements
 from tradespace.planner.search import Frontier, budget_error, plan_frontier
 from tradespace.spec.device_zoo import find_device
 from tradespace.spec.estimate import Estimate

@@ -154,6 +154,35 @@ def remade_work(summary: Summary, share: WeightShare, axes: Axes, length: float)
 
 def decode_work(summary: Summary, share: WeightShare, cache: tuple[tuple[int | None, int, int], ...], axes: Axes, sequences: float, length: float) -> StepWork:
     """One decode step: one token for each of `sequences`, each holding `length` tokens."""
+    return with_weights(decode_beside(summary, share, cache, axes, sequences, length), weight_read_bytes(summary, share, sequences), share, axes, steps=1)
+
+
+def prefill_work(
+    summary: Summary, share: WeightShare, cache: tuple[tuple[int | None, int, int], ...], axes: Axes, prompt_tokens: int, step_tokens: int
+) -> StepWork:
+    """The prompt of one sequence in chunks of `step_tokens`; logits of its last token only. Each chunk reads the keys and values before it once."""
+    chunk = min(step_tokens, prompt_tokens)
+    beside = prefill_beside(summary, share, cache, axes, prompt_tokens, chunk)
+    return with_weights(beside, weight_read_bytes(summary, share, chunk), share, axes, steps=ceil(prompt_tokens / chunk))
+
+
+def with_weights(beside: StepWork, read_bytes: float, share: WeightShare, axes: Axes, *, steps: int) -> StepWork:
+    """`beside` and the weights: `read_bytes` of them in each of `steps`, the streamed layers over their link."""
+    return StepWork(
+        read_bytes=steps * read_bytes + beside.read_bytes,
+        flops=beside.flops,
+        num_ops=beside.num_ops,
+        link_bytes=steps * share.streamed_bytes[axes.streamed_layers],
+        link=axes.stream_from,
+        peer_bytes=beside.peer_bytes,
+        peer_transfers=beside.peer_transfers,
+    )
+
+
+def decode_beside(
+    summary: Summary, share: WeightShare, cache: tuple[tuple[int | None, int, int], ...], axes: Axes, sequences: float, length: float
+) -> StepWork:
+    """A decode step without reading its weights: the same for all weights of one dtype of activations, unless older tokens are rebuilt with them."""
     model, e, degree = summary.model, ELEMENT_BYTES[axes.dense], axes.degree
     cached = cache_read_bytes(cache, length) * kernel_traffic_factor(axes.kernel, axes.gathered)
     written = sum(size * layers for _, size, layers in cache)
@@ -165,22 +194,19 @@ def decode_work(summary: Summary, share: WeightShare, cache: tuple[tuple[int | N
     peer_bytes, transfers = peer_work(summary, sequences, e, degree)
     per_layer = layer_ops(axes.kernel) + (attention_ops(axes.kernel, length) * (1 if axes.kernel == "flash" else sequences))
     return StepWork(
-        read_bytes=weight_read_bytes(summary, share, sequences) + sequences * (cached + written + scores + states + logits + remade_bytes),
+        read_bytes=sequences * (cached + written + scores + states + logits + remade_bytes),
         flops=sequences * (flops + remade_flops) / degree,
         num_ops=per_layer * model.L + calibration.STEP_OPS.value,
-        link_bytes=share.streamed_bytes[axes.streamed_layers],
-        link=axes.stream_from,
         peer_bytes=peer_bytes,
         peer_transfers=transfers,
     )
 
 
-def prefill_work(
-    summary: Summary, share: WeightShare, cache: tuple[tuple[int | None, int, int], ...], axes: Axes, prompt_tokens: int, step_tokens: int
+def prefill_beside(
+    summary: Summary, share: WeightShare, cache: tuple[tuple[int | None, int, int], ...], axes: Axes, prompt_tokens: int, chunk: int
 ) -> StepWork:
-    """The prompt of one sequence in chunks of `step_tokens`; logits of its last token only. Each chunk reads the keys and values before it once."""
+    """A prefill in chunks without reading its weights, as `decode_beside`."""
     model, e, degree = summary.model, ELEMENT_BYTES[axes.dense], axes.degree
-    chunk = min(step_tokens, prompt_tokens)
     chunks = ceil(prompt_tokens / chunk)
     mean_keys = (prompt_tokens + chunk) / 2  # that a chunk sees, itself included
     cached = chunks * cache_read_bytes(cache, mean_keys) * kernel_traffic_factor(axes.kernel, axes.gathered)
@@ -193,11 +219,9 @@ def prefill_work(
     peer_bytes, transfers = peer_work(summary, prompt_tokens, e, degree)
     ops = (layer_ops(axes.kernel) + attention_ops(axes.kernel, mean_keys)) * model.L + calibration.STEP_OPS.value
     return StepWork(
-        read_bytes=chunks * weight_read_bytes(summary, share, chunk) + cached + written + scores + 2 * model.V * 4 + sum(size for _, size in remade),
+        read_bytes=cached + written + scores + 2 * model.V * 4 + sum(size for _, size in remade),
         flops=(flops + sum(ops for ops, _ in remade)) / degree,
         num_ops=chunks * ops,
-        link_bytes=chunks * share.streamed_bytes[axes.streamed_layers],
-        link=axes.stream_from,
         peer_bytes=peer_bytes,
         peer_transfers=chunks * transfers,
     )

@@ -235,18 +235,31 @@ def activation_bytes(summary: Summary, weights: WeightPlan, shape: StepShape) ->
     """The worst moment over all layers, rotary rows included. Native steps work in their buffers alone."""
     if weights.layout == "native":
         return 0
-    D, worst = summary.model.D, 0
-    if shape.kv.retain.rebuilds:  # older tokens pass the layers in blocks of their own, larger than a small step
-        shape = replace(shape, T=max(shape.T, min(shape.S, REBUILD_ROWS)))
+    worst = max(mixing_bytes(summary, weights, shape), feeding_bytes(summary, weights, shape))
+    return worst + rope_rows_bytes(summary.rope_dims, passing(shape))
+
+
+def passing(shape: StepShape) -> StepShape:
+    """The step as the layers see it: where older tokens are rebuilt, these pass in blocks of their own, larger than a small step."""
+    return replace(shape, T=max(shape.T, min(shape.S, REBUILD_ROWS))) if shape.kv.retain.rebuilds else shape
+
+
+def mixing_bytes(summary: Summary, weights: WeightPlan, shape: StepShape) -> int:
+    """The worst moment of attention, or of what a layer has instead, over all layers."""
+    D, worst, seen = summary.model.D, 0, passing(shape)
     for group in summary.groups:
         mixer = group.layer.mixer
         if isinstance(mixer, Attention):
-            worst = max(worst, attention_moment_bytes(mixer, weights, D, shape))
+            worst = max(worst, attention_moment_bytes(mixer, weights, D, seen))
         elif mixer is not None:
-            worst = max(worst, other_mixer_moment_bytes(group.layer, D, shape))
-        if group.layer.ffn is not None:
-            worst = max(worst, feed_forward_moment_bytes(group.layer, weights, D, shape))
-    return worst + rope_rows_bytes(summary.rope_dims, shape)
+            worst = max(worst, other_mixer_moment_bytes(group.layer, D, seen))
+    return worst
+
+
+def feeding_bytes(summary: Summary, weights: WeightPlan, shape: StepShape) -> int:
+    """The worst moment of a feed-forward over all layers: nothing of the attention's kernel or its cache matters to it, but that rebuilt tokens pass, too."""
+    seen = passing(shape)
+    return max((feed_forward_moment_bytes(g.layer, weights, summary.model.D, seen) for g in summary.groups if g.layer.ffn is not None), default=0)
 
 
 # ---------------------------------------------------------------------------------------------------------------- after the layers

@@ -8,16 +8,16 @@ second in plain Python. The sums are those of `cost.memory.ledger`, line for lin
 
 from __future__ import annotations
 
-from bisect import bisect_left
+import gc
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
 from functools import partial
+from itertools import count
 from math import ceil
 
 from tradespace.cost import calibration, memory, workspace
 from tradespace.cost.quality import EXACT, activation_quality, combine, kv_quality, pattern_quality, retention_quality, weight_quality
 from tradespace.cost.summary import (
-    Product,
     Summary,
     WeightShare,
     cache_token_bytes,
@@ -28,8 +28,9 @@ from tradespace.cost.summary import (
     widest_columns,
 )
 from tradespace.cost.time import Rates, StepTime, decode_tokens_per_s, prefill_tokens_per_s, rates_for, request_seconds, step_time
-from tradespace.cost.traffic import Axes, decode_work, prefill_work
+from tradespace.cost.traffic import Axes, StepWork, decode_beside, prefill_beside, weight_read_bytes, with_weights
 from tradespace.planner.candidate import Candidate, Question
+from tradespace.planner.parts import Cache, Part, Placements, Room, StepBytes
 from tradespace.planner.space import Space
 from tradespace.spec import native
 from tradespace.spec.estimate import Estimate
@@ -38,27 +39,8 @@ from tradespace.spec.kv import PLAIN, KVPlan, refusal
 from tradespace.spec.plan import Placement, Plan
 from tradespace.spec.weights import WeightPlan
 
-
-@dataclass(frozen=True)
-class Room:
-    """How much the cache gets: sequences, token slots, and whether that fits."""
-
-    max_sequences: int
-    kv_tokens: int
-    bytes_each: float
-    fits: bool
-
-
-@dataclass(frozen=True, slots=True)
-class StepBytes:
-    """Of the largest step: what stands beside the cache (matrices widened, products compiled), the worst moment of a layer, and that of the head."""
-
-    beside: float
-    layers: float
-    head: float
-
-
 OfSequences = Callable[[int], StepBytes]
+RESIDENT = Placement()
 
 
 class Pricer:
@@ -70,58 +52,90 @@ class Pricer:
         self.pool = memory.compute_pool(question.device)
         self._fixed: dict[tuple, float] = {}
         self._stepped: dict[tuple, StepBytes] = {}
-        self._widened: dict[int, int] = {}
-        self._products: dict[int, tuple[frozenset[Product], frozenset[Product]]] = {}
-        self._shares: list[WeightShare] = []  # kept alive, so that their ids stay unique
+        self._moments: dict[tuple, float] = {}
+        self._beside: dict[tuple, StepWork] = {}
+        self._read: dict[tuple[int, float], float] = {}
         self._steps: dict[tuple, StepTime] = {}
         self._qualities: dict[tuple, Estimate] = {}
         self._reasons: dict[tuple, tuple[str, ...]] = {}
         self._rates: dict[tuple[str, str, str], Rates] = {}
+        self._bodies: dict[tuple, int] = {}
+        self._held: dict[KVPlan, int] = {}
+        self._caches: dict[tuple[str, str, int], Cache] = {}
+        self._token_bytes: dict[tuple[int, int], tuple[tuple[int | None, int, int], ...]] = {}
+        self.mean_tokens = ceil(question.workload.mean_length)
         self.runtime_bytes = memory.runtime_estimate(question.device).require()
         self.tokenizer_bytes = memory.tokenizer_estimate(question.model.V, question.tokenizer_bytes).require()
         self.staging_bytes = calibration.STAGING_BYTES.value if question.staging_bytes is None else question.staging_bytes
 
+    def part(self, weights: WeightPlan, degree: int, number: int) -> Part:
+        """What depends on the weights alone."""
+        share = weight_share(self.summary, weights, degree)
+        layers = tuple(sorted((key, name) for key, name in weights.exceptions.items() if key.rsplit(":", 1)[-1] not in ("embed", "lm_head")))
+        body = self._bodies.setdefault((weights.default, layers, weights.layout, degree), len(self._bodies))
+        widened = dequantize_elements(self.summary, weights, degree)
+        products = product_shapes(self.summary, weights, degree)
+        requantized = bool(self.space.own) and weights not in self.space.own
+        return Part(weights, degree, share, Placements(share), widened, products, number, body, weights.dense, requantized)
+
+    def cache(self, store: str, layout: str, block: int) -> Cache:
+        """The cache of these choices."""
+        key = (store, layout, block)
+        if key not in self._caches:
+            kv = self.space.kv_plan(store, layout, block)
+            copied = frozenset(dense for dense in ELEMENT_BYTES if kv.copies(dense))
+            self._caches[key] = Cache(kv, kv.held, self._held.setdefault(kv.held, len(self._held)), len(self._caches), copied)
+        return self._caches[key]
+
     # ------------------------------------------------------------------------------------------------------------ bytes
 
-    def step_bytes(self, weights: WeightPlan, share: WeightShare, kernel: str, step_tokens: int, kv: KVPlan, degree: int, sequences: int) -> StepBytes:
+    def step_bytes(self, part: Part, cache: Cache, kernel: str, step_tokens: int, sequences: int) -> StepBytes:
         """Of the largest step with so many sequences."""
-        gathered = kv.copies(weights.dense)
-        held = PLAIN if kv.is_plain else kv.held
-        key = (id(share), kernel, step_tokens, gathered, held, sequences)
-        if key not in self._stepped:
-            linear, dense, device = ("native" if kernel == "native" else self.question.linear), weights.dense, self.question.device
-            shape = workspace.StepShape(
-                T=step_tokens,
-                S=self.question.workload.context_tokens,
-                e=ELEMENT_BYTES[dense],
-                kernel=kernel,
-                gathered=gathered,
-                rows=sequences,
-                degree=degree,
-                linear=linear,
-                activations=self.question.activations,
-                threads=device.cores or 1,
-                kv=held,
+        gathered = part.dense in cache.copied
+        key = (part.number, cache.number, kernel, step_tokens, gathered, sequences)
+        found = self._stepped.get(key)
+        if found is None:
+            found = self._stepped[key] = self._step_bytes(part, cache, kernel, step_tokens, gathered, sequences)
+        return found
+
+    def _step_bytes(self, part: Part, cache: Cache, kernel: str, step_tokens: int, gathered: bool, sequences: int) -> StepBytes:
+        """Attention's worst moment by kernel, cache and the layers' formats; the rest by the weights and the size of the step alone."""
+        weights, summary, device = part.weights, self.summary, self.question.device
+        linear, dense, rebuilds = ("native" if kernel == "native" else self.question.linear), weights.dense, cache.kv.retain.rebuilds
+        shape = workspace.StepShape(
+            T=step_tokens,
+            S=self.question.workload.context_tokens,
+            e=ELEMENT_BYTES[dense],
+            kernel=kernel,
+            gathered=gathered,
+            rows=sequences,
+            degree=part.degree,
+            linear=linear,
+            activations=self.question.activations,
+            threads=device.cores or 1,
+            kv=PLAIN if cache.kv.is_plain else cache.held,
+        )
+
+        def beside() -> float:
+            found = workspace.dequantize_bytes(part.widened, dense)
+            found += workspace.reference_tile_bytes(widest_columns(summary), dense) if linear == "reference" else 0
+            found += workspace.native_buffers_bytes(summary, weights, shape) if weights.layout == "native" else 0
+            return found + workspace.product_kernels_bytes(*part.products, shape, kind=device.kind, dense=dense)
+
+        def once(name: str, key: tuple, compute: Callable[[], float]) -> float:
+            if (name, *key) not in self._moments:
+                self._moments[name, *key] = compute()
+            return self._moments[name, *key]
+
+        layers = 0.0
+        if weights.layout != "native":
+            mixing = once(
+                "mixing", (part.body, cache.number, kernel, step_tokens, gathered, sequences), lambda: workspace.mixing_bytes(summary, weights, shape)
             )
-            beside = workspace.dequantize_bytes(self.widened_elements(weights, share, degree), dense)
-            beside += workspace.reference_tile_bytes(widest_columns(self.summary), dense) if linear == "reference" else 0
-            beside += workspace.native_buffers_bytes(self.summary, weights, shape) if weights.layout == "native" else 0
-            beside += workspace.product_kernels_bytes(*self.products(weights, share, degree), shape, kind=device.kind, dense=dense)
-            layers = workspace.activation_bytes(self.summary, weights, shape)
-            self._stepped[key] = StepBytes(beside, layers, workspace.head_bytes(self.summary, weights, shape))
-        return self._stepped[key]
-
-    def products(self, weights: WeightPlan, share: WeightShare, degree: int) -> tuple[frozenset[Product], frozenset[Product]]:
-        """Shapes of the library's products of the layers and of the head."""
-        if id(share) not in self._products:
-            self._products[id(share)] = product_shapes(self.summary, weights, degree)
-        return self._products[id(share)]
-
-    def widened_elements(self, weights: WeightPlan, share: WeightShare, degree: int) -> int:
-        """Elements of the workspace that the quantized matrices of a share are dequantized into."""
-        if id(share) not in self._widened:
-            self._widened[id(share)] = dequantize_elements(self.summary, weights, degree)
-        return self._widened[id(share)]
+            feeding = once("feeding", (part.body, step_tokens, linear, rebuilds), lambda: workspace.feeding_bytes(summary, weights, shape))
+            layers = max(mixing, feeding) + workspace.rope_rows_bytes(summary.rope_dims, workspace.passing(shape))
+        head = once("head", (part.number, step_tokens, linear, sequences), lambda: workspace.head_bytes(summary, weights, shape))
+        return StepBytes(once("beside", (part.number, step_tokens, linear, sequences), beside), layers, head)
 
     def always_bytes(self, max_sequences: int, step_tokens: int, block_size: int) -> float:
         """Of the compute pool, without weights."""
@@ -138,14 +152,13 @@ class Pricer:
             self._fixed[key] = self.runtime_bytes + held + on_host
         return self._fixed[key]
 
-    def room(self, kv: KVPlan, slot_bytes: int, step_tokens: int, resident_bytes: float, step_bytes: OfSequences, degree: int = 1) -> Room:
-        """The cache under what the budget leaves. With nothing left, the smallest cache there is, which does not fit."""
+    def room(self, kv: KVPlan, slot_bytes: int, state: int, step_tokens: int, resident_bytes: float, step_bytes: OfSequences) -> Room:
+        """The cache under what the budget leaves, `state` bytes a sequence beside its slots. With nothing left, the smallest there is, which does not fit."""
         workload, budget = self.question.workload, self.question.usable_bytes
         paged = kv.layout == "paged"
         block = kv.block_slots(workload.context_tokens)
         sequence_slots = ceil(kv.retain.tokens(workload.context_tokens) / block) * block or block
         loading = self.staging_bytes if self.pool == "host" else 0
-        state = memory.state_bytes(self.summary, kv, workload.context_tokens, degree)
 
         def total(sequences: int, slots: int) -> float:
             always = self.always_bytes(sequences, step_tokens, block) + resident_bytes
@@ -182,25 +195,46 @@ class Pricer:
             self._rates[key] = rates_for(self.question.device, weights, phase, self.question.activations)
         return self._rates[key]
 
-    def decode(self, weights: WeightPlan, share: WeightShare, axes: Axes, sequences: int) -> StepTime:
-        key = (id(share), axes, sequences)
-        if key not in self._steps:
-            cache = cache_token_bytes(self.summary, axes.kv, axes.degree)
-            work = decode_work(self.summary, share, cache, axes, sequences, self.question.workload.mean_length)
-            self._steps[key] = step_time(work, self.rates(weights, "decode"))
-        return self._steps[key]
+    def token_bytes(self, part: Part, cache: Cache) -> tuple[tuple[int | None, int, int], ...]:
+        """`cache_token_bytes` on one device."""
+        key = (cache.number, part.degree)
+        if key not in self._token_bytes:
+            self._token_bytes[key] = cache_token_bytes(self.summary, cache.held, part.degree)
+        return self._token_bytes[key]
 
-    def prefill(self, weights: WeightPlan, share: WeightShare, axes: Axes, step_tokens: int) -> StepTime:
-        chunk = min(step_tokens, self.question.workload.prompt_tokens)
-        key = (id(share), axes, -chunk)
-        if key not in self._steps:
-            cache = cache_token_bytes(self.summary, axes.kv, axes.degree)
-            work = prefill_work(self.summary, share, cache, axes, self.question.workload.prompt_tokens, chunk)
-            self._steps[key] = step_time(work, self.rates(weights, "prefill"))
-        return self._steps[key]
+    def read_bytes(self, part: Part, tokens: float) -> float:
+        """Of the weights, by a step of so many tokens."""
+        if (part.number, tokens) not in self._read:
+            self._read[part.number, tokens] = weight_read_bytes(self.summary, part.share, tokens)
+        return self._read[part.number, tokens]
 
-    def quality(self, weights: WeightPlan, kv: KVPlan) -> Estimate:
-        key = (weights, kv.store, kv.values, kv.retain)
+    def step(self, phase: str, part: Part, cache: Cache, kernel: str, placement: Placement, tokens: int) -> StepTime:
+        """A decode step of `tokens` sequences, or a prefill in chunks of `tokens`."""
+        weights, workload = part.weights, self.question.workload
+        gathered, streamed = part.dense in cache.copied, placement.streamed_layers
+        key = (phase, part.number, cache.number, kernel, gathered, streamed, placement.stream_from if streamed else "", tokens)
+        found = self._steps.get(key)
+        if found is not None:
+            return found
+        axes = Axes(kernel, gathered, weights.dense, part.degree, streamed, placement.stream_from, cache.held)
+        again = part.number if cache.kv.retain.rebuilds else -1  # only to rebuild older tokens are weights read again
+        alike = (phase, kernel, gathered, weights.dense, part.degree, cache.number, tokens, again)
+        beside = self._beside.get(alike)
+        if beside is None:
+            held = self.token_bytes(part, cache)
+            if phase == "decode":
+                beside = decode_beside(self.summary, part.share, held, axes, tokens, workload.mean_length)
+            else:
+                beside = prefill_beside(self.summary, part.share, held, axes, workload.prompt_tokens, tokens)
+            self._beside[alike] = beside
+        steps = 1 if phase == "decode" else ceil(workload.prompt_tokens / tokens)
+        work = with_weights(beside, self.read_bytes(part, tokens), part.share, axes, steps=steps)
+        found = self._steps[key] = step_time(work, self.rates(weights, phase))
+        return found
+
+    def quality(self, part: Part, cache: Cache) -> Estimate:
+        weights, kv = part.weights, cache.kv
+        key = (part.number, cache.number)
         if key not in self._qualities:
             model = self.question.model
             held = EXACT if weights in self.space.own else weight_quality(model, weights.default)
@@ -208,9 +242,10 @@ class Pricer:
             self._qualities[key] = combine([*parts, pattern_quality(model)])
         return self._qualities[key]
 
-    def reasons(self, weights: WeightPlan, kv: KVPlan, kernel: str, placement: Placement, degree: int) -> tuple[str, ...]:
+    def reasons(self, part: Part, cache: Cache, kernel: str, placement: Placement) -> tuple[str, ...]:
         """What cannot run yet; most reasons depend on the plan alone, the rest on the model and the device."""
-        key = (weights.names, kv, kernel, placement.stream_from if placement.streamed_layers else "", degree)
+        weights, kv, degree = part.weights, cache.kv, part.degree
+        key = (part.number, cache.index, kernel, placement.stream_from if placement.streamed_layers else "")
         if key not in self._reasons:
             question = self.question
             slots = kv.block_size if kv.layout == "paged" else 1
@@ -230,20 +265,20 @@ class Pricer:
 
     def candidates(self) -> Iterator[Candidate]:
         """Every plan of the space, priced."""
+        numbers = count()
         for weights in self.space.weights:
             for degree in self.space.degrees:
-                share = weight_share(self.summary, weights, degree)
-                self._shares.append(share)
-                placed = Placements(share)
+                part = self.part(weights, degree, next(numbers))
                 for store in self.space.stores_for(weights):
                     for layout, block in self.space.layouts:
-                        kv = self.space.kv_plan(store, layout, block)
-                        if refusal(kv) is not None:
+                        cache = self.cache(store, layout, block)
+                        if refusal(cache.kv) is not None:
                             continue
-                        slot_bytes = memory.kv_slot_bytes(self.summary, kv, degree)
-                        for kernel in self.kernels_for(weights, kv):
+                        slot_bytes = memory.kv_slot_bytes(self.summary, cache.kv, degree)
+                        state = memory.state_bytes(self.summary, cache.kv, self.question.workload.context_tokens, degree)
+                        for kernel in self.kernels_for(weights, cache.kv):
                             for step_tokens in self.step_sizes(kernel):
-                                yield from self._placed(weights, share, placed, kv, slot_bytes, kernel, step_tokens, degree)
+                                yield from self._placed(part, cache, slot_bytes, state, kernel, step_tokens)
 
     def step_sizes(self, kernel: str) -> tuple[int, ...]:
         """Budgets of tokens per step. The native step goes through its tokens in blocks: larger steps than a few hundred cost buffers and gain nothing."""
@@ -257,24 +292,22 @@ class Pricer:
         untiled = kv.layout == "contiguous" and self.question.workload.context_tokens % native.LANES
         return ("native",) if "native" in self.space.kernels and not untiled and native.refusal(self.question.model, kv) is None else ()
 
-    def _placed(
-        self, weights: WeightPlan, share: WeightShare, placed: Placements, kv: KVPlan, slot_bytes: int, kernel: str, step_tokens: int, degree: int
-    ) -> Iterator[Candidate]:
+    def _placed(self, part: Part, cache: Cache, slot_bytes: int, state: int, kernel: str, step_tokens: int) -> Iterator[Candidate]:
         """The plan with all layers resident, and where that is not enough for the workload, with as few streamed as will do."""
-        step_bytes = partial(self.step_bytes, weights, share, kernel, step_tokens, kv, degree)
-        room = self.room(kv, slot_bytes, step_tokens, share.total_bytes, step_bytes, degree)
+        step_bytes = partial(self.step_bytes, part, cache, kernel, step_tokens)
+        room = self.room(cache.kv, slot_bytes, state, step_tokens, part.share.total_bytes, step_bytes)
         workload = self.question.workload
-        kept = kv.retain.tokens(workload.context_tokens)
+        kept = cache.kv.retain.tokens(workload.context_tokens)
         is_enough = room.fits and room.max_sequences >= workload.concurrency and room.kv_tokens >= workload.concurrency * kept
         if not self.space.must_stream:
-            yield self._candidate(weights, share, kv, kernel, step_tokens, degree, Placement(), room)
+            yield self._candidate(part, cache, kernel, step_tokens, RESIDENT, room)
         if is_enough and not self.space.must_stream:
             return
-        whole = self.full_bytes(kv, slot_bytes, step_tokens, step_bytes)
+        whole = self.full_bytes(cache.kv, slot_bytes, step_tokens, step_bytes)
         for source in self.space.sources:
-            layers = placed.fewest(self.question.usable_bytes - whole)
-            streamed = self.room(kv, slot_bytes, step_tokens, placed.resident[layers], step_bytes, degree)
-            yield self._candidate(weights, share, kv, kernel, step_tokens, degree, Placement(streamed_layers=layers, stream_from=source), streamed)
+            layers = part.placed.fewest(self.question.usable_bytes - whole)
+            streamed = self.room(cache.kv, slot_bytes, state, step_tokens, part.placed.resident[layers], step_bytes)
+            yield self._candidate(part, cache, kernel, step_tokens, Placement(streamed_layers=layers, stream_from=source), streamed)
 
     def full_bytes(self, kv: KVPlan, slot_bytes: int, step_tokens: int, step_bytes: OfSequences) -> float:
         """The compute pool without weights, the cache holding the whole workload."""
@@ -286,58 +319,52 @@ class Pricer:
         loading = self.staging_bytes if self.pool == "host" else 0
         return memory.peak_bytes(self.always_bytes(workload.concurrency, step_tokens, block), loading, running, step.layers, step.head)
 
-    def _candidate(
-        self, weights: WeightPlan, share: WeightShare, kv: KVPlan, kernel: str, step_tokens: int, degree: int, placement: Placement, room: Room
-    ) -> Candidate:
-        question, workload = self.question, self.question.workload
-        axes = Axes(kernel, kv.copies(weights.dense), weights.dense, degree, placement.streamed_layers, placement.stream_from, kv.held)
-        held = room.kv_tokens // max(1, kv.retain.tokens(ceil(workload.mean_length))) if kv.layout == "paged" else room.max_sequences
+    def _candidate(self, part: Part, cache: Cache, kernel: str, step_tokens: int, placement: Placement, room: Room) -> Candidate:
+        question, workload, kv = self.question, self.question.workload, cache.kv
+        held = room.kv_tokens // max(1, kv.retain.tokens(self.mean_tokens)) if kv.layout == "paged" else room.max_sequences
         sequences = max(1, min(workload.concurrency, room.max_sequences, held))
-        decode = self.decode(weights, share, axes, sequences)
-        prefill = self.prefill(weights, share, axes, step_tokens)
+        decode = self.step("decode", part, cache, kernel, placement, sequences)
+        prefill = self.step("prefill", part, cache, kernel, placement, min(step_tokens, workload.prompt_tokens))
         known = decode.seconds.known and prefill.seconds.known
-        host = self.host_bytes(share, placement, degree, room.bytes_each)
+        host = self.host_bytes(part.share, placement, part.degree, room.bytes_each)
         fits_host = self.pool == "host" or question.host_memory_bytes is None or host <= question.host_memory_bytes
         return Candidate(
-            question=question,
-            weights=weights,
-            kv=kv,
-            attention=kernel,
-            step_tokens=step_tokens,
-            placement=placement,
-            tensor_parallel=degree,
-            max_sequences=room.max_sequences,
-            kv_tokens=room.kv_tokens,
-            bytes_each=round(room.bytes_each),
-            host_bytes=round(host),
-            fits_memory=room.fits and fits_host,
-            decode=decode,
-            prefill=prefill,
-            decode_tokens_per_s=decode_tokens_per_s(decode, sequences, workload),
-            prefill_tokens_per_s=prefill_tokens_per_s(prefill, workload),
-            request_s=request_seconds(decode.seconds.require(), prefill.seconds.require(), sequences, workload) if known else float("inf"),
-            quality=self.quality(weights, kv),
-            runs=self.reasons(weights, kv, kernel, placement, degree),
-            requantized=bool(self.space.own) and weights not in self.space.own,
+            question,
+            part.weights,
+            kv,
+            kernel,
+            step_tokens,
+            placement,
+            part.degree,
+            room.max_sequences,
+            room.kv_tokens,
+            round(room.bytes_each),
+            round(host),
+            room.fits and fits_host,
+            decode,
+            prefill,
+            decode_tokens_per_s(decode, sequences, workload),
+            prefill_tokens_per_s(prefill, workload),
+            request_seconds(decode.seconds.require(), prefill.seconds.require(), sequences, workload) if known else float("inf"),
+            self.quality(part, cache),
+            self.reasons(part, cache, kernel, placement),
+            part.requantized,
         )
 
 
-class Placements:
-    """For one share of weights: resident bytes by the number of streamed layers, and the fewest layers for a given room."""
-
-    def __init__(self, share: WeightShare):
-        layers = len(share.layers)
-        self.resident = [share.total_bytes - share.streamed_bytes[k] + memory.stream_buffer_bytes(share, k) for k in range(layers + 1)]
-        self._least = list(self.resident)  # of up to k streamed layers: a larger layer's buffers may outweigh what it frees
-        for k in range(1, layers + 1):
-            self._least[k] = min(self._least[k - 1], self.resident[k])
-
-    def fewest(self, room_bytes: float) -> int:
-        """The least number of streamed layers (at least one) with which the weights fit `room_bytes`; all layers where none does."""
-        k = bisect_left(self._least, True, lo=1, key=lambda size: size <= room_bytes)
-        return min(k, len(self.resident) - 1)
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without the collector of cycles: it walks tens of thousands of plans again and again, and pricing makes no cycles."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def price(question: Question, space: Space) -> tuple[Candidate, ...]:
     """Every plan of `space`, priced for `question`."""
-    return tuple(Pricer(question, space).candidates())
+    with _uncollected():
+        return tuple(Pricer(question, space).candidates())

@@ -88,7 +88,7 @@ class KVPlan:
         key, value = self.stores
         return max(key.runs_since, value.runs_since) if self.retain.runs_since and key.runs_since and value.runs_since else None
 
-    @property
+    @cached_property
     def min_bits(self) -> float:
         return min(store.bits for store in self.stores)
 
