@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any
 
 from tradespace.errors import EngineError
@@ -73,20 +73,21 @@ def command(model: str, out: Path, method: str, *more: str) -> list[str]:
 
 def run_watched(arguments: list[str]) -> tuple[dict[str, Any], int]:
     """A command's JSON, and the kernel's own high-water mark of its resident size."""
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        peak_bytes, status = 0, Path(f"/proc/{process.pid}/status")
-        while process.poll() is None:
-            try:
-                line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-                peak_bytes = max(peak_bytes, 1024 * int(line.split()[1]))
-            except (OSError, StopIteration):
-                pass  # it has just ended
-            time.sleep(0.02)
-        assert process.stdout is not None and process.stderr is not None
-        out, error = process.stdout.read(), process.stderr.read()
-    if process.returncode:
-        raise EngineError(f"{' '.join(arguments[2:5])} failed: {error.strip().splitlines()[-1:] or process.returncode}")
-    return json.loads(out), peak_bytes
+    with TemporaryFile("w+") as out, TemporaryFile("w+") as error:  # files, not pipes: nobody reads while it runs, and a full pipe would stop it
+        with subprocess.Popen(arguments, stdout=out, stderr=error, text=True) as process:
+            peak_bytes, status = 0, Path(f"/proc/{process.pid}/status")
+            while process.poll() is None:
+                try:
+                    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+                    peak_bytes = max(peak_bytes, 1024 * int(line.split()[1]))
+                except (OSError, StopIteration):
+                    pass  # it has just ended
+                time.sleep(0.02)
+        out.seek(0)
+        error.seek(0)
+        if process.returncode:
+            raise EngineError(f"{' '.join(arguments[2:5])} failed: {error.read().strip().splitlines()[-1:] or process.returncode}")
+        return json.loads(out.read()), peak_bytes
 
 
 def memory_rows(folder: Path, tokenizer_of: Path, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
