@@ -19,9 +19,10 @@ from tradespace.loading.gguf import read_gguf
 from tradespace.loading.resolve import resolve
 from tradespace.loading.safetensors import read_sharded
 from tradespace.quality.divergence import Divergence, Tally
+from tradespace.quantize.aiming import aim_layer
 from tradespace.quantize.folds import Tensors
 from tradespace.quantize.head_divergence import logits_of
-from tradespace.quantize.layer_passes import built, collect_grams, run_quantized
+from tradespace.quantize.layer_passes import built, collect_grams, run_own, run_quantized
 from tradespace.quantize.methods import Method, QuantizedLayer, layer_matrices, quantize_layer, round_matrix
 from tradespace.quantize.sensitivity import SensitivityPass
 from tradespace.quantize.source import StoredWeights, Weights
@@ -102,12 +103,16 @@ def quantize_whole(
     weights: HeldWeights, plan: WeightPlan, method: Method, runner: LayerRunner, calibration: HeldHidden, *, alpha: float | None = None
 ) -> QuantizedModel:
     """The model in the formats of `plan`, its layers one after the other, each learning from what the quantized ones before it give it."""
-    spec, hidden = weights.spec, calibration.copied()
+    spec, hidden, reference = weights.spec, calibration.copied(), calibration.copied()
     found = QuantizedModel(dict(weights.tensors))
     for index in range(spec.L):
         tensors = read_layer(weights, index)
-        grams = collect_grams(runner, index, tensors, hidden) if method.needs_text else {}
-        done = quantize_layer(spec, index, tensors, grams, plan, method, alpha=alpha)
+        if method.aims:
+            done = aim_layer(runner, index, tensors, plan, method, reference, hidden)
+            reference.write_all(run_own(runner, index, tensors, reference))
+        else:
+            grams = collect_grams(runner, index, tensors, hidden) if method.needs_text else {}
+            done = quantize_layer(spec, index, tensors, grams, plan, method, alpha=alpha)
         if method.needs_text and index + 1 < spec.L:
             hidden.write_all(run_quantized(runner, index, done, hidden))
         _keep(found, index, done)
