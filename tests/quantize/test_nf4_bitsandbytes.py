@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
+from bitsandbytes import functional
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -11,8 +11,6 @@ from tradespace.formats import build_weight
 from tradespace.formats.nf4 import dynamic_levels, levels
 from tradespace.quantize.rtn import fill_rtn
 from tradespace.spec.formats import FORMATS
-
-functional = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is not installed")
 
 CPU = torch.device("cpu")
 KINDS = ("normal", "rows of many sizes", "few distinct values", "tiny", "with zeros")
