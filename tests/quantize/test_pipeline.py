@@ -79,7 +79,7 @@ def test_a_folder_that_transformers_opens(places: Path, tmp_path: Path):
     assert torch.equal(loaded.model.layers[1].mlp.down_proj.weight.detach(), wanted)
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "awq-gptq", "hadamard", "hadamard-gptq", "rtn-search"])
+@pytest.mark.parametrize("method", ["gptq", "gptaq", "awq", "awq-gptq", "hadamard", "hadamard-gptq", "rtn-search"])
 def test_every_method_keeps_the_model_close(method: str, places: Path, tmp_path: Path):
     # eight bits, so that what folds and rotations change shows, and not what rounding does to a random model
     found = run(places, tmp_path / "out", format="int8", method=method, embed="int8" if method == "awq" else None)
@@ -92,7 +92,7 @@ def test_every_method_keeps_the_model_close(method: str, places: Path, tmp_path:
         if method != "awq":  # an embedding in int8 is our own convention
             logits = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)(text).logits.log_softmax(-1)
             assert float((wanted.exp() * (wanted - logits)).sum(-1).mean()) < 0.02
-    if "gptq" in method or method == "awq":
+    if "gptq" in method or method in ("awq", "gptaq"):
         assert set(found.errors) == {f"{layer}.{stem}" for layer in (0, 1) for stem in ("attn.qkv", "attn.out", "ffn.gate_up", "ffn.down")}
         assert all(0 < error < 1e-3 for error in found.errors.values())
 

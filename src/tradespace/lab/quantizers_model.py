@@ -7,6 +7,7 @@ what the quantizer did. Everything lies on torch's default device, so an acceler
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from tradespace.loading.safetensors import read_sharded
 from tradespace.quality.divergence import Divergence, Tally
 from tradespace.quantize.aiming import aim_layer
 from tradespace.quantize.folds import Tensors
+from tradespace.quantize.hadamard import RotatedWeights
 from tradespace.quantize.head_divergence import logits_of
 from tradespace.quantize.layer_passes import built, collect_grams, run_own, run_quantized
 from tradespace.quantize.methods import Method, QuantizedLayer, layer_matrices, quantize_layer, round_matrix
@@ -47,6 +49,15 @@ class HeldWeights:
         self.files, self.spec, self.stored_spec = files, stored.spec, stored.stored_spec
         device = torch.get_default_device()
         self.tensors = {name: values.to(device) for name, values in self.tensors.items()}
+
+    def turned(self, seed: int) -> HeldWeights:
+        """The same model in the basis of a random Hadamard matrix, its head untied. Raises UnsupportedError where its norms do not commute with one."""
+        turned, other = RotatedWeights(self, seed), copy(self)
+        outer = ("embed.weight", "lm_head.weight")
+        other.tensors = {tensor.name: turned.read(tensor.name) for tensor in model_tensors(turned.spec) if tensor.name not in outer}
+        other.tensors |= {name: torch.cat([rows_RC for _, rows_RC in turned.row_chunks(name)]) for name in outer}
+        other.spec = turned.spec
+        return other
 
     def read(self, name: str) -> Tensor:
         return self.tensors[name].clone()

@@ -19,7 +19,7 @@ from tradespace.quantize.gram import fake_int8, tap
 from tradespace.quantize.smoothquant import smooth_scales
 from tradespace.quantize.stream import HiddenStates, LayerRunner
 
-SAMPLED = 2048
+SAMPLED = 4096
 ALPHAS = tuple(step / 10 for step in range(2, 10))
 STEPS = 150
 RATE = 0.03
@@ -109,4 +109,3 @@ def _sampled(runner: LayerRunner, index: int, tensors: Tensors, hidden: HiddenSt
     for window in range(min(hidden.num_windows, SAMPLED)):
         runner.run(index, layer, hidden.read(window))
     return {stem: torch.cat(found) for stem, found in kept.items()}
-
