@@ -71,7 +71,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         Experiment(name="sweep", question="which format by which method, at how many bytes?", minutes=15, module="sweep"),
         Experiment(name="quantizers", question="which quantizer makes the most of the same bits?", minutes=10, module="quantizers", parts=MODELS),
         Experiment(name="kv-quality", question="what does holding less of the past cost in KL divergence?", minutes=15, module="kv_quality"),
-        Experiment(name="kv-exact", question="do exact ways to hold the past give the full cache's tokens?", minutes=9, module="kv_exact"),
+        Experiment(name="kv-exact", question="do exact ways to hold the past give the full cache's tokens?", minutes=12, module="kv_exact", parts=MODELS),
         Experiment(name="kv-cache", question="what do bytes, speed and quality do as the cache shrinks?", minutes=30, module="kv_cache", parts=KV_PARTS),
         Experiment(name="agreement", question="does it compute what llama.cpp computes?", minutes=6, module="agreement"),
         Experiment(name="activations", question="what do activations in int8 cost, beside llama.cpp's?", minutes=4, module="activations"),

@@ -142,7 +142,15 @@ def rows_of(model: str, ways: Sequence[Way], sequences: int, length: int, output
     full = answers(model, plan_of(base, FULL, sequences, length), prompts, output)
     rows = []
     for way in ways:
-        row: dict[str, Any] = {"model": model, "way": way.name, "length": length, "sequences": sequences, "output": output, "refused": refused[way.name] or ""}
+        row: dict[str, Any] = {
+            "part": model,
+            "model": model,
+            "way": way.name,
+            "length": length,
+            "sequences": sequences,
+            "output": output,
+            "refused": refused[way.name] or "",
+        }
         row["logits_error"] = errors.get(way.name)
         told = "" if row["logits_error"] is None else f", logits within {row['logits_error']:.1e}"
         if not row["refused"]:
@@ -154,10 +162,10 @@ def rows_of(model: str, ways: Sequence[Way], sequences: int, length: int, output
     return rows
 
 
-def run(*, quick: bool, say: Callable[[str], None]) -> Record:
-    """quick: SmolLM2 alone, four sequences to 256 tokens, three ways of each kind."""
+def run(*, quick: bool, say: Callable[[str], None], only: Sequence[str] = MODELS) -> Record:
+    """quick: the first model alone, four sequences to 256 tokens, three ways of each kind."""
     rows: list[dict[str, Any]] = []
-    for model in MODELS[:1] if quick else MODELS:
+    for model in only[:1] if quick else only:
         rows += rows_of(model, WAYS[1::3] if quick else WAYS, 4 if quick else SEQUENCES, 256 if quick else LENGTH, 16 if quick else OUTPUT, say)
         rows += rows_of(model, REBUILT, 2, REBUILT_LENGTH, 16 if quick else 32, say)
     notes = f"fp32 weights and activations, greedy; a tie: the full cache's two best logits within {TIE:g}; logits compared over {FED + 1} positions"
