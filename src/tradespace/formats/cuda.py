@@ -110,9 +110,9 @@ class CudaWeight(nn.Module):
         if 0 < len(x_TC) <= cuda.FEW_ROWS:
             if self.scratch is None:
                 raise EngineError(f"a product of few rows in {self.format_name} needs scratch for partial sums; give the weight one")
-            if weight.layout.kind != "w8a8":
+            if weight.layout.kind not in ("w8a8", "f8a8"):
                 return rows_linear(x_TC, weight, self.scratch, bias_R=bias_R)
-            codes_TC, scale_T = torch.empty(x_TC.shape, dtype=torch.int8, device=x_TC.device), torch.empty(len(x_TC), device=x_TC.device)
+            codes_TC, scale_T = torch.empty(x_TC.shape, dtype=weight.codes.dtype, device=x_TC.device), torch.empty(len(x_TC), device=x_TC.device)
             quantize_rows(x_TC, codes_TC, scale_T)
             out_TR = torch.empty((len(x_TC), weight.rows), dtype=x_TC.dtype, device=x_TC.device)
             return rows_linear(codes_TC, weight, self.scratch, x_scale_T=scale_T, out_TR=out_TR, bias_R=bias_R)

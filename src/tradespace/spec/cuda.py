@@ -22,7 +22,8 @@ COUNTERS = 4096  # tiles of a split product, or (sequence, head) pairs of split 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """How a format lies. `kind` names the decoder ("bf16" and "w8a8" need none: their rows lie as they are, as torch's own products read them); a chunk has
+    """How a format lies. `kind` names the decoder ("bf16", "w8a8" and "f8a8", e4m3 met by e4m3 activations, need none: their rows lie as they are, as torch's
+    own products read them); a chunk has
     `columns` columns of `bits`. `scale_bytes` and `zero_bytes` are the bytes of a scale and a zero point, one for each `group` columns of a row (0: of the
     whole row; None: no scales). nested: as `spec.formats.WeightFormat`.
     """
@@ -68,7 +69,7 @@ def held(groups: int, nbytes: int) -> int:
 
 FORMATS: dict[str, Layout] = {"bf16": Layout(kind="bf16", columns=1, bits=16)}
 FORMATS |= {name: Layout(kind="int8", columns=128, bits=8, group=0, scale_bytes=4) for name in ("int8", "int8-tensor")}
-FORMATS["w8a8"] = Layout(kind="w8a8", columns=1, bits=8, group=0, scale_bytes=4)
+FORMATS |= {name: Layout(kind=kind, columns=1, bits=8, group=0, scale_bytes=4) for name, kind in (("w8a8", "w8a8"), ("fp8-a8", "f8a8"))}
 FORMATS |= {name: Layout(kind="fp8", columns=128, bits=8, group=0, scale_bytes=4) for name in ("fp8", "fp8-tensor")}
 FORMATS |= {
     f"int4-g{group}{suffix}": Layout(kind="int4", columns=max(64, group), bits=4, group=group, scale_bytes=2, zero_bytes=zero)

@@ -17,7 +17,7 @@ INT_MM_ROWS = 17  # torch's int8 product takes no fewer rows
 
 
 def large_linear(x_TC: Tensor, weight: PackedWeight, room: Tensor, bias_R: Tensor | None = None, out_TR: Tensor | None = None) -> Tensor:
-    """out_TR = x @ W.T (+ bias). `room`: elements of x's dtype that a tile of the matrix is dequantized into (for bf16 and w8a8 it stays unused)."""
+    """out_TR = x @ W.T (+ bias). `room`: elements of x's dtype that a tile of the matrix is dequantized into (where rows lie as they are it stays unused)."""
     T, C = x_TC.shape
     out = torch.empty((T, weight.rows), dtype=x_TC.dtype, device=x_TC.device) if out_TR is None else out_TR
     if weight.layout.kind == "w8a8":
@@ -29,6 +29,11 @@ def large_linear(x_TC: Tensor, weight: PackedWeight, room: Tensor, bias_R: Tenso
         torch.mul(sums_TR, scale_T[:, None] * weight.scale.view(1, -1), out=out) if out.dtype == torch.float32 else out.copy_(
             sums_TR * (scale_T[:, None] * weight.scale.view(1, -1))
         )
+    elif weight.layout.kind == "f8a8":
+        codes_TC, scale_T = torch.empty((T, C), dtype=torch.float8_e4m3fn, device=x_TC.device), torch.empty(T, device=x_TC.device)
+        quantize_rows(x_TC, codes_TC, scale_T)
+        assert weight.scale is not None
+        out.copy_(scaled_linear(codes_TC, scale_T, weight.codes, weight.scale.view(-1), x_TC.dtype))
     elif weight.layout.kind == "bf16":
         torch.mm(x_TC, weight.codes.T, out=out)
     else:

@@ -16,6 +16,7 @@ from torch import Tensor
 from tradespace.spec.cuda import CHUNK_ROWS, FORMATS, Layout, held
 
 DTYPES = {1: torch.uint8, 2: torch.float16, 4: torch.float32}
+PLAIN = {"bf16": torch.bfloat16, "w8a8": torch.int8, "f8a8": torch.float8_e4m3fn}
 _PADDING = {"int4": 8, "nf4": 7, "int8": 0, "fp8": 0}  # codes of the value zero
 
 
@@ -23,7 +24,7 @@ _PADDING = {"int4": 8, "nf4": 7, "int8": 0, "fp8": 0}  # codes of the value zero
 class PackedWeight:
     """A packed matrix (R, C).
 
-    codes           uint8 (R / 32 rounded up, chunks, 32, bytes of a chunk's row); of bf16 and w8a8 the matrix itself, bf16 or int8
+    codes           uint8 (R / 32 rounded up, chunks, 32, bytes of a chunk's row); of bf16, w8a8 and fp8-a8 the matrix itself, bf16, int8 or e4m3
     scale, zero     (words, R, groups of a word): group g of row r at [g // W, r, g % W]; one word where a scale belongs to a whole row
     nested, offset  fp32, what the uint8 scales of nf4 refer to: scale g of row r to nested[(r · G + g) // 256]
     first_row       where it begins in the stack whose views these tensors are
@@ -65,7 +66,7 @@ def allocate(format_name: str, shape: tuple[int, ...], device: torch.device | st
         return torch.zeros((held(groups, nbytes) // per_word, rows, per_word), dtype=DTYPES[nbytes], device=device)
 
     if layout.plain:
-        codes = torch.empty((rows, columns), dtype=torch.bfloat16 if layout.bits == 16 else torch.int8, device=device)
+        codes = torch.empty((rows, columns), dtype=PLAIN[layout.kind], device=device)
     else:
         codes = torch.zeros((-(-rows // CHUNK_ROWS), layout.chunks(columns), CHUNK_ROWS, layout.chunk_row_bytes), dtype=torch.uint8, device=device)
     return PackedWeight(
@@ -110,7 +111,8 @@ def fill(weight: PackedWeight, rows: slice | Tensor, codes_RC: Tensor, parts: Ma
     layout, device = weight.layout, weight.codes.device
     ids = torch.arange(weight.rows, device=device)[rows] if isinstance(rows, slice) else rows.to(device)
     if layout.plain:
-        weight.codes.index_copy_(0, ids, codes_RC.to(device, weight.codes.dtype))
+        values_RC = codes_RC.to(device, weight.codes.dtype).contiguous()
+        weight.codes.view(torch.uint8).index_copy_(0, ids, values_RC.view(torch.uint8))  # as bytes: e4m3 has no index_copy_
     else:
         weight.codes[ids // CHUNK_ROWS, :, ids % CHUNK_ROWS] = pack_rows(codes_RC.to(device).contiguous().view(torch.uint8), layout)
     for name, part_RG in parts.items():
@@ -126,5 +128,9 @@ def codes_of(weight: PackedWeight, rows: slice | Tensor) -> tuple[Tensor, Tensor
     ids = torch.arange(weight.rows, device=weight.codes.device)[rows] if isinstance(rows, slice) else rows
     groups = layout.groups(weight.columns)
     scale, zero = (None if x is None else x[:, ids].transpose(0, 1).reshape(len(ids), -1)[:, :groups] for x in (weight.scale, weight.zero))
-    codes = weight.codes[ids] if layout.plain else unpack_rows(weight.codes[ids // CHUNK_ROWS, :, ids % CHUNK_ROWS], layout, weight.columns)
+    codes = (
+        weight.codes.view(torch.uint8)[ids].view(weight.codes.dtype)
+        if layout.plain
+        else unpack_rows(weight.codes[ids // CHUNK_ROWS, :, ids % CHUNK_ROWS], layout, weight.columns)
+    )
     return codes, scale, zero

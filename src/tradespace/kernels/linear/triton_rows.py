@@ -82,7 +82,8 @@ def rows_linear(
 ) -> Tensor:
     """out_TR = x @ W.T (· 1/rms from `squares_TS`) (+ bias) (+ residual), or act(gate) · up of it where `gated` names the activation (R is then half of W's).
 
-    `out_TR` may be the residual itself. w8a8 takes activations as int8 codes with their scales (`triton_codes.quantize_rows`). Raises UnsupportedError for
+    `out_TR` may be the residual itself. w8a8 and fp8-a8 take activations as codes with their scales
+    (`triton_codes.quantize_rows`). Raises UnsupportedError for
     more than 64 rows.
     """
     T, C = x_TC.shape
@@ -90,7 +91,8 @@ def rows_linear(
     if T > FEW_ROWS:
         raise UnsupportedError(f"products of few rows take at most {FEW_ROWS}, not {T}; use kernels.linear.large")
     assert weight.columns == C and x_TC.stride(1) == 1, f"activations of {C} columns, weights of {weight.columns}"
-    assert (x_TC.dtype == torch.int8) == (weight.layout.kind == "w8a8") == (x_scale_T is not None), "int8 codes and scales go with w8a8 alone"
+    eight = {"w8a8": torch.int8, "f8a8": torch.float8_e4m3fn}.get(weight.layout.kind)
+    assert (x_scale_T is None) == (eight is None) and eight in (None, x_TC.dtype), "8-bit activations and their scales go with w8a8 and fp8-a8 alone"
     out = torch.empty((T, R), dtype=torch.bfloat16 if x_scale_T is not None else x_TC.dtype, device=x_TC.device) if out_TR is None else out_TR
     if T == 0:
         return out
@@ -101,6 +103,8 @@ def rows_linear(
     K = tiles.K if layout.plain else layout.columns
     split = tiles.split_for(R, C, K, M, gated=gated is not None)
     codes = weight.codes if layout.plain else weight.codes.view(torch.int16)
+    if eight == torch.float8_e4m3fn and interprets():  # which has no such numbers
+        codes, x_TC = codes.view(torch.uint8), x_TC.view(torch.uint8)
     scale, zero = (x.view(torch.int32) if grouped and x is not None else x for x in (weight.scale, weight.zero))
     none = x_TC
     flags: dict[str, Any] = {
@@ -119,8 +123,8 @@ def rows_linear(
         "SQUARES": 0 if squares_TS is None else padded(squares_tiles(C)),
         "NEXT": 0 if next_norm is None else 1,
         "EVEN": C % K == 0,
-        "FAST": x_TC.dtype == torch.bfloat16 and not interprets(),
-        "TYPE": TYPES[out.dtype],
+        "FAST": (x_TC.dtype == torch.bfloat16 or eight is not None) and not interprets(),
+        "TYPE": TYPES[torch.bfloat16 if eight is not None else x_TC.dtype],
         "STAGES": tiles.stages,
     }
     launch(

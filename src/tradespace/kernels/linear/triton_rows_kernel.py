@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from tradespace.kernels.activation.triton_functions import activation
-from tradespace.kernels.linear.triton_decode import four, two
+from tradespace.kernels.linear.triton_decode import e4m3, four, two
 from tradespace.kernels.triton_launch import follow
 
 
@@ -60,7 +60,7 @@ def product(acc, x, codes, scale, zero, nested, table, offset, begin, end, rows,
             num_groups, KIND: tl.constexpr, BYTES: tl.constexpr, NESTED: tl.constexpr, ZERO: tl.constexpr, GROUPS: tl.constexpr,
             K: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr, TYPE: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """acc (N, M) += W[rows] · x over tiles begin … end - 1 of K columns. row_stride: 16-bit elements from one row (of chunks) to the next."""
-    if KIND == "bf16" or KIND == "w8a8":
+    if KIND == "bf16" or KIND == "w8a8" or KIND == "f8a8":
         place = tl.arange(0, K)
         column = place
         tile = codes + rows[:, None].to(tl.int64) * row_stride + place[None, :]
@@ -73,7 +73,7 @@ def product(acc, x, codes, scale, zero, nested, table, offset, begin, end, rows,
         step: tl.constexpr = 32 * per_row
     for index in tl.range(begin, end, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
         start = index * K
-        if KIND == "bf16" or KIND == "w8a8":
+        if KIND == "bf16" or KIND == "w8a8" or KIND == "f8a8":
             if EVEN:
                 w = tl.load(tile + index * step)
             else:
@@ -81,8 +81,12 @@ def product(acc, x, codes, scale, zero, nested, table, offset, begin, end, rows,
             x0 = run_of(x, t, start + column, num_tokens, num_columns, x_stride, EVEN)
             if KIND == "bf16":
                 acc = tl.dot(w.to(TYPE), tl.trans(x0), acc)
-            else:
+            elif KIND == "w8a8":
                 acc = tl.dot(w, tl.trans(x0), acc, out_dtype=tl.int32)
+            elif FAST:  # sums of a tile alone: within a product of e4m3 they keep 14 bits
+                acc += tl.dot(w, tl.trans(x0))
+            else:
+                acc += tl.dot(e4m3(w.to(tl.int32)), tl.trans(e4m3(x0.to(tl.int32))), input_precision="ieee")
         elif KIND == "int8" or KIND == "fp8":
             w = tl.load(tile + index * step)
             x0 = run_of(x, t, start + column, num_tokens, num_columns, x_stride, EVEN)
@@ -147,7 +151,7 @@ def rows_kernel(
         up = tl.zeros([N, M], tl.int32 if KIND == "w8a8" else tl.float32)
         up = product(up, x, codes, scale, zero, nested, table, offset, begin, end, rows + gate_rows, t, num_tokens, num_columns, x_stride, row_stride,
                      scale_stride, first_row, num_groups, KIND, BYTES, NESTED, ZERO, GROUPS, K, EVEN, FAST, TYPE, STAGES)  # fmt: skip
-    if KIND == "w8a8":
+    if KIND == "w8a8" or KIND == "f8a8":
         per_token = tl.load(x_scale + t, mask=t < num_tokens, other=0.0)[None, :]
         acc = acc.to(tl.float32) * per_token
         up = up.to(tl.float32) * per_token

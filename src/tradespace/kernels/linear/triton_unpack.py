@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tradespace.kernels.attention.triton_interpreter import interprets
 from tradespace.kernels.linear.packed import PackedWeight
-from tradespace.kernels.linear.triton_decode import four, two
+from tradespace.kernels.linear.triton_decode import e4m3, four, two
 from tradespace.kernels.linear.triton_rows import TYPES, table_of
 from tradespace.kernels.linear.triton_rows_kernel import scale_of, zero_of
 from tradespace.kernels.triton_launch import ceil_div, launch
@@ -40,12 +40,14 @@ def unpack_kernel(
         rows = tl.load(ids + target, mask=inside, other=0).to(tl.int32)
     else:
         rows = first + tl.where(inside, target, 0)
-    if KIND == "bf16" or KIND == "w8a8":
+    if KIND == "bf16" or KIND == "w8a8" or KIND == "f8a8":
         place = chunk * K + tl.arange(0, K)
         found = tl.load(codes + rows[:, None].to(tl.int64) * row_stride + place[None, :], mask=inside[:, None] & (place < num_columns)[None, :], other=0)
         factor = tl.full([ROWS], 1.0, tl.float32)
-        if KIND == "w8a8":
+        if KIND != "bf16":
             factor = tl.load(scale + rows)
+        if KIND == "f8a8":
+            found = e4m3(found.to(tl.int32))
         put_run(out, target, place, found, factor, inside, num_columns, out_stride)
     else:
         per_row: tl.constexpr = K // 2 if (KIND == "int8" or KIND == "fp8") else K // 4
@@ -85,7 +87,7 @@ def unpack_into(weight: PackedWeight, out_RC: Tensor, *, first: int = 0, ids_T: 
         return out_RC
     layout = weight.layout
     grouped = layout.group is not None and layout.group > 0
-    codes = weight.codes if layout.plain else weight.codes.view(torch.int16)
+    codes = weight.codes.view(torch.uint8) if layout.kind == "f8a8" else weight.codes if layout.plain else weight.codes.view(torch.int16)
     scale, zero = (x.view(torch.int32) if grouped and x is not None else x for x in (weight.scale, weight.zero))
     K = 128 if layout.plain else layout.columns
     none = out_RC
