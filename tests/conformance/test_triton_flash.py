@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,12 +12,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from conformance.attention_cases import make_case
-from tradespace.kernels.attention import reference, supports, triton_flash
+from conformance.test_attention_workspace import peak_bytes
+from tradespace.kernels.attention import reference, supports, triton_flash, triton_flash_layout
 from tradespace.kernels.attention.triton_flash_layout import lay_out
 from tradespace.kernels.attention.triton_flash_tiles import PHASES, Tiles, find_tiles
 from tradespace.kernels.view import PackedView, StepBatch
+from tradespace.spec import attention_workspace
 from tradespace.spec.attention_pattern import BlockSparse, Documents, Prefix, Selected, Sliding
-from tradespace.spec.attention_workspace import workspace_bytes
+from tradespace.spec.attention_workspace import key_bytes, workspace_bytes
 from tradespace.spec.mixers import Attention
 
 pytest.importorskip("triton")
@@ -98,6 +101,24 @@ def test_steps_over_a_paged_cache(pattern):
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
 
 
+def test_sequences_are_copied_together_a_few_at_a_time(monkeypatch):
+    """The copy is what the ledger books, and the output does not depend on who is computed with whom."""
+    mixer = Attention(N=2, K=1, H=16)
+    case = make_case(mixer, [(70, 1), (20, 3), (30, 1), (0, 0), (0, 9), (25, 2)], "paged", torch.float32, 4)
+    whole = triton_flash.attend(case.q_TNH, case.cache.view(0), case.batch, mixer)
+    most = 64 * key_bytes(mixer, 4)
+    monkeypatch.setattr(triton_flash_layout, "GATHER_BYTES", most)
+    monkeypatch.setattr(attention_workspace, "GATHER_BYTES", most)
+    view = case.cache.view(0)
+    together = triton_flash_layout.groups(view, case.batch, mixer, 4)
+    assert [[span.length for span in spans] for spans in together] == [[71], [23, 31, 9], [27]]
+    sizes: dict[str, Any] = {"step_tokens": 16, "max_context": 71, "max_sequences": 6, "kv_tokens": 161, "element_bytes": 4, "threads": 1}
+    booked = workspace_bytes("flash", mixer, **sizes, copies=True) - workspace_bytes("flash", mixer, **(sizes | {"kv_tokens": 0}), copies=False)
+    held = max(peak_bytes(lambda spans=spans: triton_flash_layout.pack(view, spans)) for spans in together)
+    assert 0 < held <= booked + 8 * 161  # rows to gather, int64
+    torch.testing.assert_close(triton_flash.attend(case.q_TNH, view, case.batch, mixer), whole, atol=1e-6, rtol=1e-5)
+
+
 def test_a_prefix_longer_than_its_sequence_and_a_decode_after_it():
     mixer = Attention(N=2, K=1, H=16, pattern=Prefix(length=40))
     case = make_case(mixer, [(0, 60), (0, 11), (50, 1)], "paged", torch.float32, 2)
@@ -115,7 +136,7 @@ def test_descriptors_give_what_pointers_give():
     for tma in (False, True):
         tiles = {phase: Tiles(M=16, N=16, tma=tma) for phase in PHASES}
         own = [x.clone().requires_grad_() for x in (q, k, v)]
-        out = triton_flash.flash(*own, lay_out(q, k, (0, 20), batch, mixer), mixer, None, tiles)
+        out = triton_flash.flash(*own, lay_out(q, k, (0, 20), batch.spans, mixer), mixer, None, tiles)
         found.append([out, *torch.autograd.grad(out.square().sum(), own)])
     for pointers, boxes in zip(*found, strict=True):
         torch.testing.assert_close(boxes, pointers, atol=1e-6, rtol=1e-6)

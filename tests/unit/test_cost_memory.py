@@ -51,9 +51,13 @@ def test_workspace_by_hand():
     rope = 32 * 2 * 16 * 4
     found = ledger(tiny_model(F=512), tiny_plan(attention="flash"), cpu())
     assert found.line("workspace").bytes.value == 3 * 32 * 64 * 4 + 32 * 2 * 512 * 4 + 2 * 32 * 512 * 4 + rope
-    # flash holds its output and a sum per row; before it the stream and its norm, q, k, v, and the rotated q and k; after it the projection out
+    # before flash the stream and its norm, q, k, v, and the rotated q and k; flash holds for one sequence its output and a sum per row; then the projection out
+    before = 2 * 32 * 64 * 4 + 32 * 8 * 16 * 4 + 32 * 6 * 16 * 4 + rope
+    found = ledger(tiny_model(F=16), tiny_plan(attention="flash", max_sequences=1), cpu())
+    assert found.line("workspace").bytes.value == before + max(32 * 64 * 4 + 32 * 4 * 4, 2 * 32 * 64 * 4)
+    # for two also the keys and values of both side by side and of one that is copied there, their outputs twice, eight numbers each
     found = ledger(tiny_model(F=16), tiny_plan(attention="flash"), cpu())
-    assert found.line("workspace").bytes.value == 2 * 32 * 64 * 4 + 32 * 8 * 16 * 4 + 32 * 6 * 16 * 4 + max(32 * 64 * 4 + 32 * 4 * 4, 2 * 32 * 64 * 4) + rope
+    assert found.line("workspace").bytes.value == before + 2 * 32 * 64 * 4 + 32 * 4 * 4 + 2 * 128 * (2 * 2 * 16 * 4) + 2 * 8 * 4
     assert found.line("logits").bytes.value == max(32 * 64 * 4 + 2 * 128 * 4, 2 * 128 * (4 + 9))
     narrow = ledger(tiny_model(V=4096), tiny_plan(weights=WeightPlan(default="bf16")), cpu()).line("logits").bytes.value
     assert narrow == max(32 * 64 * 2 + 2 * 4096 * (2 + 4), 2 * 4096 * (4 + 9))

@@ -132,7 +132,7 @@ def runners(mixer: Attention, lengths: tuple[int, ...], tiles: dict[str, Tiles] 
     """Forward and backward of our kernels on packed sequences, the layout made beforehand, as an engine's step shares it among layers."""
     (q, k, v), weight = drawn(mixer, lengths, torch.bfloat16)
     batch = StepBatch.packed(lengths, device="cuda")
-    layout = lay_out(q, k, tuple(span.query_start for span in batch.spans), batch, mixer)
+    layout = lay_out(q, k, tuple(span.query_start for span in batch.spans), batch.spans, mixer)
     out = flash(q, k, v, layout, mixer, None, tiles)
     return lambda: flash(q, k, v, layout, mixer, None, tiles), lambda: torch.autograd.grad(out, (q, k, v), weight, retain_graph=True)
 
@@ -184,7 +184,7 @@ def memory_row(length: int) -> dict[str, Any]:
     """Bytes that forward and backward hold at most beside q, k, v, the output and their gradients: per token they are to stay the same."""
     mixer = Attention(N=8, K=2, H=128)
     (q, k, v), weight = drawn(mixer, (length,), torch.bfloat16)
-    layout = lay_out(q, k, (0,), StepBatch.packed((length,), device="cuda"), mixer)
+    layout = lay_out(q, k, (0,), StepBatch.packed((length,)).spans, mixer)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

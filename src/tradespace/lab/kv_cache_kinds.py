@@ -40,7 +40,7 @@ def root_of(n: int) -> int:
 
 
 def caches(n: int, *, quick: bool) -> tuple[Cache, ...]:
-    """Every cache for n tokens; without the windows in between where it is to be quick."""
+    """Every cache for n tokens; without the window in between where it is to be quick."""
     root = root_of(n)
     sinks = min(SINKS, root // 2)
 
@@ -54,7 +54,7 @@ def caches(n: int, *, quick: bool) -> tuple[Cache, ...]:
     def rebuilt(name: str, recent: int, grows: str) -> Cache:
         return Cache(name=name, kv=KVPlan(retain=Retain(kind="recent", recent=recent), layout="contiguous", store=DTYPE), group="exact", grows=grows)
 
-    between = () if quick else (sliding("window 4√n", min(n, 4 * root), "4√n"), sliding("window n/4", max(MINIMAL, n // 4), "n/4"))
+    between = () if quick else (sliding("window n/4", max(MINIMAL, n // 4), "n/4"),)
     return (
         stored(FULL, DTYPE, "full"),
         sliding(ROOT, root, "√n"),

@@ -51,8 +51,10 @@ def workspace_bytes(
     if kernel == "native":  # its partial results are among the step's buffers (`spec/native.py`)
         return out + step_tokens * mixer.N * 4
     if kernel == "flash":
-        # priced as reading the cache in place, which engines on a GPU will; until one runs there, `triton_flash_layout.pack` copies it together
-        return out + _flash(mixer, step_tokens, max_context, max_sequences)
+        # sequences that are computed together lie together: copied one by one, GATHER_BYTES of them at most, or a single longer one; then outputs are joined
+        several = min(max_sequences, step_tokens) > 1
+        gathered = 2 * min(GATHER_BYTES, kv_tokens * key_bytes(mixer, element_bytes)) if several else 0
+        return out * (2 if several else 1) + max(copied, gathered) + _flash(mixer, step_tokens, max_context, max_sequences)
     if kernel == "sdpa":
         return out + _sdpa(mixer, step_tokens, max_context, max_sequences, kv_tokens, element_bytes, copied, threads)
     raise InputError(f"no workspace formula for attention kernel '{kernel}'")

@@ -1,23 +1,24 @@
 """Flash attention in Triton, forward and backward, for every pattern, window, cap, sink and ratio of heads. arXiv:2205.14135, 2307.08691
 
 Held beside q, k, v, the output and their gradients: fp32 per query and head, one number forward (the log-sum), two backward. Patterns of blocks add their
-lists; a cache that pages is first copied together. Runs on CUDA, and under Triton's interpreter (TRITON_INTERPRET=1, set before triton is first imported).
+lists; of a cache that pages, so many sequences as hold GATHER_BYTES are copied together at a time. Runs on CUDA, and under Triton's interpreter
+(TRITON_INTERPRET=1, set before triton is first imported).
 """
 
 from __future__ import annotations
 
 import importlib.util
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from tradespace.kernels.attention.triton_flash_layout import Layout, Lists, lay_out, pack
+from tradespace.kernels.attention.triton_flash_layout import Layout, Lists, groups, lay_out, pack
 from tradespace.kernels.attention.triton_flash_tiles import Tiles, find_tiles
 from tradespace.kernels.attention.triton_interpreter import interprets, prepare
-from tradespace.kernels.view import KVView, StepBatch
+from tradespace.kernels.view import KVView, Span, StepBatch
 from tradespace.spec.attention import refusal
 from tradespace.spec.attention_pattern import Prefix, Sliding
 from tradespace.spec.mixers import Attention
@@ -40,10 +41,22 @@ def supports(mixer: Attention, dtype: torch.dtype, device: torch.device) -> str 
 
 def attend(q_TNH: Tensor, view: KVView, batch: StepBatch, mixer: Attention, sinks_N: Tensor | None = None) -> Tensor:
     """out_TNHv in q's dtype: each of the step's T queries over the keys and values that `view` holds of its sequence. Differentiable."""
-    if not any(span.num_queries for span in batch.spans):
-        return q_TNH.new_zeros((q_TNH.shape[0], mixer.N, mixer.Hv))
-    k_SKH, v_SKH, rows = pack(view, batch)
-    layout = lay_out(q_TNH, k_SKH, rows, batch, mixer)
+    together = groups(view, batch, mixer, q_TNH.element_size())
+    if len(together) == 1:  # rows and positions as they are
+        return _attend(q_TNH, view, together[0], mixer, sinks_N)
+    outs = []
+    for spans in together:
+        start, stop = spans[0].query_start, spans[-1].query_start + spans[-1].num_queries
+        outs.append(_attend(q_TNH[start:stop], view, spans, mixer, sinks_N))
+    return torch.cat(outs) if outs else q_TNH.new_zeros((q_TNH.shape[0], mixer.N, mixer.Hv))
+
+
+def _attend(q_TNH: Tensor, view: KVView, spans: list[Span], mixer: Attention, sinks_N: Tensor | None) -> Tensor:
+    """The same for sequences that are computed together, whose queries are all that `q_TNH` has."""
+    k_SKH, v_SKH, rows = pack(view, spans)
+    first = spans[0].query_start
+    own = spans if first == 0 else [replace(span, query_start=span.query_start - first) for span in spans]
+    layout = lay_out(q_TNH, k_SKH, rows, own, mixer)
     return flash(q_TNH, k_SKH, v_SKH, layout, mixer, sinks_N)
 
 

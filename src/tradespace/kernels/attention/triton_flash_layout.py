@@ -5,16 +5,18 @@ A segment is a sequence, or under a documents pattern one document of it: its qu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
 from tradespace.kernels.attention.pattern import check_prefix, chosen_blocks
-from tradespace.kernels.view import KVView, PackedView, StepBatch
+from tradespace.kernels.view import KVView, PackedView, Span, StepBatch
 from tradespace.spec.attention_pattern import BlockSparse, Documents, Selected
+from tradespace.spec.attention_workspace import GATHER_BYTES, key_bytes
 from tradespace.spec.mixers import Attention
 
 
@@ -49,24 +51,48 @@ class Layout:
     queries_of_keys: Lists | None = None
 
 
-def pack(view: KVView, batch: StepBatch) -> tuple[Tensor, Tensor, tuple[int, ...]]:
-    """Keys and values of all the step's sequences, one after the other, and the row where each begins. A copy, unless the step's own are all there is."""
+def pack(view: KVView, spans: Sequence[Span]) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+    """Keys and values of these sequences, one after the other, and the row where each begins. One alone, and the step's own, are not copied together."""
     if isinstance(view, PackedView):
-        return view.k_TKH, view.v_TKH, tuple(span.query_start for span in batch.spans)
-    read = [view.read(span) for span in batch.spans if span.num_queries]
-    rows, total = [], 0
-    for span in batch.spans:
-        rows.append(total)
-        total += span.length if span.num_queries else 0
-    return torch.cat([k for k, _ in read]), torch.cat([v for _, v in read]), tuple(rows)
+        return view.k_TKH, view.v_TKH, tuple(span.query_start for span in spans)
+    if len(spans) == 1:
+        return *view.read(spans[0]), (0,)
+    rows = (0, *accumulate(span.length for span in spans))
+    held: tuple[Tensor, Tensor] | None = None
+    for span, row in zip(spans, rows, strict=False):
+        read = view.read(span)
+        held = held or (read[0].new_empty((rows[-1], *read[0].shape[1:])), read[1].new_empty((rows[-1], *read[1].shape[1:])))
+        for whole, part in zip(held, read, strict=True):
+            whole[row : row + span.length] = part
+    assert held is not None, "a group has at least one sequence"
+    return *held, rows[:-1]
 
 
-def lay_out(q_TNH: Tensor, k_SKH: Tensor, rows: tuple[int, ...], batch: StepBatch, mixer: Attention) -> Layout:
-    """The Layout of a step whose keys lie in `k_SKH` from `rows` on. Raises UnsupportedError for a prefix that comes in pieces."""
+def groups(view: KVView, batch: StepBatch, mixer: Attention, element_bytes: int) -> list[list[Span]]:
+    """The step's sequences that have queries, in order, as they are computed together: all of them without a cache, else as many as hold GATHER_BYTES of keys
+    and values, at least one.
+    """
+    spans = [span for span in batch.spans if span.num_queries]
+    if isinstance(view, PackedView):
+        return [spans] if spans else []
+    most = GATHER_BYTES // key_bytes(mixer, element_bytes)
+    found: list[list[Span]] = []
+    total = 0
+    for span in spans:
+        if not found or total + span.length > most:
+            found.append([])
+            total = 0
+        found[-1].append(span)
+        total += span.length
+    return found
+
+
+def lay_out(q_TNH: Tensor, k_SKH: Tensor, rows: tuple[int, ...], spans: Sequence[Span], mixer: Attention) -> Layout:
+    """The Layout of sequences whose keys lie in `k_SKH` from `rows` on. Raises UnsupportedError for a prefix that comes in pieces."""
     segments: list[list[int]] = []
     keeps: list[Tensor] = []
     pattern, listed = mixer.pattern, 0
-    for span, row in zip(batch.spans, rows, strict=True):
+    for span, row in zip(spans, rows, strict=True):
         if span.num_queries == 0:
             continue
         check_prefix(mixer, span)
