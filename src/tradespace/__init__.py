@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tradespace.api import models, plan, pull, what_if
+    from tradespace.api import fit, models, plan, pull, what_if
     from tradespace.engine.request import Completion, SamplingParams
     from tradespace.errors import BudgetError, CorruptFileError, DownloadError, EngineError, InputError, TradespaceError, UnsupportedError
     from tradespace.evaluating import Evaluation, evaluate
@@ -52,6 +52,7 @@ __all__ = [
     "UnsupportedError",
     "Workload",
     "evaluate",
+    "fit",
     "models",
     "open",
     "plan",
@@ -62,7 +63,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "tradespace.api": ("models", "plan", "pull", "what_if"),
+    "tradespace.api": ("fit", "models", "plan", "pull", "what_if"),
     "tradespace.evaluating": ("Evaluation", "evaluate"),
     "tradespace.llm": ("LLM", "open"),
     "tradespace.engine.request": ("Completion", "SamplingParams"),

@@ -16,6 +16,8 @@ from tradespace.loading.pull import pull as _pull
 from tradespace.loading.resolve import ModelFiles, read_json_object, resolve
 from tradespace.loading.safetensors import read_sharded
 from tradespace.measure.machine import this_machine
+from tradespace.planner.fit import Fit
+from tradespace.planner.fit import fit as fit_models
 from tradespace.planner.search import Frontier, budget_error, plan_frontier
 from tradespace.spec.attention_imposed import impose
 from tradespace.spec.device import DeviceSpec
@@ -27,7 +29,7 @@ from tradespace.spec.weights import WeightPlan
 from tradespace.spec.what_if import parse_what_if
 from tradespace.spec.what_if import what_if as what_if_spec
 from tradespace.spec.workload import Workload
-from tradespace.spec.zoo import find_model
+from tradespace.spec.zoo import find_model, zoo_names
 from tradespace.units import parse_bytes
 
 DEFAULT_SHARE = "80%"  # of what is free now, where no budget is stated
@@ -184,6 +186,27 @@ def plan(
     )
 
 
+def fit(
+    *,
+    memory: Size | None = None,
+    device: str | DeviceSpec | None = None,
+    context: int | None = None,
+    concurrency: int = 1,
+    runnable_only: bool = False,
+) -> list[Fit]:
+    """The published models that fit a budget with all layers resident, ranked by published score, then loss, then predicted speed.
+
+    >>> fit(memory="8GB", device="rtx-4090")[0].candidate.fits
+    True
+    """
+    machine = find_machine(device)
+    context = 2048 if context is None else context
+    prompt = max(1, min(1024, context // 2))
+    work = Workload(context_tokens=context, concurrency=concurrency, prompt_tokens=prompt, output_tokens=max(1, min(256, context - prompt)))
+    models = [find_model(name) for name in zoo_names()]
+    return fit_models(models, machine, work, budget_bytes(memory, machine), runnable_only=runnable_only)
+
+
 def no_plan(frontier: Frontier) -> TradespaceError:
     """Why a frontier has no best plan: UnsupportedError where nothing that was asked for runs yet, else BudgetError with need, have and the nearest plan."""
     if frontier.runnable_only and all(candidate.runs for candidate in frontier.candidates):
@@ -239,4 +262,4 @@ def models() -> list[ModelEntry]:
     return list_models()
 
 
-__all__ = ["find_spec", "models", "plan", "pull", "spec_of_files", "what_if", "workload"]
+__all__ = ["find_spec", "fit", "models", "plan", "pull", "spec_of_files", "what_if", "workload"]
