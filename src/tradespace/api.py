@@ -30,7 +30,7 @@ from tradespace.spec.what_if import parse_what_if
 from tradespace.spec.what_if import what_if as what_if_spec
 from tradespace.spec.workload import Workload
 from tradespace.spec.zoo import find_model, zoo_names
-from tradespace.units import parse_bytes
+from tradespace.units import MiB, parse_bytes
 
 DEFAULT_SHARE = "80%"  # of what is free now, where no budget is stated
 Size = str | int
@@ -129,7 +129,9 @@ def find_machine(device: str | DeviceSpec | None) -> DeviceSpec:
 
 
 def budget_bytes(memory: Size | None, device: DeviceSpec) -> int:
-    """The stated budget in bytes; without one, 80% of what is free on the device now."""
+    """The stated budget in bytes; without one, 80% of what is free on the device now. A bare small number is a unit forgotten: InputError."""
+    if isinstance(memory, str) and memory.strip().isdigit() and int(memory) < MiB:
+        raise InputError(f"--memory {memory} is {memory} bytes. Give a unit: {memory.strip()}GiB, {memory.strip()}GB or {memory.strip()}MiB")
     return parse_bytes(DEFAULT_SHARE if memory is None else memory, free_bytes=device.free_bytes)
 
 

@@ -75,6 +75,10 @@ def plan(
     from tradespace.planner.explain import alternatives, compare_shapes
     from tradespace.spec.attention_imposed import impose
 
+    if export is not None or plot is not None:
+        from tradespace.cli.plan_plot import check_wishes
+
+        check_wishes(export, plot)
     spec = impose(api.find_spec(model, revision=revision, offline=offline), attention_pattern or "")
     machine = api.find_machine(device)
     work = api.workload(spec, context=context, concurrency=concurrency, prompt=prompt, output=output, goal=goal)

@@ -7,10 +7,18 @@ from pathlib import Path
 
 from tradespace.cli.options import write_file
 from tradespace.errors import InputError, TradespaceError
-from tradespace.planner.export import Export
+from tradespace.planner.export import EXPORTERS, Export
 from tradespace.planner.plot import BANDS, COLOURS, band, plot_data, plot_html
 from tradespace.planner.search import Frontier
 from tradespace.units import GiB, format_bytes
+
+
+def check_wishes(tool: str | None, path: Path | None) -> None:
+    """Raises InputError for a tool or a kind of picture that does not exist, before a search is paid for."""
+    if tool is not None and tool not in EXPORTERS:
+        raise InputError(f"no export for '{tool}'. Known: {', '.join(EXPORTERS)}")
+    if path is not None and path.suffix.lower() not in (".html", ".htm", ".png"):
+        raise InputError(f"--plot {path}: give a name that ends in .html or .png")
 
 
 def save_plot(path: Path, frontier: Frontier) -> None:

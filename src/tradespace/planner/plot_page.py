@@ -10,7 +10,9 @@ h1{font-size:21px;margin:0 0 2px}p{margin:2px 0 12px;color:#566}svg{width:100%;h
 .key{display:inline-flex;align-items:center;gap:6px;margin:0 14px 4px 0;border:0;background:none;font:inherit;color:inherit;cursor:pointer;padding:2px}
 .key[aria-pressed=false]{opacity:.35}.dot{width:12px;height:12px;border-radius:50%;display:inline-block}
 #tip{position:fixed;pointer-events:none;background:#1d2330;color:#fff;padding:6px 9px;border-radius:5px;font-size:13px;max-width:420px;visibility:hidden}
-table{border-collapse:collapse;width:100%;font-size:13px;margin-top:8px}td,th{text-align:left;padding:2px 8px 2px 0}td.n{text-align:right}td:first-child{width:18px}
+
+table{border-collapse:collapse;width:100%;font-size:13px;margin-top:8px}td,th{text-align:left;padding:2px 8px 2px 0}td.n{text-align:right}
+td:first-child{width:18px}
 @media(prefers-color-scheme:dark){body{background:#14171e;color:#dfe3ec}p,.tick,.label{color:#9aa6ba;fill:#9aa6ba}.grid{stroke:#262c38}}
 </style></head><body>
 <h1 id="title"></h1><p id="sub"></p><div id="keys"></div><svg id="plot" viewBox="0 0 940 440" role="img" aria-label="bytes against decode speed"></svg>
