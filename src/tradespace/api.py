@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from tradespace.errors import InputError, TradespaceError, UnsupportedError
+from tradespace.loading.at_home import is_ollama
 from tradespace.loading.gguf import GGUFFile, read_floats, read_gguf
 from tradespace.loading.hub import fetch_config, parse_hub_name
 from tradespace.loading.packages import PACKAGED
@@ -46,6 +47,8 @@ def find_spec(model: str | ModelSpec | Path, *, revision: str | None = None, off
     name = str(model)
     if is_local(name):
         return _local_spec(Path(name).expanduser(), name)
+    if is_ollama(name):
+        return spec_of_files(resolve(name))
     hub_name = parse_hub_name(name)
     if name in PACKAGED or hub_name is None or (hub_name.gguf_file is None and find_fetched(name, revision=revision) is None):
         try:
