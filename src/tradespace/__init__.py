@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from tradespace import testing
     from tradespace.api import fit, models, plan, pull, what_if
     from tradespace.engine.request import Completion, SamplingParams
     from tradespace.errors import BudgetError, CorruptFileError, DownloadError, EngineError, InputError, TradespaceError, UnsupportedError
@@ -51,14 +52,18 @@ __all__ = [
     "TradespaceError",
     "UnsupportedError",
     "Workload",
+    "distill",
     "evaluate",
+    "finetune",
     "fit",
     "models",
     "open",
     "plan",
     "pull",
     "quantize",
+    "testing",
     "this_machine",
+    "train",
     "what_if",
 ]
 
@@ -71,6 +76,7 @@ _HOMES = {
     "tradespace.measure.machine": ("this_machine",),
     "tradespace.planner.search": ("Frontier",),
     "tradespace.quantizing": ("Quantized", "quantize"),
+    "tradespace.tuning": ("distill", "finetune", "train"),
     "tradespace.spec.device": ("DeviceSpec",),
     "tradespace.spec.estimate": ("Estimate",),
     "tradespace.spec.model": ("ModelSpec",),
@@ -81,6 +87,10 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 
 def __getattr__(name: str):
+    if name == "testing":  # checks for a user's own technique: it knows torch, so it loads when it is asked for
+        from importlib import import_module
+
+        return import_module("tradespace.testing")
     if name not in _HOME_OF:
         raise AttributeError(f"module 'tradespace' has no attribute '{name}'")
     from importlib import import_module

@@ -137,7 +137,7 @@ def quantize(
                 plan = job.allocate(names, limit)
         else:
             plan = uniform_plan(named(format or "", group_size), embed)
-        check_disk(out, job.weights.spec, plan, to, tokens=samples * context if chosen.needs_text else 0)
+        check_disk(out, job.weights.spec, plan, to, tokens=samples * context * (1 + chosen.aims) if chosen.needs_text else 0)
         with _told_of_a_full_disk(out):
             outcome = job.run(plan, alpha)
     return _report(job, plan, outcome, memory_bytes, meter.peak_bytes, time.monotonic() - start_s)

@@ -79,7 +79,7 @@ def test_a_folder_that_transformers_opens(places: Path, tmp_path: Path):
     assert torch.equal(loaded.model.layers[1].mlp.down_proj.weight.detach(), wanted)
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "awq-gptq", "hadamard", "hadamard-gptq", "rtn-search"])
+@pytest.mark.parametrize("method", ["gptq", "gptaq", "awq", "awq-gptq", "hadamard", "hadamard-gptq", "rtn-search"])
 def test_every_method_keeps_the_model_close(method: str, places: Path, tmp_path: Path):
     # eight bits, so that what folds and rotations change shows, and not what rounding does to a random model
     found = run(places, tmp_path / "out", format="int8", method=method, embed="int8" if method == "awq" else None)
@@ -92,7 +92,7 @@ def test_every_method_keeps_the_model_close(method: str, places: Path, tmp_path:
         if method != "awq":  # an embedding in int8 is our own convention
             logits = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)(text).logits.log_softmax(-1)
             assert float((wanted.exp() * (wanted - logits)).sum(-1).mean()) < 0.02
-    if "gptq" in method or method == "awq":
+    if "gptq" in method or method in ("awq", "gptaq"):
         assert set(found.errors) == {f"{layer}.{stem}" for layer in (0, 1) for stem in ("attn.qkv", "attn.out", "ffn.gate_up", "ffn.down")}
         assert all(0 < error < 1e-3 for error in found.errors.values())
 
@@ -136,8 +136,10 @@ def test_smoothquant_finds_alpha_and_folds(places: Path, tmp_path: Path):
     run(places, tmp_path / "given", format="w8a8", alpha=0.5)
     run(places, tmp_path / "plain", format="w8a8", method="rtn")
     name = "model.layers.0.input_layernorm.weight"
-    norms = [tensors(tmp_path / folder)[name].float() for folder in ("searched", "given", "plain")]
-    assert not torch.equal(norms[1], norms[2]) and not torch.equal(norms[0], norms[2])
+    by_channel = run(places, tmp_path / "by channel", format="w8a8", method="smooth-search")
+    assert set(by_channel.alphas) == {f"{layer}.{stem}" for layer in (0, 1) for stem in ("attn.qkv", "attn.out", "ffn.gate_up", "ffn.down")}
+    norms = [tensors(tmp_path / folder)[name].float() for folder in ("searched", "given", "by channel", "plain")]
+    assert not any(torch.equal(norm, norms[-1]) for norm in norms[:-1])
     config = json.loads((tmp_path / "given" / "config.json").read_text())["quantization_config"]
     assert config["config_groups"]["group_0"]["input_activations"]["strategy"] == "token"
 
@@ -194,11 +196,12 @@ def test_killed_at_any_moment_it_goes_on_and_writes_the_same(how: dict, places: 
     assert not leftover.exists() or not (leftover / "checkpoint").exists()
 
 
-def test_a_step_at_a_time(places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(("method", "fmt"), [("gptq", "int4-g32"), ("gptaq", "int4-g32"), ("smooth-search", "w8a8")])
+def test_a_step_at_a_time(method: str, fmt: str, places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The same without chance: an error after each line of the journal, and the run after it goes on from there."""
     from tradespace.quantize.journal import Journal
 
-    run(places, tmp_path / "whole", format="int4-g32", method="gptq")
+    run(places, tmp_path / "whole", format=fmt, method=method)
     real = Journal.add
     steps = 0
 
@@ -213,7 +216,7 @@ def test_a_step_at_a_time(places: Path, tmp_path: Path, monkeypatch: pytest.Monk
     while not (tmp_path / "out").exists():
         before = steps
         try:
-            resumed.append(run(places, tmp_path / "out", format="int4-g32", method="gptq").resumed)
+            resumed.append(run(places, tmp_path / "out", format=fmt, method=method).resumed)
         except KeyboardInterrupt:
             assert steps == before + 1
     assert steps == 6 and resumed == [True]  # embedded, two layers, embedding, head, the rest
@@ -248,6 +251,7 @@ def test_bad_input_says_what_is_wrong_before_anything_is_written(places: Path, t
         (InputError, "multiple of 256", {"format": "q4_k"}),
         (UnsupportedError, "not q8_0", {"format": "q8_0", "method": "gptq"}),
         (InputError, "give it --format w8a8", {"format": "int4-g32", "method": "smoothquant"}),
+        (InputError, "smooth-search prepares activations", {"format": "int4-g32", "method": "smooth-search"}),
         (InputError, "at most 8192", {"format": "int8", "context": 9000}),
         (BudgetError, "State --bytes", {"bytes": "4KiB", "formats": ["int4-g32"]}),
         (BudgetError, "Fits with --memory", {"format": "int8", "memory": "100MiB"}),

@@ -16,6 +16,8 @@ from tradespace.units import format_bytes, format_seconds
 if TYPE_CHECKING:
     from tradespace.quantizing import Quantized
 
+_METHODS = "rtn, rtn-search, gptq, gptaq, awq, awq-gptq, smoothquant, smooth-search, hadamard, hadamard-gptq, hadamard-smooth."
+
 
 def register(app: typer.Typer) -> None:
     app.command("quantize")(quantize)
@@ -26,9 +28,7 @@ def quantize(
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder (or, with --to gguf, the file) to write; it appears whole or not at all.")],
     fmt: Annotated[str | None, typer.Option("--format", help="One format for all linears: int4, int3, int2, int8, nf4, fp8, e8, w8a8, q4_0 …")] = None,
     group_size: Annotated[int | None, typer.Option("--group-size", help="Weights that share a scale, for int4, int3 and int2: 32, 64 or 128.")] = None,
-    method: Annotated[
-        str | None, typer.Option("--method", help="rtn, rtn-search, gptq, awq, awq-gptq, smoothquant, hadamard, hadamard-gptq. Default: gptq with a text.")
-    ] = None,
+    method: Annotated[str | None, typer.Option("--method", help=f"{_METHODS} Default: gptq with a text.")] = None,
     total: Annotated[str | None, typer.Option("--bytes", help="A budget for all weights, such as 60MiB: formats are chosen per matrix.")] = None,
     bits: Annotated[float | None, typer.Option("--bits", min=0.1, max=32.0, help="The same, as bits per parameter.")] = None,
     formats: Annotated[str | None, typer.Option("--formats", help="With --bytes or --bits: what to choose from, with commas.")] = None,

@@ -122,7 +122,7 @@ class OperandBuffers:
 
     def __init__(self, tokens: int, width: int, forms: set[str] | frozenset[str]):
         sections = width // SECTION
-        self.width = width
+        self.tokens, self.width = tokens, width
         self.tensors: dict[str, Tensor] = {}
         if "fp32" in forms:
             self.tensors["f32"] = torch.zeros(tokens * width)

@@ -19,13 +19,9 @@ from tradespace.formats.codes import Codes, in_groups
 from tradespace.formats.packing import pack, unpack
 from tradespace.formats.quantized import Codec, Part, QuantizedWeight
 from tradespace.formats.workspace import Workspace
+from tradespace.kernels.linear.levels import LEVELS
 from tradespace.spec.formats import WeightFormat
 
-# the published table: quantiles of N(0, 1), symmetric but for the zero that both halves share
-LEVELS = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
-    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)  # fmt: skip
 # the CPU library finds a scale's code in a table over [-1, 1] with this many entries, which only matters for codes below 1e-4
 LOOKUP = 2**16
 

@@ -27,6 +27,7 @@ class Span:
     length       tokens that it holds once this step's are written
     blocks       ids of its cache blocks in order; empty without a cache
     row          which of the sequences under way it is, below the plan's max_sequences: where a cache keeps what is no block's
+    adapter      which of the model's adapters its tokens pass through; -1: the base alone, or in training the one that learns
     """
 
     query_start: int
@@ -34,6 +35,7 @@ class Span:
     length: int
     blocks: tuple[int, ...] = ()
     row: int = 0
+    adapter: int = -1
 
     @property
     def first_position(self) -> int:

@@ -8,6 +8,7 @@ sequence's length is never read.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -192,14 +193,16 @@ class KVCache:
         return Tiled(planes[0], planes[half], *((planes[1], planes[3]) if half == 2 else (None, None)))
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Copies block src to block dst for every (src, dst), in every layer, as if all at once: what copy-on-write needs."""
-        if not pairs:
-            return
-        sources, targets = (torch.tensor(ids, device=self.device) for ids in zip(*pairs, strict=True))
+        """Copies block src to block dst for every (src, dst), in every layer, as if all at once: what copy-on-write needs. Holds nothing beside the planes."""
+        ordered, turning = in_order(pairs)
         for planes in self._planes.values():
             for plane in planes:
                 blocks = plane.view(self.num_blocks, -1)
-                blocks.index_copy_(0, targets, blocks.index_select(0, sources))
+                for source, target in ordered:
+                    blocks[target].copy_(blocks[source])
+                if turning:
+                    sources, targets = (torch.tensor(ids, device=self.device) for ids in zip(*turning, strict=True))
+                    blocks.index_copy_(0, targets, blocks.index_select(0, sources))
 
     def locate(self, spans: Sequence[Span], starts: Sequence[int], width: int) -> Tensor | slice:
         """Plane rows of positions starts[i] … starts[i] + width - 1 of each span, one after the other; past a sequence's end its last row repeats."""
@@ -222,6 +225,24 @@ class KVCache:
             len({span.row for span in spans}) < len(spans) or any(not 0 <= span.row < self.max_sequences for span in spans)
         ):
             raise EngineError(f"{len(spans)} sequences in rows {[span.row for span in spans]}; each needs one of its own, below {self.max_sequences}")
+
+
+def in_order(pairs: Sequence[tuple[int, int]]) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """(source, target) pairs in an order in which nothing is written before it has been read; and those for which there is none, because they turn in a
+    circle. A scheduler's targets are fresh blocks, so that it asks for no circle.
+
+    >>> in_order([(0, 1), (1, 3)]), in_order([(1, 0), (0, 1), (0, 5)])
+    (([(1, 3), (0, 1)], []), ([(0, 5)], [(1, 0), (0, 1)]))
+    """
+    ordered, waiting = [], list(pairs)
+    while waiting:
+        readers = Counter(source for source, _ in waiting)
+        ready = [(source, target) for source, target in waiting if readers[target] == (source == target)]
+        if not ready:
+            break
+        ordered += ready
+        waiting = [pair for pair in waiting if pair not in ready]
+    return ordered, waiting
 
 
 @dataclass(frozen=True, slots=True)

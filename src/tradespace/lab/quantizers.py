@@ -12,6 +12,7 @@ import multiprocessing
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -22,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tradespace.home import cache_folder
 from tradespace.lab.common import command_line, data_file
 from tradespace.lab.quality import stored_as
-from tradespace.lab.quantizers_model import WINDOWS, HeldSensitivities, HeldWeights, Reader, embedded, quantize_whole
+from tradespace.lab.quantizers_model import WINDOWS, HeldHidden, HeldSensitivities, HeldWeights, Reader, embedded, quantize_whole
 from tradespace.lab.quantizers_table import markdown
 from tradespace.loading.tokenizer import Tokenizer
 from tradespace.measure.machine import this_machine
@@ -70,18 +71,21 @@ class Case:
 
 
 MODELS = {"smollm2-135m": 64, "gemma3-270m": 128}  # and the group that divides their widths
+ROTATE = ("smollm2-135m",)
 ON_CPU = Size(windows=WINDOWS, samples=2 * WINDOWS)
 QUICK = Size(windows=WINDOWS, samples=WINDOWS, context=64)
 RULES = ("uniform", "first-last")
 
 
-def cases(group: int) -> list[Case]:
-    """All that are measured on a model whose groups have so many weights."""
+def cases(group: int, *, rotates: bool = False) -> list[Case]:
+    """All that are measured on a model whose groups have so many weights, and which `quantize/hadamard.py` can turn or not."""
     found = [Case(format="bf16", method="rtn", scope="all"), Case(format="int8", method="rtn", scope="all")]
     for bits in (4, 3):
         found += [Case(format=f"int{bits}-g{group}", method=method) for method in ("rtn", "rtn-search", "gptq", "awq", "awq-gptq")]
     found += [Case(format=fmt, method="gptq") for fmt in ("int2-g64", "int2-g64-zp", "e8")]
-    found += [Case(format="w8a8", method=method) for method in ("rtn", "smoothquant")]
+    found += [Case(format=fmt, method="gptaq") for fmt in ("int2-g64", "e8")]
+    smooth = ("smoothquant", "smooth-search", *(("hadamard-smooth",) if rotates else ()))
+    found += [Case(format="w8a8", method=method) for method in ("rtn", *smooth)]
     for bits in (4, 3):
         fmt = f"int{bits}-g{group}"
         found += [Case(format=fmt, method="rtn", scope="all")]
@@ -103,8 +107,8 @@ def quick_cases(group: int) -> list[Case]:
 def run(*, quick: bool, say: Say, only: Sequence[str] = tuple(MODELS)) -> Record:
     """Every case on these models. Where an accelerator computes, a few cases to a process: what limits one of them is the launching of small kernels."""
     device, size = this_machine(), QUICK if quick else Size() if torch.cuda.is_available() else ON_CPU
-    chosen = [(model, group) for model, group in MODELS.items() if model in only]
-    jobs = [(model, group, size, tuple(quick_cases(group) if quick else cases(group))) for model, group in (chosen[:1] if quick else chosen)]
+    chosen = [(model, quick_cases(group) if quick else cases(group, rotates=model in ROTATE)) for model, group in MODELS.items() if model in only]
+    jobs = [(model, MODELS[model], size, tuple(wanted)) for model, wanted in (chosen[:1] if quick else chosen)]
     if torch.cuda.is_available():
         jobs = [(model, group, size, some) for model, group, size, wanted in jobs for some in split(wanted)]
         with multiprocessing.get_context("spawn").Pool(len(jobs)) as pool:
@@ -153,6 +157,21 @@ def rows_folder(size: Size) -> Path:
     return cache_folder() / f"quantizers-{commit_of(Path(__file__).parent)[0][:10]}-{size.windows}-{size.samples}-{size.context}"
 
 
+@dataclass(frozen=True)
+class Basis:
+    """A model's weights in one basis, what it predicts, and the embedded calibration text."""
+
+    weights: HeldWeights
+    reader: Reader
+    calibration: HeldHidden
+    runner: LayerRunner
+
+    @classmethod
+    def of(cls, weights: HeldWeights, tested: Sequence[Sequence[int]], samples: Sequence[Sequence[int]]) -> Basis:
+        runner = LayerRunner(weights.spec, len(samples[0]), windows=WINDOWS)
+        return cls(weights, Reader(weights, tested), embedded(weights, samples, together=WINDOWS), runner)
+
+
 class Bench:
     """One model, its texts, and what several cases need: the reference's states, the embedded calibration text, sensitivities."""
 
@@ -163,10 +182,9 @@ class Bench:
         bos_id = tokenizer.bos_id if begins_with_bos(tokenizer) else None
         text = data_file("wikitext2", "wiki.test.raw").read_text(encoding="utf-8")
         tested = windows_of(tokenizer.encode(text, add_special_tokens=False), size.context, bos_id=bos_id, count=size.windows)
-        self.reader = Reader(self.weights, tested)
         self.samples = calibration_windows(tokenizer, data_file(*CALIBRATION), samples=size.samples, context=size.context, seed=SEED)
-        self.calibration = embedded(self.weights, self.samples, together=WINDOWS)
-        self.runner = LayerRunner(self.spec, size.context, windows=WINDOWS)
+        self.tested = tested
+        self.plain = Basis.of(self.weights, tested, self.samples)
         self.known: dict[tuple[str, tuple[str, ...]], Any] = {}
         self._folder = TemporaryDirectory(prefix="quantizers-")
 
@@ -179,18 +197,23 @@ class Bench:
     def measure(self, case: Case) -> dict[str, Any]:
         """The row of a case."""
         method, plan = find_method(case.method), self.plan(case)
-        alpha = None
+        basis, alpha = self.turned if method.rotate else self.plain, None
         if method.fold == "smooth":
-            pieces = self.calibration.copied()
+            pieces = basis.calibration.copied()
             pieces.pieces = pieces.pieces[:ALPHA_PIECES]
-            alpha = choose_alpha(self.runner, self.weights, plan, pieces)
-        model = quantize_whole(self.weights, plan, method, self.runner, self.calibration, alpha=alpha)
-        found = self.reader.divergence(model)
+            alpha = choose_alpha(basis.runner, basis.weights, plan, pieces)
+        model = quantize_whole(basis.weights, plan, method, basis.runner, basis.calibration, alpha=alpha)
+        found = basis.reader.divergence(model)
         counted = list(counted_tensors(self.spec, case.scope))
         nbytes, elements = sum(plan.nbytes(tensor) for tensor in counted), sum(tensor.num_elements for tensor in counted)
         row = {"model": self.spec.name, "stored": stored_as(self.weights.files)} | asdict(case)
         row |= {"plan": plan.describe() if len(plan.exceptions) < 4 else "mixed", "bytes": nbytes, "bits_per_weight": 8 * nbytes / elements}
         return row | {name: getattr(found, name) for name in KEPT} | ({} if alpha is None else {"alpha": alpha})
+
+    @cached_property
+    def turned(self) -> Basis:
+        """The model turned by a random Hadamard matrix: the same predictions."""
+        return Basis.of(self.weights.turned(SEED), self.tested, self.samples)
 
     def plan(self, case: Case) -> WeightPlan:
         """Formats of all matrices. What is out of scope is held in fp32, and not rounded."""

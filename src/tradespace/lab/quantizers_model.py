@@ -7,6 +7,7 @@ what the quantizer did. Everything lies on torch's default device, so an acceler
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,9 +20,11 @@ from tradespace.loading.gguf import read_gguf
 from tradespace.loading.resolve import resolve
 from tradespace.loading.safetensors import read_sharded
 from tradespace.quality.divergence import Divergence, Tally
+from tradespace.quantize.aiming import aim_layer
 from tradespace.quantize.folds import Tensors
+from tradespace.quantize.hadamard import RotatedWeights
 from tradespace.quantize.head_divergence import logits_of
-from tradespace.quantize.layer_passes import built, collect_grams, run_quantized
+from tradespace.quantize.layer_passes import built, collect_grams, run_own, run_quantized
 from tradespace.quantize.methods import Method, QuantizedLayer, layer_matrices, quantize_layer, round_matrix
 from tradespace.quantize.sensitivity import SensitivityPass
 from tradespace.quantize.source import StoredWeights, Weights
@@ -46,6 +49,15 @@ class HeldWeights:
         self.files, self.spec, self.stored_spec = files, stored.spec, stored.stored_spec
         device = torch.get_default_device()
         self.tensors = {name: values.to(device) for name, values in self.tensors.items()}
+
+    def turned(self, seed: int) -> HeldWeights:
+        """The same model in the basis of a random Hadamard matrix, its head untied. Raises UnsupportedError where its norms do not commute with one."""
+        turned, other = RotatedWeights(self, seed), copy(self)
+        outer = ("embed.weight", "lm_head.weight")
+        other.tensors = {tensor.name: turned.read(tensor.name) for tensor in model_tensors(turned.spec) if tensor.name not in outer}
+        other.tensors |= {name: torch.cat([rows_RC for _, rows_RC in turned.row_chunks(name)]) for name in outer}
+        other.spec = turned.spec
+        return other
 
     def read(self, name: str) -> Tensor:
         return self.tensors[name].clone()
@@ -102,12 +114,16 @@ def quantize_whole(
     weights: HeldWeights, plan: WeightPlan, method: Method, runner: LayerRunner, calibration: HeldHidden, *, alpha: float | None = None
 ) -> QuantizedModel:
     """The model in the formats of `plan`, its layers one after the other, each learning from what the quantized ones before it give it."""
-    spec, hidden = weights.spec, calibration.copied()
+    spec, hidden, reference = weights.spec, calibration.copied(), calibration.copied()
     found = QuantizedModel(dict(weights.tensors))
     for index in range(spec.L):
         tensors = read_layer(weights, index)
-        grams = collect_grams(runner, index, tensors, hidden) if method.needs_text else {}
-        done = quantize_layer(spec, index, tensors, grams, plan, method, alpha=alpha)
+        if method.aims:
+            done = aim_layer(runner, index, tensors, plan, method, reference, hidden)
+            reference.write_all(run_own(runner, index, tensors, reference))
+        else:
+            grams = collect_grams(runner, index, tensors, hidden) if method.needs_text else {}
+            done = quantize_layer(spec, index, tensors, grams, plan, method, alpha=alpha)
         if method.needs_text and index + 1 < spec.L:
             hidden.write_all(run_quantized(runner, index, done, hidden))
         _keep(found, index, done)

@@ -68,10 +68,12 @@ def _methods(model: str, rows: Rows) -> Iterator[Bar]:
 
 
 def _two_bits(model: str, rows: Rows) -> Iterator[Bar]:
-    lattice, integer = rows.find("e8", "gptq"), rows.find("int2-g64", "gptq")
-    yield from _below(model, "e8 at 2 bits < half of GPTQ at int2-g64", lattice, integer, share=0.5)
-    if lattice and integer:
-        yield Bar(model, "with fewer bytes", f"{lattice['bytes']:,} against {integer['bytes']:,}", lattice["bytes"] < integer["bytes"])
+    integer = rows.find("int2-g64", "gptq")
+    for method, name in (("gptq", "e8 at 2 bits"), ("gptaq", "e8 at 2 bits by GPTAQ")):
+        lattice = rows.find("e8", method)
+        yield from _below(model, f"{name} < half of GPTQ at int2-g64", lattice, integer, share=0.5)
+        if lattice and integer:
+            yield Bar(model, f"{name}: with fewer bytes", f"{lattice['bytes']:,} against {integer['bytes']:,}", lattice["bytes"] < integer["bytes"])
 
 
 def _allocate(model: str, rows: Rows) -> Iterator[Bar]:
@@ -82,13 +84,17 @@ def _allocate(model: str, rows: Rows) -> Iterator[Bar]:
 
 
 def _smooth(model: str, rows: Rows) -> Iterator[Bar]:
-    smooth, plain, dense = rows.find("w8a8", "smoothquant"), rows.find("w8a8", "rtn"), rows.find("bf16", "rtn", scope="all")
-    if not (smooth and plain and dense):
+    plain, dense = rows.find("w8a8", "rtn"), rows.find("bf16", "rtn", scope="all")
+    if not (plain and dense):
         return
-    low, high = (row["perplexity"] / dense["perplexity"] - 1 for row in (smooth, plain))
-    figures = f"{smooth['perplexity']:.4f}, {low:+.2%}; plain {plain['perplexity']:.4f}, {high:+.2%}; bf16 {dense['perplexity']:.4f}"
-    yield Bar(model, "SmoothQuant W8A8 within 0.5% of bf16's perplexity", figures, low <= 0.005)
-    yield Bar(model, "where plain W8A8 is worse", f"{high:+.2%} against {low:+.2%}", high > low)
+    high = plain["perplexity"] / dense["perplexity"] - 1
+    for method, name in (("smoothquant", "α for the model"), ("smooth-search", "searched scales and GPTAQ"), ("hadamard-smooth", "the same, rotated")):
+        smooth = rows.find("w8a8", method)
+        if not smooth:
+            continue
+        low = smooth["perplexity"] / dense["perplexity"] - 1
+        figures = f"{smooth['perplexity']:.4f}, {low:+.2%}; plain {plain['perplexity']:.4f}, {high:+.2%}; bf16 {dense['perplexity']:.4f}"
+        yield Bar(model, f"SmoothQuant W8A8 ({name}) within 0.5% of bf16's perplexity, plain W8A8 not", figures, low <= 0.005 < high)
 
 
 def _claims(model: str, rows: Rows) -> Iterator[Bar]:

@@ -175,7 +175,7 @@ def chooses(method: Method, fmt: WeightFormat) -> bool:
         return True
     if fmt.bits > 8:
         return False  # floats are only rounded
-    if method.fold == "smooth":
+    if method.fold in ("smooth", "smooth-search"):
         return fmt.activations == 8
     if method.rounding == "gptq":
         return takes_feedback(fmt) and not fmt.activations

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from tradespace.errors import UnsupportedError
 from tradespace.formats import Weight
 from tradespace.kernels.activation import ACTIVATIONS
+from tradespace.kernels.view import StepBatch
 from tradespace.model.parts import Parts, project
 from tradespace.spec.model import DenseFFN, RoutedFFN
 
@@ -22,9 +23,16 @@ class FeedForward(nn.Module):
         setattr(self, self.wide, parts.weight(f"{name}.{self.wide}"))
         self.down: Weight = parts.weight(f"{name}.down")
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        wide = project(getattr(self, self.wide), x_TD)
-        return project(self.down, self.activate(wide, self.ffn.activation, self.ffn.gated))
+    def forward(self, x_TD: Tensor, batch: StepBatch | None = None) -> Tensor:
+        return self.narrow(self.widened(x_TD, batch), batch)
+
+    def widened(self, x_TD: Tensor, batch: StepBatch | None) -> Tensor:
+        """The wide product: gate and up side by side, or up alone."""
+        return project(getattr(self, self.wide), x_TD, batch)
+
+    def narrow(self, wide: Tensor, batch: StepBatch | None) -> Tensor:
+        """What follows the wide product."""
+        return project(self.down, self.activate(wide, self.ffn.activation, self.ffn.gated), batch)
 
 
 class Experts(nn.Module):
@@ -63,7 +71,7 @@ class RoutedFeedForward(nn.Module):
         self.shared = FeedForward(parts, f"{name}.shared", shared) if ffn.shared_F else None
         self.shared_gate = parts.weight(f"{name}.shared_gate") if ffn.shared_gate else None
 
-    def forward(self, x_TD: Tensor) -> Tensor:
+    def forward(self, x_TD: Tensor, batch: StepBatch | None = None) -> Tensor:
         scores_TE = project(self.router, x_TD).float()
         top_TK, experts_TK = scores_TE.topk(self.ffn.top_k, dim=-1)
         shares_TK = top_TK.softmax(dim=-1).to(x_TD.dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from tradespace.errors import UnsupportedError
@@ -9,7 +11,7 @@ from tradespace.formats import DenseWeight
 from tradespace.kernels.attention import Attend
 from tradespace.kernels.rope import RopeRows, RopeTable, rotate
 from tradespace.kernels.view import KVView, PackedView, StepBatch
-from tradespace.model.feed_forward import FEED_FORWARDS
+from tradespace.model.feed_forward import FEED_FORWARDS, FeedForward
 from tradespace.model.parts import Norm, Parts, project
 from tradespace.spec.mixers import Attention
 from tradespace.spec.model import LayerSpec
@@ -33,8 +35,11 @@ class AttentionMixer(nn.Module):
 
     def forward(self, x_TD: Tensor, rope: RopeRows | None, batch: StepBatch, view: KVView | None) -> Tensor:
         """out_TD. Without a `view` the step's own keys and values are all there is."""
+        return self.mixed(project(self.qkv, x_TD, batch), x_TD, rope, batch, view)
+
+    def mixed(self, qkv_TR: Tensor, x_TD: Tensor | None, rope: RopeRows | None, batch: StepBatch, view: KVView | None) -> Tensor:
+        """What follows the product of queries, keys and values; x_TD, their input, matters to a cache that holds inputs alone."""
         mixer = self.mixer
-        qkv_TR = project(self.qkv, x_TD)
         num_rotated = mixer.N + mixer.K
         # queries and keys lie side by side with the same head size: they rotate in one go
         qk_TNH = qkv_TR[:, : num_rotated * mixer.H].unflatten(1, (num_rotated, mixer.H))
@@ -48,13 +53,15 @@ class AttentionMixer(nn.Module):
                 qk_TNH = rotate(qk_TNH, rope)
             q_TNH, k_TKH = qk_TNH[:, : mixer.N], qk_TNH[:, mixer.N :]
         if view is None:
-            view = PackedView(k_TKH, v_TKH)
+            # for a gradient the values are kept: as a view they would keep queries and keys as they were before the rotation, too
+            view = PackedView(k_TKH, v_TKH.contiguous() if v_TKH.requires_grad else v_TKH)
         elif view.holds_inputs:
+            assert x_TD is not None, "training has no cache"
             view.take_inputs(x_TD, self.keys_values)
         view.write(k_TKH, v_TKH, batch)
         out_TNH = self.attend(q_TNH, view, batch, mixer, self.sinks)
         view.settle(batch)
-        return project(self.out, out_TNH.flatten(1))
+        return project(self.out, out_TNH.flatten(1), batch)
 
     def keys_values(self, x_SD: Tensor, positions_S: Tensor) -> tuple[Tensor, Tensor]:
         """Keys (S, K, H) and values (S, K, Hv) of inputs at any positions: the very product, norm and rotation of `forward`.
@@ -79,6 +86,15 @@ def _normed(norm: Norm, x_TNH: Tensor) -> Tensor:
     return norm(x_TNH) if len(norm.weight) == x_TNH.shape[-1] else norm(x_TNH.flatten(1)).view(x_TNH.shape)
 
 
+# runs a function of one tensor
+Section = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
+
+
+def run(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Plainly."""
+    return function(x)
+
+
 class Layer(nn.Module):
     """See `spec.model.Arrangement` for where the norms stand. Called as layer(h_TD, rope, batch, view), by itself: it may be wrapped from outside."""
 
@@ -94,19 +110,33 @@ class Layer(nn.Module):
         self.ffn_norm = parts.norm(f"{name}.ffn_norm")
         self.ffn = None if spec.ffn is None else FEED_FORWARDS[type(spec.ffn)](parts, f"{name}.ffn", spec.ffn)
         self.ffn_post_norm = parts.norm(f"{name}.ffn_post_norm")
+        self.section: Section = run  # what runs the layer's four parts; `adapt.recompute` puts its own in place
 
     def forward(self, h_TD: Tensor, rope: RopeRows | None, batch: StepBatch, view: KVView | None) -> Tensor:
         if self.arrangement in ("parallel", "parallel2") and self.attn is not None and self.ffn is not None:
             x_TD = _apply(self.attn_norm, h_TD)
             y_TD = self.attn(x_TD, rope, batch, view)
-            return self._added(h_TD, y_TD.add_(self.ffn(x_TD if self.ffn_norm is None else self.ffn_norm(h_TD))))
+            return self._added(h_TD, y_TD.add_(self.ffn(x_TD if self.ffn_norm is None else self.ffn_norm(h_TD), batch)))
+        if self.section is not run:
+            return self._by_sections(h_TD, rope, batch)
         if self.attn is not None:
             y_TD = self.attn(_apply(self.attn_norm, h_TD), rope, batch, view)
             h_TD = self._added(h_TD, _apply(self.attn_post_norm, y_TD))
         if self.ffn is not None:
-            y_TD = self.ffn(_apply(self.ffn_norm, h_TD))
+            y_TD = self.ffn(_apply(self.ffn_norm, h_TD), batch)
             h_TD = self._added(h_TD, _apply(self.ffn_post_norm, y_TD))
         return h_TD
+
+    def _by_sections(self, h_TD: Tensor, rope: RopeRows | None, batch: StepBatch) -> Tensor:
+        """The same in four sections that each end with a matrix product: what a section takes is kept, what happens within it may be recomputed."""
+        attn, ffn = self.attn, self.ffn
+        assert attn is not None and isinstance(ffn, FeedForward), "checked where sections were asked for"
+        qkv_TR = self.section(lambda h_TD: project(attn.qkv, _apply(self.attn_norm, h_TD), batch), h_TD)
+        y_TD = self.section(lambda qkv_TR: attn.mixed(qkv_TR, None, rope, batch, None), qkv_TR)
+        h_TD = self._added(h_TD, _apply(self.attn_post_norm, y_TD))
+        wide = self.section(lambda h_TD: ffn.widened(_apply(self.ffn_norm, h_TD), batch), h_TD)
+        y_TD = self.section(lambda wide: ffn.narrow(wide, batch), wide)
+        return self._added(h_TD, _apply(self.ffn_post_norm, y_TD))
 
     def _added(self, h_TD: Tensor, y_TD: Tensor) -> Tensor:
         """h + scale · y, in y's memory: y is fresh and nothing's gradient needs it, while h may be kept for the backward pass."""

@@ -5,14 +5,20 @@ Every width comes from the tensor list and the LayerSpec (its N, K, F): a shard 
 
 from __future__ import annotations
 
+from typing import Protocol, runtime_checkable
+
 import torch
 from torch import Tensor, nn
 
-from tradespace.formats import DTYPES, FORMATS, NativeWeight, Weight, Workspace, build_weight
+from tradespace.formats import DTYPES, FORMATS, DenseWeight, NativeWeight, QuantizedWeight, Weight, Workspace, build_weight
 from tradespace.kernels.norm import NORMS
+from tradespace.kernels.view import StepBatch
 from tradespace.spec.model import ModelSpec
 from tradespace.spec.tensors import QUANTIZABLE_ROLES, TensorSpec, model_tensors
 from tradespace.spec.weights import WeightPlan, workspace_shape
+
+
+PLAIN = (DenseWeight, QuantizedWeight, NativeWeight)
 
 
 class Norm(nn.Module):
@@ -79,6 +85,16 @@ def build_workspace(spec: ModelSpec, plan: WeightPlan, device: torch.device | st
     return Workspace(*workspace_shape(shapes), DTYPES[plan.dense], device) if shapes else None
 
 
-def project(weight: Weight, x_TC: Tensor) -> Tensor:
-    """x @ W.T with the bias that `Parts.weight` put beside W."""
-    return weight.linear(x_TC, weight.bias)
+@runtime_checkable
+class Adapted(Protocol):
+    """A weight that `adapt/` wrapped: what it adds depends on whose tokens these are."""
+
+    def adapted(self, x_TC: Tensor, batch: StepBatch) -> Tensor: ...
+
+
+def project(weight: Weight | Adapted, x_TC: Tensor, batch: StepBatch | None = None) -> Tensor:
+    """x @ W.T with the bias that `Parts.weight` put beside W, and what the batch's adapters add to it."""
+    if batch is not None and not isinstance(weight, PLAIN):
+        assert isinstance(weight, Adapted), f"{type(weight).__name__} is no weight"
+        return weight.adapted(x_TC, batch)
+    return weight.linear(x_TC, weight.bias)  # pyright: ignore[reportAttributeAccessIssue]

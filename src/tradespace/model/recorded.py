@@ -69,6 +69,8 @@ class Recorded:
             assert isinstance(layer, Layer), f"layer {index} is wrapped: the native step records plain layers"
             self._record_layer(layer, index, cache)
         self._record_logits()
+        for op in (*self.body.ops, *self.head.ops):
+            op.operand_rows = self._operand.tokens
 
     @staticmethod
     def _buffer(rows: int, width: int, extra: int = 0) -> Buffer:

@@ -6,6 +6,7 @@ exactly `spec.tensors.model_tensors(spec)`. A shard of a model over several devi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,6 +25,10 @@ from tradespace.spec.weights import WeightPlan
 
 if TYPE_CHECKING:
     from tradespace.kv.cache import KVCache
+
+
+# runs all layers for training, keeping less than all for the backward pass (`adapt.recompute`)
+Recompute = Callable[["Transformer", Tensor, dict[Rope, RopeRows], StepBatch], Tensor]
 
 
 class Transformer(nn.Module):
@@ -74,6 +79,7 @@ class Transformer(nn.Module):
         for layer, rope in zip(self.layers, self.layer_ropes, strict=True):
             if isinstance(layer, Layer) and layer.attn is not None and rope is not None:
                 layer.attn.rope_table = self.rope_tables[rope]
+        self.recompute: Recompute | None = None
 
     def forward(self, tokens_T: Tensor, positions_T: Tensor, batch: StepBatch, cache: KVCache | None = None) -> Tensor:
         """hidden_TD, before the final norm (`logits` applies it to the rows that it is asked for).
@@ -83,9 +89,16 @@ class Transformer(nn.Module):
         """
         h_TD = self.embedded(tokens_T, positions_T)
         ropes = self.rope_rows(positions_T)
-        for index, layer in enumerate(self.layers):
+        if self.recompute is not None:
+            assert cache is None, "what is recomputed later has no cache"
+            return self.recompute(self, h_TD, ropes, batch)
+        return self.run_layers(h_TD, range(self.spec.L), ropes, batch, cache)
+
+    def run_layers(self, h_TD: Tensor, which: range, ropes: dict[Rope, RopeRows], batch: StepBatch, cache: KVCache | None = None) -> Tensor:
+        """Some consecutive layers."""
+        for index in which:
             rope = self.layer_ropes[index]
-            h_TD = layer(h_TD, None if rope is None else ropes[rope], batch, None if cache is None else cache.view(index))
+            h_TD = self.layers[index](h_TD, None if rope is None else ropes[rope], batch, None if cache is None else cache.view(index))
         return h_TD
 
     def embedded(self, tokens_T: Tensor, positions_T: Tensor) -> Tensor:

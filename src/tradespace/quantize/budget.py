@@ -5,6 +5,7 @@ from __future__ import annotations
 from tradespace.errors import BudgetError
 from tradespace.quantize.methods import Method, layer_matrices
 from tradespace.quantize.pipeline import CHUNK_ROWS
+from tradespace.quantize.smooth_search import SAMPLED
 from tradespace.quantize.source import STAGING_BYTES
 from tradespace.spec.mixers import Attention
 from tradespace.spec.model import DenseFFN, ModelSpec
@@ -31,6 +32,10 @@ def working_bytes(spec: ModelSpec, method: Method, *, samples: int, context: int
             inner = 3 * ffn.F if isinstance(ffn, DenseFFN) else 0
             heads = 3 * (mixer.N + 2 * mixer.K) * mixer.H if isinstance(mixer, Attention) else 0
             activations = 4 * context * (4 * spec.D + max(inner, heads))
+            if method.aims:
+                activations *= 2  # of both models
+            if method.fold == "smooth-search":
+                activations = max(activations, 4 * SAMPLED * (sum(widths) + 4 * max(widths, default=0)))
             # activations are gone while a matrix is rounded
             work = max(work, activations)
         worst = max(worst, held + learned + work)

@@ -34,6 +34,13 @@ def _adder(gram: Gram) -> Callable[[Tensor, int | None], Tensor]:
     return see
 
 
+def run_own(runner: LayerRunner, index: int, tensors: dict[str, Tensor], hidden: HiddenStates) -> Iterator[Tensor]:
+    """Each window through the layer of these values, nothing rounded."""
+    layer = runner.build(index, tensors)
+    for window in range(hidden.num_windows):
+        yield runner.run(index, layer, hidden.read(window))
+
+
 def run_quantized(runner: LayerRunner, index: int, done: QuantizedLayer, hidden: HiddenStates) -> Iterator[Tensor]:
     """Each window through the layer as it will compute: rounded weights, and activations in int8 where the format has them so."""
     layer = built(runner, index, done.tensors, {name: fmt for name, (fmt, _) in done.codes.items()})

@@ -32,12 +32,14 @@ Rounding = Literal["nearest", "search", "clip", "gptq"]
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """rotate: by a random Hadamard matrix, residual stream and value heads. fold: scales per input channel. rounding: how codes are chosen."""
+    """rotate: by a random Hadamard matrix, residual stream and value heads. fold: scales per input channel. rounding: how codes are chosen. aims: whether
+    each linear first makes good what the ones before it lost (`aiming.py`)."""
 
     name: str
     rounding: Rounding
-    fold: Literal["awq", "smooth"] | None = None
+    fold: Literal["awq", "smooth", "smooth-search"] | None = None
     rotate: bool = False
+    aims: bool = False
     idea: str = ""
 
     @property
@@ -55,6 +57,9 @@ METHODS: dict[str, Method] = {
         Method(name="awq", rounding="clip", fold="awq", idea="channels that matter scaled up, ranges clipped; arXiv:2306.00978"),
         Method(name="awq-gptq", rounding="gptq", fold="awq", idea="awq's scales, then gptq"),
         Method(name="smoothquant", rounding="nearest", fold="smooth", idea="outliers moved from activations to weights, for w8a8; arXiv:2211.10438"),
+        Method(name="gptaq", rounding="gptq", aims=True, idea="gptq that also makes good what earlier linears lost; after arXiv:2504.02692"),
+        Method(name="smooth-search", rounding="gptq", fold="smooth-search", aims=True, idea="a scale per channel by descent, then gptaq; for w8a8"),
+        Method(name="hadamard-smooth", rounding="gptq", fold="smooth-search", aims=True, rotate=True, idea="rotated, then smooth-search; for w8a8"),
         Method(name="hadamard", rounding="search", rotate=True, idea="rotated by a random Hadamard matrix, scales searched; no text; arXiv:2404.00456"),
         Method(name="hadamard-gptq", rounding="gptq", rotate=True, idea="rotated, then gptq"),
     )
@@ -84,8 +89,8 @@ def check_formats(spec: ModelSpec, plan: WeightPlan, method: Method) -> None:
                 raise InputError(f"{tensor.name}: {why}")
             if method.rounding == "gptq" and not is_dense(fmt) and not takes_feedback(fmt):
                 raise UnsupportedError(f"--method {method.name} fills integers, fp8, nf4 and e8, not {fmt.name}. Use --method rtn, or awq")
-    if method.fold == "smooth" and "w8a8" not in plan.names:
-        raise InputError("--method smoothquant prepares activations for int8: give it --format w8a8. For weights alone use awq or gptq")
+    if method.fold in ("smooth", "smooth-search") and "w8a8" not in plan.names:
+        raise InputError(f"--method {method.name} prepares activations for int8: give it --format w8a8. For weights alone use awq or gptq")
 
 
 def layer_matrices(spec: ModelSpec, index: int) -> list[TensorSpec]:

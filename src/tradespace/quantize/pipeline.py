@@ -20,10 +20,11 @@ from torch import Tensor
 from tradespace.errors import InputError
 from tradespace.loading.resolve import ModelFiles
 from tradespace.loading.weights import Source
+from tradespace.quantize.aiming import aim_layer
 from tradespace.quantize.folds import norm_rounding
 from tradespace.quantize.journal import Journal
-from tradespace.quantize.layer_passes import collect_grams, run_quantized
-from tradespace.quantize.methods import Method, check_formats, quantize_layer, round_matrix
+from tradespace.quantize.layer_passes import collect_grams, run_own, run_quantized
+from tradespace.quantize.methods import Method, QuantizedLayer, check_formats, quantize_layer, round_matrix
 from tradespace.quantize.shards import sync_folder, write_in_chunks, write_shard
 from tradespace.quantize.smoothing import choose_alpha
 from tradespace.quantize.source import Weights
@@ -126,15 +127,21 @@ class Pipeline:
     def _outer(self) -> list[TensorSpec]:
         return [tensor for tensor in model_tensors(self.spec) if tensor.layer < 0]
 
-    def _hidden(self, index: int) -> HiddenFile:
+    @property
+    def _streams(self) -> tuple[str, ...]:
+        """Whose hidden states are kept: the quantized model's, and the model's own where linears aim at it."""
+        return ("hidden", "reference") if self.recipe.method.aims else ("hidden",)
+
+    def _hidden(self, index: int, stream: str = "hidden") -> HiddenFile:
         windows = self.recipe.windows
-        return HiddenFile(self.work / f"hidden-{index}.bin", len(windows), len(windows[0]), self.spec.D)
+        return HiddenFile(self.work / f"{stream}-{index}.bin", len(windows), len(windows[0]), self.spec.D)
 
     def _layers(self) -> None:
         spec, recipe = self.spec, self.recipe
         learns = recipe.method.needs_text
         if learns and not any(self.journal.find(f"layer-{index}") for index in range(spec.L)) and self.journal.find("embedded") is None:
-            write_embeddings(recipe.weights, recipe.windows, self._hidden(0))
+            for stream in self._streams:
+                write_embeddings(recipe.weights, recipe.windows, self._hidden(0, stream))
             self.journal.add({"step": "embedded"})
         runner = LayerRunner(spec, len(recipe.windows[0])) if learns else None
         self.alpha = recipe.alpha
@@ -145,7 +152,11 @@ class Pipeline:
             if self.journal.find(f"layer-{index}") is None:
                 self._layer(index, runner)
             elif index and learns:
-                self._hidden(index - 1).path.unlink(missing_ok=True)  # killed between the journal and this
+                self._drop(index - 1)  # killed between the journal and this
+
+    def _drop(self, index: int) -> None:
+        for stream in self._streams:
+            self._hidden(index, stream).path.unlink(missing_ok=True)
 
     def _smoothing(self, runner: LayerRunner) -> float:
         """SmoothQuant's α: measured once, on a few of the windows."""
@@ -161,22 +172,30 @@ class Pipeline:
 
     def _layer(self, index: int, runner: LayerRunner | None) -> None:
         tensors = read_layer(self.recipe.weights, index)
-        grams = {} if runner is None else collect_grams(runner, index, tensors, self._hidden(index))
-        done = quantize_layer(self.spec, index, tensors, grams, self.plan, self.recipe.method, alpha=self.alpha, round_norm=self.round_norm)
-        del grams
+        done = self._quantized(index, tensors, runner)
         stored: dict[str, Tensor] = {}
         for name, values in done.tensors.items():
             stored |= self.naming.quantized(name, *done.codes[name]) if name in done.codes else self.naming.dense(name, values)
         write_shard(self.folder / self.shard_names[f"layer-{index}"], stored)
         names = list(stored)
         nbytes = sum(tensor.nbytes for tensor in stored.values())
-        del stored, tensors
+        del stored
         if runner is not None and index + 1 < self.spec.L:
-            here = self._hidden(index)
-            self._hidden(index + 1).write_all(run_quantized(runner, index, done, here))
+            if self.recipe.method.aims:
+                self._hidden(index + 1, "reference").write_all(run_own(runner, index, tensors, self._hidden(index, "reference")))
+            del tensors
+            self._hidden(index + 1).write_all(run_quantized(runner, index, done, self._hidden(index)))
         self.journal.add({"step": f"layer-{index}", "names": names, "bytes": nbytes, "errors": done.errors, "alphas": done.alphas})
         if runner is not None:
-            self._hidden(index).path.unlink(missing_ok=True)
+            self._drop(index)
+
+    def _quantized(self, index: int, tensors: dict[str, Tensor], runner: LayerRunner | None) -> QuantizedLayer:
+        method = self.recipe.method
+        if runner is not None and method.aims:
+            streams = (self._hidden(index, "reference"), self._hidden(index))
+            return aim_layer(runner, index, tensors, self.plan, method, *streams, round_norm=self.round_norm)
+        grams = {} if runner is None else collect_grams(runner, index, tensors, self._hidden(index))
+        return quantize_layer(self.spec, index, tensors, grams, self.plan, method, alpha=self.alpha, round_norm=self.round_norm)
 
     def _around(self) -> None:
         """Embedding, head, and what little is left."""

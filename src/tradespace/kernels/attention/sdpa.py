@@ -22,8 +22,9 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from tradespace.kernels.attention.kept import attend_kept, fused
+from tradespace.kernels.attention.packed import attend_packed, fits
 from tradespace.kernels.attention.pattern import earliest_key, visible
-from tradespace.kernels.view import KVView, Span, StepBatch
+from tradespace.kernels.view import KVView, PackedView, Span, StepBatch
 from tradespace.spec.attention import refusal
 from tradespace.spec.attention_workspace import GATHER_BYTES, fused_key_bytes
 from tradespace.spec.attention_workspace import SDPA_FEW as FEW
@@ -86,6 +87,8 @@ class Sdpa:
         assert sinks_N is None and mixer.logit_softcap is None, "dispatch gave sdpa a layer that it does not support"
         if not view.keeps_all:
             return attend_kept(q_TNH, view, batch, mixer, sinks_N, fused)
+        if isinstance(view, PackedView) and q_TNH.requires_grad and torch.is_grad_enabled() and fits(mixer, batch):
+            return attend_packed(q_TNH, view.k_TKH, view.v_TKH, batch, mixer)
         if self._spans is not batch.spans:
             self._spans = batch.spans
             self._groups.clear()

@@ -75,7 +75,7 @@ class Op(c.Structure):
 
     _fields_ = (
         *((name, c.c_int32) for name in ("kind", "wait", "form", "choice", "flags", "heads", "kv_heads", "head_width")),
-        *((name, c.c_int32) for name in ("value_width", "dims", "chunked", "reserved")),
+        *((name, c.c_int32) for name in ("value_width", "dims", "chunked", "operand_rows")),
         *((name, c.c_float) for name in ("eps", "scale", "softcap", "unused")),
         *((name, c.c_void_p) for name in ("in_", "out", "weight", "bias", "second", "table")),
         *((name, c.c_int64) for name in ("in_stride", "out_stride", "width", "window")),

@@ -19,6 +19,19 @@ struct Operand {
   int64_t stride, sections;
 };
 
+// the same rows from `row` on
+TS_INLINE Operand from_row(Operand x, int64_t row) {
+  if (x.f32) x.f32 += row * x.stride;
+  if (x.bf16) x.bf16 += row * x.stride;
+  if (x.codes) {
+    x.codes += row * x.stride;
+    x.scales += row * x.sections;
+    x.weighted += row * x.sections;
+    x.sums += 2 * row * x.sections;
+  }
+  return x;
+}
+
 TS_INLINE int32_t sum_of(vi v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_epi32((__m512i)v);

@@ -21,6 +21,7 @@ constexpr int64_t MANY_TOKENS = 32;  // for each thread: from here on it takes t
 
 void multiply(Worker& worker, const Product& product);                            // all tokens; threads share the panels
 void multiply_tokens(const Product& product, int64_t first_token, int64_t last_token);  // by this thread alone
+void multiply_panels(const Product& product, int64_t first_panel, int64_t last_panel);
 void multiply_integers(const Product& product, int64_t first_panel, int64_t last_panel);
 void multiply_floats(const Product& product, int64_t first_panel, int64_t last_panel);
 

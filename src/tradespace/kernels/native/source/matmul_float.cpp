@@ -158,7 +158,7 @@ void multiply_floats(const Product& p, int64_t first, int64_t last) {
   return sweep<WidenedBlock<BF16>, 4>(p, first, last);
 }
 
-static void multiply_panels(const Product& p, int64_t first, int64_t last) {
+void multiply_panels(const Product& p, int64_t first, int64_t last) {
   if (is_integer(p.weight.kind) && p.form == FORM_INT8) multiply_integers(p, first, last);
   else multiply_floats(p, first, last);
 }
@@ -168,12 +168,7 @@ static Product of_tokens(const Product& p, int64_t first, int64_t last) {
   Product part = p;
   part.tokens = last - first;
   part.y += first * p.y_stride;
-  part.x.f32 += first * p.x.stride;
-  part.x.bf16 += first * p.x.stride;
-  part.x.codes += first * p.x.stride;
-  part.x.scales += first * p.x.sections;
-  part.x.weighted += first * p.x.sections;
-  part.x.sums += 2 * first * p.x.sections;
+  part.x = from_row(p.x, first);
   return part;
 }
 

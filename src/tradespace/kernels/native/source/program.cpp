@@ -14,7 +14,7 @@ enum OpKind : int32_t { OP_EMBED = 0, OP_NORM = 1, OP_PRODUCT = 2, OP_HEADS = 3,
 // What each kind reads is said at its function. Mirrored field by field in program.py.
 struct Op {
   int32_t kind, wait, form, choice, flags, heads, kv_heads, head_width;
-  int32_t value_width, dims, chunked, reserved;
+  int32_t value_width, dims, chunked, operand_rows;
   float eps, scale, softcap, unused;
   float *in, *out;
   const float *weight, *bias, *second, *table;
@@ -61,11 +61,11 @@ static void norm(const Op& op, const Step& step, int64_t first, int64_t last, fl
   }
 }
 
-// y (T, R) (+)= scale · (operand @ W.T + bias); `dims` is the first column of y, for one of several matrices side by side
-static Product product_of(const Op& op, int64_t tokens) {
+// y (T, R) (+)= scale · (operand @ W.T + bias); `dims` is the first column of y, for one of several matrices side by side; the operand begins at row `base`
+static Product product_of(const Op& op, int64_t tokens, int64_t base = 0) {
   Product p;
   p.weight = op.matrix;
-  p.x = op.operand;
+  p.x = from_row(op.operand, base);
   p.tokens = tokens;
   p.form = op.form;
   p.y = op.out + op.dims;
@@ -138,7 +138,8 @@ static void attention(Worker& worker, const Op& op, const Step& step) {
 static int64_t sections_of(const Op& op) { return (op.width + SECTION - 1) / SECTION; }
 
 // activation of `in`, times the half beside it where gated → operand; without one (ACT_IDENTITY) it only changes the form. A unit is a token's section.
-static void prepare(const Op& op, int64_t first, int64_t last) {
+static void prepare(const Op& op, int64_t first, int64_t last, int64_t base = 0) {
+  const Operand operand = from_row(op.operand, base);
   const int64_t sections = sections_of(op);
   for (int64_t unit = first; unit < last; unit++) {
     const int64_t t = unit / sections, s = unit % sections, column = s * SECTION;
@@ -158,7 +159,27 @@ static void prepare(const Op& op, int64_t first, int64_t last) {
       }
       for (int64_t c = count; c < SECTION; c++) x[c] = 0.f;
     }
-    put_row(op.operand, t, x, SECTION, op.form, s);
+    put_row(operand, t, x, SECTION, op.form, s);
+  }
+}
+
+constexpr int64_t FEW_TOKENS = 2;  // below, activating is nothing beside reading the weights, which are best read in order
+
+// Whether `product` makes gate and up of `after`, whole sections of both: then the thread that has made a section of each activates it at once.
+static bool feeds(const Op& product, const Op& after) {
+  return product.kind == OP_PRODUCT && after.kind == OP_ACTIVATE && (after.flags & FLAG_GATED) && after.in == product.out && product.dims == 0 &&
+         after.width % SECTION == 0 && product.matrix.rows == 2 * after.width && !(product.flags & (FLAG_ROWS | FLAG_ACCUMULATE));
+}
+
+// The wide product from the operand's row `base` on, and its activation into the rows from `out` on.
+static void multiply_activated(Worker& worker, const Op& product, const Op& after, int64_t tokens, int64_t base, int64_t out) {
+  const Product p = product_of(product, tokens, base);
+  const int64_t sections = sections_of(after), each = SECTION / LANES, up = after.width / LANES, piece = std::max<int64_t>(1, sections / (8 * worker.count));
+  int64_t first, last;
+  while (worker.take(sections, piece, &first, &last)) {
+    multiply_panels(p, each * first, each * last);
+    multiply_panels(p, up + each * first, up + each * last);
+    for (int64_t t = 0; t < tokens; t++) prepare(after, t * sections + first, t * sections + last, out);
   }
 }
 
@@ -201,13 +222,13 @@ static void run_tokens(const Op& op, const Step& step, int64_t first, int64_t la
 }
 
 // One operation, shared out in the way that suits few tokens: rows, panels of weights, heads, sections.
-static void run_one(Worker& worker, const Op& op, const Step& step, float* scratch) {
+static void run_one(Worker& worker, const Op& op, const Step& step, float* scratch, int64_t base) {
   const int64_t rows = op.flags & FLAG_ROWS ? step.num_rows : step.num_tokens, all = op.heads + 2 * op.kv_heads;
   int64_t first, last;
   switch (op.kind) {
     case OP_EMBED: share(worker, rows, &first, &last); return embed(op, step, first, last);
     case OP_NORM: share(worker, rows, &first, &last); return norm(op, step, first, last, scratch);
-    case OP_PRODUCT: return multiply(worker, product_of(op, rows));
+    case OP_PRODUCT: return multiply(worker, product_of(op, rows, base));
     case OP_HEADS:
       if (op.flags & FLAG_NORM_FULL) {
         share(worker, rows, &first, &last);
@@ -231,6 +252,7 @@ static void run(Worker& worker, void* argument) {
   int64_t* const timed = worker.index == 0 ? run.nanoseconds : nullptr;
   const bool many = step.num_tokens >= MANY_TOKENS * worker.count;
   int64_t started = timed ? now_ns() : 0;
+  int64_t base = 0;    // the operand's row where the next product's tokens begin
   auto lap = [&](int64_t op) {
     if (!timed) return;
     const int64_t now = now_ns();
@@ -238,15 +260,27 @@ static void run(Worker& worker, void* argument) {
     started = now;
   };
   for (int64_t i = 0; i < run.count;) {
-    if (run.ops[i].wait) {
+    const Op& op = run.ops[i];
+    if (op.wait) {
       worker.barrier();
       lap(i - 1);  // waiting counts for the operation that is waited for
     }
-    if (!many || !by_token(run.ops[i])) {
-      run_one(worker, run.ops[i], step, scratch);
+    if (!many || !by_token(op)) {
+      // its operand is read by all until the next wait: what it is activated to goes into the rows behind
+      const int64_t rows = step.num_tokens;
+      if (rows > FEW_TOKENS && i + 1 < run.count && feeds(op, run.ops[i + 1]) && 2 * rows <= op.operand_rows) {
+        multiply_activated(worker, op, run.ops[i + 1], rows, base, rows);
+        base = rows;
+        lap(i);
+        i += 2;
+        continue;
+      }
+      if (op.kind != OP_PRODUCT) base = 0;
+      run_one(worker, op, step, scratch, base);
       lap(i++);
       continue;
     }
+    base = 0;
     // With many tokens each thread takes blocks of them through all operations up to the next attention, which is the first to look at other tokens.
     int64_t end = i, first, last;
     while (end < run.count && by_token(run.ops[end])) end++;

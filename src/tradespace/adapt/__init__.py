@@ -1,0 +1,1 @@
+"""What wraps a built model from outside, in a visible order: model = recompute(lora(shard(model), rank=16), every=k)."""

@@ -1,0 +1,71 @@
+"""TrainPlan → trainer: weights at their final size, filled or drawn; adapters; checkpointing; gradient buffers and optimizer states, all before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from tradespace.adapt.lora import Shape, adapter_parameters, lora
+from tradespace.adapt.recompute import recompute
+from tradespace.errors import UnsupportedError
+from tradespace.formats import DenseWeight, Weight
+from tradespace.loading.weights import Source
+from tradespace.model.transformer import Transformer
+from tradespace.quantize.rtn import fill_rtn
+from tradespace.quantize.source import StoredWeights
+from tradespace.spec.model import ModelSpec
+from tradespace.spec.tensors import model_tensors
+from tradespace.spec.training import TrainPlan, refusal, trained
+from tradespace.spec.weights import WeightPlan
+
+FILL_ELEMENTS = 2**21  # of a matrix, on their way into their format at once
+
+
+def build_model(spec: ModelSpec, weights: WeightPlan, *, context: int, attention: str = "sdpa", device: torch.device | str = "cpu") -> Transformer:
+    """Uninitialised, for training or as a teacher. Raises UnsupportedError for what cannot be trained."""
+    if (reason := refusal(spec)) is not None:
+        raise UnsupportedError(f"{spec.name} cannot be trained yet: {reason}")
+    return Transformer(spec, weights, attention=attention, max_context=context, device=device)
+
+
+@torch.no_grad()
+def fill(model: Transformer, source: Source, stored_spec: ModelSpec, on_load: Callable[[int, int], None] | None = None) -> None:
+    """Weights from files, one tensor at a time, rotary pairs in halves."""
+    weights = StoredWeights(source, stored_spec)
+    tensors = model_tensors(model.spec)
+    for number, tensor in enumerate(tensors):
+        stem, kind = tensor.name.rsplit(".", 1)
+        module = model.get_submodule(stem)
+        if isinstance(module, Weight) and kind == "weight":
+            if tensor.role in ("embed", "lm_head") and len(weights.pieces[tensor.name]) == 1 and isinstance(module, DenseWeight):
+                for row, rows_RC in weights.row_chunks(tensor.name):
+                    fill_rtn(module, row, rows_RC.clone(), name=tensor.name)
+            else:
+                _fill_rows(module, weights.read(tensor.name), tensor.name)
+        else:
+            model.get_parameter(tensor.name).copy_(weights.read(tensor.name))
+        if on_load is not None:
+            on_load(number + 1, len(tensors))
+
+
+def _fill_rows(module: Weight, values_RC: Tensor, name: str) -> None:
+    step = max(1, FILL_ELEMENTS // values_RC.shape[-1])
+    device = module.weight.device
+    for start in range(0, len(values_RC), step):
+        fill_rtn(module, start, values_RC[start : start + step].to(device), name=name)
+
+
+def prepare(model: Transformer, plan: TrainPlan, seed: int) -> dict[str, Tensor]:
+    """What learns, by name, in the order of `spec.training.trained`; checkpointing in place."""
+    if plan.method == "full":
+        for parameter in model.parameters():
+            parameter.requires_grad_()
+        found = dict(model.named_parameters())
+        found = {name: found[name] for name, _, _ in trained(model.spec, plan)}
+    else:
+        lora(model, Shape(rank=plan.rank, alpha=plan.alpha, targets=plan.targets), learn=True, seed=seed)
+        found = adapter_parameters(model)
+    recompute(model, plan.checkpointing)
+    return found

@@ -1,0 +1,272 @@
+"""The byte ledger and the seconds of a training step: what a TrainPlan takes, before anything runs.
+
+always     weights, adapters, gradients (none where the step is fused), optimizer states, workspace, runtime
+activations   what every layer keeps for the backward pass, by its checkpointing; counted tensor by tensor (`layer_kept`)
+peak       the worst of two kinds of moment: the loss (all that is kept, a chunk of logits and gradients by them), and the backward pass of each segment (what
+           it and those before it keep, what is computed again, and the layer's own temporaries)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from math import prod
+
+from tradespace.cost.memory import compute_pool, runtime_estimate, tokenizer_estimate
+from tradespace.spec.device import DeviceSpec
+from tradespace.spec.estimate import Estimate
+from tradespace.spec.formats import ELEMENT_BYTES, FORMATS
+from tradespace.spec.mixers import Attention
+from tradespace.spec.model import DenseFFN, LayerSpec, ModelSpec
+from tradespace.spec.tensors import model_tensors
+from tradespace.spec.training import OPTIMIZERS, Kind, Segment, TrainPlan, trained
+from tradespace.spec.weights import weight_bytes, workspace_shape
+
+EFFICIENCY = 0.7  # of the machine's product rate, over a whole step: assumed until the speed is measured
+
+
+def _parts(layer: LayerSpec) -> tuple[Attention, DenseFFN]:
+    assert isinstance(layer.mixer, Attention) and isinstance(layer.ffn, DenseFFN), "`spec.training.refusal` was asked"
+    return layer.mixer, layer.ffn
+
+
+def element_bytes(plan: TrainPlan) -> int:
+    """Of an activation."""
+    return ELEMENT_BYTES[plan.weights.dense]
+
+
+def layer_kept(layer: LayerSpec, D: int, tokens: int, e: int, kind: Kind = "none") -> int:
+    """Bytes that a layer keeps for the backward pass, its input included.
+
+    none: the stream twice (before attention and before the feed-forward), both norms, rotated queries and keys, values, attention's output and its sums, the
+    wide product, its activation; selective: the stream twice, the product of q, k and v, the wide product; full: the input.
+    """
+    attn, ffn = _parts(layer)
+    wide = (2 if ffn.gated else 1) * ffn.F
+    if kind in ("full", "offload"):
+        return tokens * D * e
+    if kind == "selective":
+        return tokens * e * (2 * D + (attn.N + attn.K) * attn.H + attn.K * attn.Hv + wide)
+    streams = 4 + (2 if layer.arrangement == "sandwich" else 0)
+    heads = (attn.N + attn.K) * attn.H + attn.K * attn.Hv + attn.N * attn.Hv
+    if attn.qk_norm != "none":  # what the norms of queries and keys came from: views of the whole product
+        heads += (attn.N + attn.K) * attn.H + attn.K * attn.Hv
+    activated = ffn.F if ffn.activation == "silu" and ffn.gated else (2 if ffn.gated else 1) * ffn.F
+    return tokens * (e * (streams * D + heads + wide + activated) + 4 * attn.N)
+
+
+def layer_transient(layer: LayerSpec, D: int, tokens: int, e: int, largest_gradient: int, kind: Kind = "none") -> int:
+    """The worst moment within a layer's backward pass, beside all that the layer keeps (for "selective": beside what that keeps): of the activation, whose own
+    result is gone by then; of a product with its weight's gradient; of attention, whose inputs "selective" computes again; of a norm in fp32."""
+    attn, ffn = _parts(layer)
+    wide = (2 if ffn.gated else 1) * ffn.F
+    stream = tokens * D * e
+    activation = stream + tokens * e * (2 * ffn.F + wide)
+    product = stream + tokens * e * (wide + D) + largest_gradient
+    heads = tokens * e * (attn.N * attn.Hv + 2 * attn.N * attn.H + 3 * attn.N * attn.Hv + (attn.N + 2 * attn.K) * attn.H)
+    if kind == "selective":
+        activation += tokens * e * ffn.F  # what was computed again lives as long as its section
+        heads += tokens * (e * ((attn.N + attn.K) * attn.H + attn.K * attn.Hv + attn.N * attn.Hv) + 4 * attn.N)
+    norm = 2 * stream + 4 * 4 * tokens * D + (tokens * D * 4 if e < 4 else 0)
+    return max(activation, product, stream + heads, norm)
+
+
+def rope_rows(spec: ModelSpec, tokens: int, e: int) -> int:
+    """Angles of a step's tokens, cosines and sines, over all distinct tables."""
+    ropes = {layer.mixer.rope for layer in spec.layers if isinstance(layer.mixer, Attention) and layer.mixer.rope is not None}
+    return sum(2 * tokens * rope.dims * e for rope in ropes)
+
+
+def loss_moment(spec: ModelSpec, plan: TrainPlan) -> int:
+    """Beside what the layers keep: the last stream, its norm and its gradient, two fp32 copies of a chunk's logits, and the head's gradient."""
+    e, T = element_bytes(plan), plan.tokens
+    chunk = min(plan.loss_tokens, T)
+    head = spec.V * spec.D * e if plan.method == "full" else 0
+    return rope_rows(spec, T, e) + T * spec.D * e * 3 + chunk * spec.V * 8 + chunk * spec.D * e + head
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What the peak is made of, layer by layer: for planning. `after_loss`: what stays from the loss through the backward pass."""
+
+    kept: tuple[dict[str, int], ...]
+    transient: tuple[dict[str, int], ...]
+    loss: int
+    after_loss: int
+
+
+@lru_cache(maxsize=256)
+def _largest_gradient(spec: ModelSpec, plan: TrainPlan) -> int:
+    """Of a layer's matrices; computed beside the buffer that it is added to."""
+    if plan.method != "full":
+        return 0
+    e = element_bytes(plan)
+    return max(prod(tensor.shape) for tensor in model_tensors(spec) if tensor.layer >= 0) * e
+
+
+def terms(spec: ModelSpec, plan: TrainPlan) -> Terms:
+    """All terms of the plan's activations."""
+    e, T, D = element_bytes(plan), plan.tokens, spec.D
+    kept = tuple({kind: layer_kept(layer, D, T, e, kind) for kind in ("none", "selective", "full", "offload")} for layer in spec.layers)
+    grad = _largest_gradient(spec, plan)
+    transient = tuple({kind: layer_transient(layer, D, T, e, grad, kind) for kind in ("none", "selective")} for layer in spec.layers)
+    tied = spec.V * D * e if plan.method == "full" and spec.tied else 0
+    return Terms(kept, transient, loss_moment(spec, plan), tied + rope_rows(spec, T, e))
+
+
+def activation_peak(spec: ModelSpec, plan: TrainPlan, segments: Sequence[Segment] | None = None) -> tuple[int, int]:
+    """(bytes kept at the end of the forward pass, bytes at the peak) of everything that a step allocates and forgets."""
+    segments = plan.checkpointing if segments is None else segments
+    found = terms(spec, plan)
+    kept, start, peak = 0, 0, 0
+    on_host = 0
+    for segment in segments:
+        which = range(start, start + segment.layers)
+        if segment.kind in ("none", "selective"):
+            for index in which:
+                kept += found.kept[index][segment.kind]
+                peak = max(peak, kept + found.transient[index][segment.kind])
+        else:
+            here = found.kept[start][segment.kind]
+            again = sum(found.kept[index]["none"] for index in which) - here
+            if segment.kind == "offload":
+                on_host += here
+                again += here
+            else:
+                kept += here
+            peak = max(peak, kept + again + found.transient[which[-1]]["none"])
+        start += segment.layers
+    embedding = _embedding_moment(spec, plan)
+    return kept, max(peak + found.after_loss, kept + found.loss, embedding)
+
+
+def _embedding_moment(spec: ModelSpec, plan: TrainPlan) -> int:
+    """The gradient of the embedding table, at the end: dense, beside the head's where both are one."""
+    if plan.method != "full":
+        return 0
+    e = element_bytes(plan)
+    table = spec.V * spec.D * e
+    return table * (2 if spec.tied else 1) + plan.tokens * spec.D * e
+
+
+@dataclass(frozen=True, slots=True)
+class TrainLine:
+    """One line of the ledger."""
+
+    name: str
+    bytes: Estimate
+    formula: str
+
+    def to_dict(self) -> dict[str, object]:
+        return {"name": self.name, "bytes": self.bytes.value, "source": self.bytes.source, "formula": self.formula}
+
+
+@dataclass(frozen=True)
+class TrainLedger:
+    """All lines of the pool that the model computes in; they are there together at the peak."""
+
+    lines: tuple[TrainLine, ...]
+    pool: str
+    host_bytes: int = 0  # checkpoints that are offloaded
+
+    @property
+    def total_bytes(self) -> int:
+        return round(sum(line.bytes.require() for line in self.lines))
+
+    def line(self, name: str) -> TrainLine:
+        return next(line for line in self.lines if line.name == name)
+
+    def to_dict(self) -> dict[str, object]:
+        return {"pool": self.pool, "total_bytes": self.total_bytes, "host_bytes": self.host_bytes, "lines": [line.to_dict() for line in self.lines]}
+
+
+def fixed_lines(spec: ModelSpec, plan: TrainPlan, device: DeviceSpec | None = None, *, data_bytes: int = 0) -> tuple[TrainLine, ...]:
+    """What does not depend on tokens. Without a device: the tensors alone."""
+    learns = trained(spec, plan)
+    sizes = sum(prod(shape) * ELEMENT_BYTES[dtype] for _, shape, dtype in learns)
+    optimizer = OPTIMIZERS[plan.optimizer]
+    lines = [TrainLine("weights", Estimate(weight_bytes(spec, plan.weights), "exact"), "Σ tensors in their formats")]
+    if plan.method != "full":
+        lines.append(TrainLine("adapters", Estimate(sizes, "exact"), "4 · rank · (rows + columns) a linear"))
+    lines.append(TrainLine("gradients", Estimate(0 if plan.fused else sizes, "exact"), "0: the step is fused" if plan.fused else "as what learns"))
+    states = sum(optimizer.state_bytes(shape, dtype) for _, shape, dtype in learns)
+    lines.append(TrainLine("optimizer", Estimate(states, "exact"), optimizer.idea))
+    shapes = [tensor.shape for tensor in model_tensors(spec) if plan.weights.format_of(tensor).name not in ("fp32", "bf16", "fp16")]
+    if shapes:
+        elements, rows = workspace_shape(shapes)
+        lines.append(TrainLine("dequantizing", Estimate((elements + rows) * element_bytes(plan), "exact"), "largest tile + most rows"))
+    ropes = {layer.mixer.rope for layer in spec.layers if isinstance(layer.mixer, Attention) and layer.mixer.rope is not None}
+    lines.append(TrainLine("rotary tables", Estimate(sum(4 * plan.context * rope.dims for rope in ropes), "exact"), "context · dims · 4"))
+    if device is not None:
+        lines.append(TrainLine("runtime", runtime_estimate(device), "interpreter, libraries, context"))
+        if compute_pool(device) == "host":
+            lines += [TrainLine("tokenizer", tokenizer_estimate(spec.V, None), ""), TrainLine("data", Estimate(data_bytes, "exact"), "8 bytes a token")]
+    return tuple(lines)
+
+
+def train_ledger(spec: ModelSpec, plan: TrainPlan, device: DeviceSpec | None = None, *, data_bytes: int = 0) -> TrainLedger:
+    """Every line of `plan`. Without a device: of the tensors alone, as an allocator counts them."""
+    kept, peak = activation_peak(spec, plan)
+    lines = [*fixed_lines(spec, plan, device, data_bytes=data_bytes)]
+    lines.append(TrainLine("activations", Estimate(kept, "exact"), "what layers keep, by their checkpointing"))
+    lines.append(TrainLine("step", Estimate(peak - kept, "modelled: the worst moment of loss and backward pass"), "recomputed, temporaries, a chunk of logits"))
+    pool = "device" if device is not None and compute_pool(device) == "device" else "host"
+    offloaded = plan.tokens * spec.D * element_bytes(plan) * sum(segment.kind == "offload" for segment in plan.checkpointing)
+    return TrainLedger(tuple(lines), pool, offloaded)
+
+
+# ---------------------------------------------------------------------------------------------------------------- seconds
+
+
+def layer_forward_flops(layer: LayerSpec, D: int, plan: TrainPlan) -> tuple[float, float]:
+    """(of products, of attention) for all tokens of a micro-batch; attention of whole causal sequences."""
+    attn, ffn = _parts(layer)
+    matrices = D * (attn.N * attn.H + attn.K * (attn.H + attn.Hv)) + attn.N * attn.Hv * D + D * ffn.F * ((2 if ffn.gated else 1) + 1)
+    return 2.0 * matrices * plan.tokens, 2.0 * plan.tokens * plan.context * attn.N * attn.H
+
+
+def again_seconds(spec: ModelSpec, plan: TrainPlan, device: DeviceSpec, index: int, kind: Kind) -> float:
+    """What checkpointing a layer in this way costs in time."""
+    if kind == "none":
+        return 0.0
+    layer = spec.layers[index]
+    products, attention = layer_forward_flops(layer, spec.D, plan)
+    rate = device.flops_per_s(plan.weights.dense).require() * EFFICIENCY
+    touched = layer_kept(layer, spec.D, plan.tokens, element_bytes(plan)) / device.read_bytes_per_s.require()
+    if kind == "selective":
+        # the last product of a section is not run again, but beside an adapter it is
+        return attention / rate + touched + (products / rate if plan.method != "full" else 0.0)
+    seconds = (products + attention) / rate + touched
+    if kind == "offload" and device.host_link_bytes_per_s is not None:
+        seconds += 2 * plan.tokens * spec.D * element_bytes(plan) / device.host_link_bytes_per_s.require()
+    return seconds
+
+
+def step_seconds(spec: ModelSpec, plan: TrainPlan, device: DeviceSpec) -> Estimate:
+    """Seconds of one step: forward, backward (twice; once where weights do not learn), what is computed again, and the optimizer's traffic."""
+    rate = device.flops_per_s(plan.weights.dense)
+    if not rate.known:
+        return rate
+    products = attention = again = 0.0
+    for layer in spec.layers:
+        here = layer_forward_flops(layer, spec.D, plan)
+        products, attention = products + here[0], attention + here[1]
+    head = 2.0 * plan.tokens * spec.V * spec.D
+    passes = 3 if plan.method == "full" else 2
+    index = 0
+    for segment in plan.checkpointing:
+        again += sum(again_seconds(spec, plan, device, i, segment.kind) for i in range(index, index + segment.layers))
+        index += segment.layers
+    compute = (passes * products + 3.5 * attention + (passes if plan.method == "full" else 2) * head) / (rate.require() * EFFICIENCY)
+    traffic = 4.0 * sum(layer_kept(layer, spec.D, plan.tokens, element_bytes(plan)) for layer in spec.layers)
+    if plan.method == "qlora":  # decoded for the forward pass and for the backward pass
+        elements = sum(prod(tensor.shape) for tensor in model_tensors(spec) if FORMATS[plan.weights.format_of(tensor).name].bits < 16)
+        traffic += 2 * elements * 2.5
+    states = sum(OPTIMIZERS[plan.optimizer].state_bytes(shape, dtype) for _, shape, dtype in trained(spec, plan))
+    bandwidth = device.read_bytes_per_s.require()
+    return Estimate(plan.accumulation * (compute + again + traffic / bandwidth) + 2.5 * states / bandwidth, "roofline")
+
+
+def with_segments(plan: TrainPlan, segments: Sequence[Segment]) -> TrainPlan:
+    return replace(plan, checkpointing=tuple(segments))

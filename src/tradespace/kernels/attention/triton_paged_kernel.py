@@ -1,0 +1,277 @@
+"""Attention over a paged cache: keys and values are found through block tables, decoded in registers, and meet the queries of all heads that share them.
+
+Rows of a program are the G query heads of one key-value head (decode), or tokens times those heads (ragged prefill). Decode splits the keys; the last of a
+head's splits to finish combines their results in a fixed order (arXiv:2311.01282), so that results are the same bits every time. Coded stores are read as
+16-bit pairs of neighbouring channels: even channels meet even ones in one product, odd ones in another, and nothing is ever shuffled.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from tradespace.kernels.attention.triton_flash_forward import capped
+from tradespace.kernels.attention.triton_flash_mask import sees
+from tradespace.kernels.linear.triton_decode import two
+from tradespace.kernels.triton_launch import follow
+
+
+@triton.jit
+def channels(source, rows, row_stride, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """(rows, PADDED) elements from `source` on; zeros past WIDTH."""
+    place = tl.arange(0, PADDED)
+    pointers = source + rows[:, None] * row_stride + place[None, :]
+    if WIDTH < PADDED:
+        found = tl.load(pointers, mask=(place < WIDTH)[None, :], other=0)
+    else:
+        found = tl.load(pointers)
+    return found
+
+
+@triton.jit
+def scale_at(scales, slot, s_slot, half, PAIRED: tl.constexpr):
+    """fp32 scales of these slots. PAIRED: two heads' fp16 in a word, of which `half` is ours: words can come by asynchronous copies, halves cannot."""
+    if PAIRED:
+        word = tl.load(scales + slot * s_slot)
+        found = (word >> half * 16 & 65535).to(tl.int16).to(tl.float16, bitcast=True)
+    else:
+        found = tl.load(scales + slot * s_slot)
+    return found.to(tl.float32)
+
+
+@triton.jit
+def queries(q, rows, seen, stride, FIRST: tl.constexpr, STEP: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """Channels FIRST, FIRST + STEP, … of query rows that begin at `q + rows`."""
+    place = tl.arange(0, PADDED)
+    return tl.load(q + rows[:, None] + (FIRST + STEP * place)[None, :], mask=seen[:, None] & (FIRST + STEP * place < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def met(acc, more, peak, total, q0, q1, keys, values, key_scales, value_scales, table, first, length, position_M1,
+        factor, scale, cap, window, prefix, k_slot, v_slot, s_slot, half, CODE: tl.constexpr, PAIRED: tl.constexpr, N: tl.constexpr,
+        P: tl.constexpr, H: tl.constexpr, HV: tl.constexpr,
+        HP: tl.constexpr, HVP: tl.constexpr, WINDOW: tl.constexpr, PREFIX: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr, FAST: tl.constexpr,
+        PRECISION: tl.constexpr):  # fmt: skip
+    """N keys from position `first` on into (acc, more, peak, total); `more` holds odd channels of coded values. Scores are in units of log 2."""
+    position = first + tl.arange(0, N)
+    near = tl.minimum(position, length - 1)  # past the end the last token is read again, and hidden
+    slot = tl.load(table + near // P).to(tl.int64) * P + near % P
+    k = channels(keys, slot, k_slot, H if CODE == "plain" else H // 2, HP)
+    if CODE == "plain":
+        scores = tl.dot(q0, tl.trans(k.to(q0.dtype)), input_precision=PRECISION)
+    else:
+        k0, k1 = two(k, CODE == "fp8", FAST, q0.dtype)
+        scores = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
+        scores = tl.dot(q1, tl.trans(k1), scores, input_precision=PRECISION)
+    if CODE == "int8":
+        scores *= scale_at(key_scales, slot, s_slot, half, PAIRED)[None, :]
+    if SOFTCAP:
+        scores = capped(scores, scale, cap) * (cap * 1.4426950408889634)
+    else:
+        scores = scores * factor
+    if MASKED:
+        seen = sees(position_M1, position[None, :], 0, window, prefix, WINDOW, PREFIX) & (position < length)[None, :]
+        scores = tl.where(seen, scores, float("-inf"))
+    new_peak = tl.maximum(peak, tl.max(scores, 1))
+    ground = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+    weights = tl.math.exp2(scores - ground[:, None])
+    keep = tl.math.exp2(peak - ground)
+    total = total * keep + tl.sum(weights, 1)
+    v = channels(values, slot, v_slot, HV if CODE == "plain" else HV // 2, HVP)
+    if CODE == "int8":
+        weights *= scale_at(value_scales, slot, s_slot, half, PAIRED)[None, :]
+    if CODE == "plain":
+        acc = tl.dot(weights.to(q0.dtype), v.to(q0.dtype), acc * keep[:, None], input_precision=PRECISION)
+    else:
+        v0, v1 = two(v, CODE == "fp8", FAST, q0.dtype)
+        acc = tl.dot(weights.to(q0.dtype), v0, acc * keep[:, None], input_precision=PRECISION)
+        more = tl.dot(weights.to(q0.dtype), v1, more * keep[:, None], input_precision=PRECISION)
+    return acc, more, new_peak, total
+
+
+@triton.jit
+def put(target, acc, more, rows, seen, CODE: tl.constexpr, HV: tl.constexpr, HVP: tl.constexpr):
+    """Writes rows of values that begin at `target + rows`."""
+    place = tl.arange(0, HVP)
+    if CODE == "plain":
+        tl.store(target + rows[:, None] + place[None, :], acc.to(target.dtype.element_ty), mask=seen[:, None] & (place < HV)[None, :])
+    else:
+        known = seen[:, None] & (place < HV // 2)[None, :]
+        tl.store(target + rows[:, None] + 2 * place[None, :], acc.to(target.dtype.element_ty), mask=known)
+        tl.store(target + rows[:, None] + 2 * place[None, :] + 1, more.to(target.dtype.element_ty), mask=known)
+
+
+@triton.jit(do_not_specialize=["window", "prefix", "splits"])
+def decode_kernel(
+    q, keys, values, key_scales, value_scales, tables, lengths, sinks, out, partial, sums, counters,
+    scale, cap, window, prefix, splits, num_kv, q_stride, q_head, k_slot, k_head, v_slot, v_head, s_slot, s_head, table_stride, out_stride, out_head,
+    G: tl.constexpr, GP: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, HP: tl.constexpr, HVP: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
+    CODE: tl.constexpr, PAIRED: tl.constexpr,
+    SPLIT: tl.constexpr, GROUP: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, FAST: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program per sequence, key-value head and split. GP: G padded to what the tensor cores take; GROUP: to a power of two; SPLIT: splits, likewise."""
+    pair = tl.program_id(0)
+    split = tl.program_id(1)
+    sequence = pair // num_kv
+    head = pair % num_kv
+    follow(PDL)
+    half = head % 2
+    scale_head = head // 2 if PAIRED else head * s_head
+    length = tl.load(lengths + sequence)
+    low = 0
+    if WINDOW == 1:
+        low = tl.maximum(length - window, 0)
+    if WINDOW == 2:
+        low = tl.maximum(length - 1, 0) // window * window
+    tiles = (length + N - 1) // N
+    each = (tiles - low // N + splits - 1) // splits
+    begin = low // N + split * each
+    end = tl.minimum(begin + each, tiles)
+    g = tl.arange(0, GP)
+    there = g < G
+    at = sequence.to(tl.int64) * q_stride + (head * G + g) * q_head
+    step: tl.constexpr = 1 if CODE == "plain" else 2
+    q0 = queries(q, at, there, q_stride, 0, step, H, HP)
+    q1 = q0
+    if CODE != "plain":
+        q1 = queries(q, at, there, q_stride, 1, step, H, HP)
+    acc = tl.zeros([GP, HVP], tl.float32)
+    more = acc
+    peak = tl.zeros([GP], tl.float32) + float("-inf")
+    total = tl.zeros([GP], tl.float32)
+    position_M1 = tl.zeros([GP, 1], tl.int32) + (length - 1)
+    for index in tl.range(begin, end, num_stages=STAGES):
+        acc, more, peak, total = met(
+            acc, more, peak, total, q0, q1, keys + head * k_head, values + head * v_head, key_scales + scale_head, value_scales + scale_head,
+            tables + sequence * table_stride, index * N, length, position_M1, scale * 1.4426950408889634, scale, cap, window, prefix, k_slot, v_slot,
+            s_slot, half, CODE, PAIRED, N, P, H, HV, HP, HVP, WINDOW, False, SOFTCAP, True, FAST, PRECISION,
+        )  # fmt: skip
+    if SPLIT == 1:
+        if SINKS:
+            sink = tl.load(sinks + head * G + g, mask=there, other=0.0).to(tl.float32) * 1.4426950408889634
+            ground = tl.maximum(peak, sink)
+            shrink = tl.math.exp2(peak - ground)
+            acc, more = acc * shrink[:, None], more * shrink[:, None]
+            total = total * shrink + tl.math.exp2(sink - ground)
+        some = tl.where(total == 0.0, 1.0, total)
+        put(out, acc / some[:, None], more / some[:, None], sequence.to(tl.int64) * out_stride + (head * G + g) * out_head, there, CODE, HV, HVP)
+    else:
+        some = tl.where(total == 0.0, 1.0, total)
+        own = ((sequence * num_kv + head) * G + g) * splits + split
+        put(partial, acc / some[:, None], more / some[:, None], own * HV, there & (begin < end), CODE, HV, HVP)
+        tl.store(sums + own, peak + tl.math.log2(some), mask=there)
+        tl.debug_barrier()
+        if tl.atomic_add(counters + pair, 1, sem="acq_rel") == splits - 1:
+            combine(partial, sums, sinks + head * G, out + sequence.to(tl.int64) * out_stride + head * G * out_head, pair * G, splits, out_head,
+                    G, GROUP, HV, SPLIT, SINKS)  # fmt: skip
+            tl.store(counters + pair, 0)
+
+
+@triton.jit
+def combine(partial, sums, sinks, out, first, splits, out_head, G: tl.constexpr, GROUP: tl.constexpr, HV: tl.constexpr, SPLIT: tl.constexpr,
+            SINKS: tl.constexpr):  # fmt: skip
+    """The softmax over all splits of G heads, from each split's own result and log-sum."""
+    g = tl.arange(0, GROUP)
+    channel = tl.arange(0, triton.next_power_of_2(HV))
+    index = tl.arange(0, SPLIT)
+    known = (g < G)[:, None] & (index < splits)[None, :]
+    weight = tl.load(sums + (first + g)[:, None] * splits + index[None, :], mask=known, other=float("-inf"), cache_modifier=".cg")
+    peak = tl.max(weight, 1)
+    if SINKS:
+        sink = tl.load(sinks + g, mask=g < G, other=0.0).to(tl.float32) * 1.4426950408889634
+        peak = tl.maximum(peak, sink)
+    ground = tl.where(peak == float("-inf"), 0.0, peak)
+    total = tl.sum(tl.math.exp2(weight - ground[:, None]), 1)
+    if SINKS:
+        total += tl.math.exp2(sink - ground)
+    acc = tl.zeros([GROUP, triton.next_power_of_2(HV)], tl.float32)
+    ways: tl.constexpr = 8
+    way = tl.arange(0, ways)
+    for start in tl.range(0, splits, ways):
+        place = (first + g)[None, :] * splits + (start + way)[:, None]
+        inside = (start + way < splits)[:, None] & (g < G)[None, :]
+        share = tl.math.exp2(tl.load(sums + place, mask=inside, other=float("-inf"), cache_modifier=".cg") - ground[None, :])
+        used = (share > 0.0)[:, :, None] & (channel < HV)[None, None, :]
+        found = tl.load(partial + place[:, :, None] * HV + channel[None, None, :], mask=used, other=0.0, cache_modifier=".cg")
+        acc += tl.sum(found * share[:, :, None], 0)
+    some = tl.where(total == 0.0, 1.0, total)
+    tl.store(out + g[:, None] * out_head + channel[None, :], (acc / some[:, None]).to(out.dtype.element_ty), mask=(g < G)[:, None] & (channel < HV)[None, :])
+
+
+@triton.jit(do_not_specialize=["num_sequences", "window", "prefix"])
+def ragged_kernel(
+    q, keys, values, key_scales, value_scales, tables, starts, lengths, sinks, out,
+    scale, cap, window, prefix, num_sequences, q_stride, q_head, k_slot, k_head, v_slot, v_head, s_slot, s_head, table_stride, out_stride, out_head,
+    G: tl.constexpr, GROUP: tl.constexpr, M: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, HP: tl.constexpr, HVP: tl.constexpr, N: tl.constexpr,
+    P: tl.constexpr, CODE: tl.constexpr, PAIRED: tl.constexpr,
+    WINDOW: tl.constexpr, PREFIX: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, FAST: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One program per tile of M / GROUP tokens and key-value head. Tiles of sequence b are numbered from starts[b] // tokens + b on: some are empty."""
+    tokens: tl.constexpr = M // GROUP
+    number = tl.num_programs(0) - 1 - tl.program_id(0)  # the last tiles of a sequence have most to do
+    head = tl.program_id(1)
+    low = 0
+    high = num_sequences
+    while high - low > 1:
+        middle = (low + high) // 2
+        if tl.load(starts + middle) // tokens + middle <= number:
+            low = middle
+        else:
+            high = middle
+    query_row = tl.load(starts + low)
+    num_queries = tl.load(starts + low + 1) - query_row
+    first_token = (number - query_row // tokens - low) * tokens
+    if (first_token < num_queries) & (first_token >= 0):
+        half = head % 2
+        scale_head = head // 2 if PAIRED else head * s_head
+        length = tl.load(lengths + low)
+        row = tl.arange(0, M)
+        token = first_token + row // GROUP
+        g = row % GROUP
+        there = (token < num_queries) & (g < G)
+        past = length - num_queries
+        position_M1 = (past + token)[:, None]
+        at = (query_row + token).to(tl.int64) * q_stride + (head * G + g) * q_head
+        step: tl.constexpr = 1 if CODE == "plain" else 2  # pyright: ignore[reportAssignmentType]
+        q0 = queries(q, at, there, q_stride, 0, step, H, HP)
+        q1 = q0
+        if CODE != "plain":
+            q1 = queries(q, at, there, q_stride, 1, step, H, HP)
+        earliest = past + first_token
+        stop = tl.minimum(earliest + tokens, length)
+        if PREFIX:  # noqa: SIM102 - the first is known when the kernel is compiled
+            if earliest < prefix:
+                stop = tl.maximum(stop, tl.minimum(prefix, length))
+        begin = 0
+        full = (earliest + 1) // N
+        if WINDOW == 1:
+            begin = tl.maximum(earliest - window + 1, 0) // N
+            full = begin
+        if WINDOW == 2:
+            begin = earliest // window * window // N
+            full = begin
+        acc = tl.zeros([M, HVP], tl.float32)
+        more = acc
+        if SINKS:
+            peak = tl.load(sinks + head * G + g, mask=g < G, other=0.0).to(tl.float32) * 1.4426950408889634
+            total = tl.zeros([M], tl.float32) + 1.0
+        else:
+            peak = tl.zeros([M], tl.float32) + float("-inf")
+            total = tl.zeros([M], tl.float32)
+        factor = scale * 1.4426950408889634
+        for index in tl.range(begin, full, num_stages=STAGES):
+            acc, more, peak, total = met(
+                acc, more, peak, total, q0, q1, keys + head * k_head, values + head * v_head, key_scales + scale_head, value_scales + scale_head,
+                tables + low * table_stride, index * N, length, position_M1, factor, scale, cap, window, prefix, k_slot, v_slot, s_slot, half,
+                CODE, PAIRED, N, P, H, HV, HP, HVP, WINDOW, PREFIX, SOFTCAP, False, FAST, PRECISION,
+            )  # fmt: skip
+        for index in tl.range(full, (stop + N - 1) // N, num_stages=STAGES):
+            acc, more, peak, total = met(
+                acc, more, peak, total, q0, q1, keys + head * k_head, values + head * v_head, key_scales + scale_head, value_scales + scale_head,
+                tables + low * table_stride, index * N, length, position_M1, factor, scale, cap, window, prefix, k_slot, v_slot, s_slot, half,
+                CODE, PAIRED, N, P, H, HV, HP, HVP, WINDOW, PREFIX, SOFTCAP, True, FAST, PRECISION,
+            )  # fmt: skip
+        some = tl.where(total == 0.0, 1.0, total)
+        put(out, acc / some[:, None], more / some[:, None], (query_row + token).to(tl.int64) * out_stride + (head * G + g) * out_head, there, CODE, HV, HVP)

@@ -1,0 +1,137 @@
+"""Products of few rows (1 … 64) with packed weights: y = x @ W.T, and what surrounds it in a layer: bias, residual, gated activation, RMS norm.
+
+An RMS norm needs no kernel of its own. Who writes the residual stream also writes it times the next norm's weight, and sums of squares of each 32 columns;
+who reads that multiplies its product by 1 / rms.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from tradespace.errors import UnsupportedError
+from tradespace.kernels.attention.triton_interpreter import interprets
+from tradespace.kernels.linear.levels import LEVELS
+from tradespace.kernels.linear.packed import PackedWeight
+from tradespace.kernels.linear.triton_rows_kernel import rows_kernel
+from tradespace.kernels.linear.triton_rows_tiles import RowTiles, find_tiles
+from tradespace.kernels.triton_launch import ceil_div, launch, padded, present
+from tradespace.spec.cuda import COUNTERS, FEW_ROWS, PARTIALS, squares_tiles
+
+TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+
+class Scratch:
+    """Partial sums and counters of split products, one for all that run one after the other. Counters are zero between products."""
+
+    def __init__(self, device: torch.device | str):
+        self.partial = torch.zeros(PARTIALS, dtype=torch.float32, device=device)
+        self.counters = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+
+    @property
+    def nbytes(self) -> int:
+        return self.partial.nbytes + self.counters.nbytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NextNorm:
+    """What the product writes beside the residual stream for the RMS norm that follows: x_TR = out · weight_R, and squares_TS (fp32, S = squares_tiles(R))."""
+
+    weight_R: Tensor
+    x_TR: Tensor
+    squares_TS: Tensor
+
+
+@lru_cache(maxsize=8)
+def table_of(device: torch.device) -> Tensor:
+    """fp32: nf4's 16 levels, then the 256 levels of its nested scales."""
+    return torch.tensor([*LEVELS, *dynamic_levels()], dtype=torch.float32, device=device)
+
+
+@lru_cache(maxsize=1)
+def dynamic_levels() -> tuple[float, ...]:
+    """The 256 values of an 8-bit dynamic code (arXiv:1511.04561), ascending: 0, 1, and of each sign seven decades of 1, 2, 4 … 64 steps' middles."""
+    found = [0.0, 1.0]
+    for decade in range(7):
+        edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32)
+        middles = ((edges[:-1] + edges[1:]) / 2 * 10 ** (decade - 6)).tolist()
+        found += [*middles, *(-middle for middle in middles)]
+    return tuple(torch.tensor(sorted(found), dtype=torch.float32).tolist())
+
+
+def rows_linear(
+    x_TC: Tensor,
+    weight: PackedWeight,
+    scratch: Scratch,
+    *,
+    x_scale_T: Tensor | None = None,
+    out_TR: Tensor | None = None,
+    bias_R: Tensor | None = None,
+    residual_TR: Tensor | None = None,
+    gated: str | None = None,
+    squares_TS: Tensor | None = None,
+    eps: float = 0.0,
+    next_norm: NextNorm | None = None,
+    tiles: RowTiles | None = None,
+    pdl: bool = False,
+) -> Tensor:
+    """out_TR = x @ W.T (· 1/rms from `squares_TS`) (+ bias) (+ residual), or act(gate) · up of it where `gated` names the activation (R is then half of W's).
+
+    `out_TR` may be the residual itself. w8a8 takes activations as int8 codes with their scales (`triton_codes.quantize_rows`). Raises UnsupportedError for
+    more than 64 rows.
+    """
+    T, C = x_TC.shape
+    R = weight.rows // 2 if gated else weight.rows
+    if T > FEW_ROWS:
+        raise UnsupportedError(f"products of few rows take at most {FEW_ROWS}, not {T}; use kernels.linear.large")
+    assert weight.columns == C and x_TC.stride(1) == 1, f"activations of {C} columns, weights of {weight.columns}"
+    assert (x_TC.dtype == torch.int8) == (weight.layout.kind == "w8a8") == (x_scale_T is not None), "int8 codes and scales go with w8a8 alone"
+    out = torch.empty((T, R), dtype=torch.bfloat16 if x_scale_T is not None else x_TC.dtype, device=x_TC.device) if out_TR is None else out_TR
+    if T == 0:
+        return out
+    layout = weight.layout
+    grouped = layout.group is not None and layout.group > 0
+    M = max(8, padded(T))
+    tiles = tiles or find_tiles(layout.kind, layout.group or 0, M, R, C, gated=gated is not None, device=x_TC.device)
+    K = tiles.K if layout.plain else layout.columns
+    split = tiles.split_for(R, C, K, M, gated=gated is not None)
+    codes = weight.codes if layout.plain else weight.codes.view(torch.int16)
+    scale, zero = (x.view(torch.int32) if grouped and x is not None else x for x in (weight.scale, weight.zero))
+    none = x_TC
+    flags: dict[str, Any] = {
+        "KIND": layout.kind,
+        "BYTES": layout.scale_bytes if grouped else 0,
+        "NESTED": max(1, layout.nested),
+        "ZERO": weight.zero is not None,
+        "GROUPS": layout.columns // layout.group if grouped and layout.group else 1,
+        "M": M,
+        "N": tiles.N,
+        "K": K,
+        "SPLIT": split > 1,
+        "GATED": gated or "none",
+        "BIAS": bias_R is not None,
+        "RESIDUAL": residual_TR is not None,
+        "SQUARES": 0 if squares_TS is None else padded(squares_tiles(C)),
+        "NEXT": 0 if next_norm is None else 1,
+        "EVEN": C % K == 0,
+        "FAST": x_TC.dtype == torch.bfloat16 and not interprets(),
+        "TYPE": TYPES[out.dtype],
+        "STAGES": tiles.stages,
+    }
+    launch(
+        rows_kernel, (ceil_div(R, tiles.N), split), x_TC,
+        x_TC, present(x_scale_T, none), codes, present(scale, none), present(zero, none), present(weight.nested, none), table_of(x_TC.device),
+        present(weight.offset, none), present(bias_R, none), present(residual_TR, none), present(squares_TS, none), out,
+        *((none, none, none) if next_norm is None else (next_norm.weight_R, next_norm.x_TR, next_norm.squares_TS)),
+        scratch.partial, scratch.counters,
+        T, R, C, x_TC.stride(0), codes.stride(0), 0 if scale is None else scale.stride(0), out.stride(0),
+        0 if residual_TR is None else residual_TR.stride(0), 0 if next_norm is None else next_norm.x_TR.stride(0), weight.first_row,
+        layout.groups(C), R, split, eps,
+        **flags, num_warps=tiles.warps, num_stages=tiles.stages, pdl=pdl,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,28 @@
+"""What torch allocates while a function runs, from its own record of every allocation and release: on a CPU by the profiler, on a CUDA device by its counters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+
+def peak_allocated(function: Callable[[], object], device: torch.device | str = "cpu") -> int:
+    """Most bytes that were allocated at once beyond what was there when `function` began."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    results = profile.profiler.kineto_results  # pyright: ignore[reportOptionalMemberAccess]
+    assert results is not None, "the profiler has ended"
+    events = sorted((event.start_ns(), event.nbytes()) for event in results.events() if event.name() == "[memory]")
+    now = peak = 0
+    for _, nbytes in events:
+        now += nbytes
+        peak = max(peak, now)
+    return peak

@@ -1,0 +1,218 @@
+"""How to train within a budget: method, formats, optimizer, micro-batch and checkpointing, by search; checkpointing by dynamic programming over the layers.
+
+Peak of the backward pass: for each segment, what it and those before it keep, and what is there while it runs. So a state of the program is (layers done, bytes
+kept), with the least seconds of recomputation; a segment may be added where its own moment fits. States that another one beats in both are dropped.
+
+Quality is not traded in silence: the first rung of LADDER that fits wins, and within it the most tokens a second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import ceil
+
+from tradespace.cost.memory import compute_pool
+from tradespace.cost.training import Terms, TrainLedger, again_seconds, step_seconds, terms, train_ledger, with_segments
+from tradespace.errors import BudgetError, UnsupportedError
+from tradespace.spec.device import DeviceSpec
+from tradespace.spec.estimate import Estimate
+from tradespace.spec.model import ModelSpec
+from tradespace.spec.training import Segment, TrainPlan, best_k, every, qlora_weights, refusal, selective_refusal
+from tradespace.spec.weights import WeightPlan
+from tradespace.units import format_bytes
+
+# (method, base format, optimizer): what is learned with, from all parameters in fp32 states down to adapters over codes
+LADDER = (
+    ("full", "fp32", "adamw"),
+    ("full", "bf16", "adamw"),
+    ("full", "bf16", "adamw8bit"),
+    ("full", "bf16", "adafactor"),
+    ("lora", "fp32", "adamw"),
+    ("lora", "bf16", "adamw"),
+    ("qlora", "nf4", "adamw"),
+    ("qlora", "nf4", "adamw8bit"),
+)
+MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
+
+
+def plan_checkpointing(spec: ModelSpec, plan: TrainPlan, device: DeviceSpec, room_bytes: int) -> tuple[Segment, ...] | None:
+    """The segments of least recomputation whose peak stays within `room_bytes`; None where nothing does."""
+    found = terms(spec, plan)
+    L = spec.L
+    offload = compute_pool(device) == "device" and device.host_link_bytes_per_s is not None
+    longest = max(1, ceil(2 * best_k(L, found.kept[0]["full"], found.kept[0]["none"])))
+    seconds = [{kind: again_seconds(spec, plan, device, index, kind) for kind in ("none", "selective", "full", "offload")} for index in range(L)]
+    room = room_bytes - found.after_loss
+    # by layers done: (kept, seconds, segments) with kept ascending and seconds descending
+    states: list[list[tuple[int, float, tuple[Segment, ...]]]] = [[(0, 0.0, ())]] + [[] for _ in range(L)]
+    for index in range(L):
+        states[index] = _undominated(states[index])
+        for kept, spent, segments in states[index]:
+            for segment in _choices(spec, index, L, longest, offload):
+                held, peak = _moment(found, segment, index, kept)
+                if peak <= room and held + found.loss <= room_bytes:
+                    cost = sum(seconds[i][segment.kind] for i in range(index, index + segment.layers))
+                    states[index + segment.layers].append((held, spent + cost, (*segments, segment)))
+    last = _undominated(states[L])
+    return min(last, key=lambda state: (state[1], state[0]))[2] if last else None
+
+
+def _choices(spec: ModelSpec, index: int, L: int, longest: int, offload: bool) -> list[Segment]:
+    found = [Segment("none", 1)]
+    if selective_refusal(spec.layers[index]) is None:
+        found.append(Segment("selective", 1))
+    found += [Segment("full", k) for k in range(1, min(longest, L - index) + 1)]
+    return [*found, Segment("offload", 1)] if offload else found
+
+
+def _moment(found: Terms, segment: Segment, index: int, kept: int) -> tuple[int, int]:
+    """(kept with this segment, its own moment's bytes)."""
+    if segment.kind in ("none", "selective"):
+        held = kept + found.kept[index][segment.kind]
+        return held, held + found.transient[index][segment.kind]
+    which = range(index, index + segment.layers)
+    here = found.kept[index][segment.kind]
+    held = kept + (0 if segment.kind == "offload" else here)
+    again = sum(found.kept[i]["none"] for i in which) - (0 if segment.kind == "offload" else here)
+    return held, held + again + found.transient[which[-1]]["none"]
+
+
+def _undominated(states: list[tuple[int, float, tuple[Segment, ...]]]) -> list[tuple[int, float, tuple[Segment, ...]]]:
+    best, found = float("inf"), []
+    for state in sorted(states, key=lambda state: (state[0], state[1])):
+        if state[1] < best - 1e-15:
+            best = state[1]
+            found.append(state)
+    return found
+
+
+@dataclass(frozen=True)
+class TrainCandidate:
+    """A plan with its ledger and its speed, or the least it would need."""
+
+    plan: TrainPlan
+    ledger: TrainLedger
+    seconds: Estimate
+    fits: bool
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.plan.tokens * self.plan.accumulation / self.seconds.require()
+
+    def to_dict(self) -> dict[str, object]:
+        speed = self.tokens_per_s if self.seconds.known else None
+        return {"plan": self.plan.to_dict(), "ledger": self.ledger.to_dict(), "tokens_per_s": speed, "fits": self.fits}
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of the planner. None: the planner chooses. batch: sequences of a step; micro-batches and accumulation divide it."""
+
+    spec: ModelSpec
+    device: DeviceSpec
+    memory_bytes: int
+    context: int
+    batch: int = 8
+    method: str | None = None
+    weights: str | None = None
+    optimizer: str | None = None
+    checkpointing: tuple[Segment, ...] | None = None
+    rank: int = 16
+    alpha: float = 32.0
+    fused: bool | None = None
+    attention: str = "sdpa"
+    data_bytes: int = 0
+    spare_bytes: int = 0  # what is taken beside the plan: a teacher, for instance
+
+
+def rungs(question: Question) -> list[tuple[str, str, str]]:
+    """The rungs of the ladder that were not excluded, a pinned format or optimizer in its place."""
+    found = []
+    for method, fmt, optimizer in LADDER:
+        if question.method not in (None, method):
+            continue
+        if fmt == "fp32" and question.weights is None and question.device.kind == "cuda":
+            continue
+        fmt, optimizer = question.weights or fmt, question.optimizer or optimizer
+        if (method == "qlora") == (fmt in ("fp32", "bf16")):
+            continue
+        if (method, fmt, optimizer) not in found:
+            found.append((method, fmt, optimizer))
+    return found
+
+
+def candidates(question: Question) -> list[TrainCandidate]:
+    """Every rung at every micro-batch, the fitting ones first; within a rung the fastest first."""
+    if (reason := refusal(question.spec)) is not None:
+        raise UnsupportedError(f"{question.spec.name} cannot be trained yet: {reason}")
+    found: list[tuple[int, TrainCandidate]] = []
+    for number, (method, fmt, optimizer) in enumerate(rungs(question)):
+        weights = qlora_weights(fmt, "bf16") if method == "qlora" else WeightPlan(default=fmt)
+        for micro in MICRO_BATCHES:
+            if micro > question.batch or question.batch % micro:
+                continue
+            accumulation = question.batch // micro
+            fused = accumulation == 1 and method == "full" if question.fused is None else question.fused
+            if fused and accumulation > 1:
+                continue
+            plan = TrainPlan(
+                model=question.spec.name, method=method, weights=weights, rank=question.rank, alpha=question.alpha, optimizer=optimizer, context=question.context,
+                micro_batch=micro, accumulation=accumulation, fused=fused, attention=question.attention, device=question.device.name,
+                memory_bytes=question.memory_bytes, loss_tokens=_loss_tokens(question.spec, question.context * micro),
+            )  # fmt: skip
+            found.append((number, _candidate(question, plan)))
+    found.sort(key=lambda each: (not each[1].fits, each[0], each[1].seconds.value or 0.0))
+    return [candidate for _, candidate in found]
+
+
+def _loss_tokens(spec: ModelSpec, tokens: int) -> int:
+    """As many as make 64 MiB of fp32 logits, at least 64."""
+    return max(64, min(tokens, 2**26 // (4 * spec.V)))
+
+
+def _candidate(question: Question, plan: TrainPlan) -> TrainCandidate:
+    spec, device = question.spec, question.device
+    bare = train_ledger(spec, with_segments(plan, every(1, spec.L, "none")), device, data_bytes=question.data_bytes)
+    fixed = sum(line.bytes.require() for line in bare.lines if line.name not in ("activations", "step"))
+    room = int(question.memory_bytes - question.spare_bytes - fixed)
+    segments = question.checkpointing
+    if segments is None:
+        segments = plan_checkpointing(spec, plan, device, room)
+    shown = with_segments(plan, segments or every(1, spec.L))
+    ledger = train_ledger(spec, shown, device, data_bytes=question.data_bytes)
+    return TrainCandidate(shown, ledger, step_seconds(spec, shown, device), segments is not None and ledger.total_bytes + question.spare_bytes <= question.memory_bytes)
+
+
+def best_plan(question: Question) -> TrainCandidate:
+    """The plan to run. Raises BudgetError with what would fit, UnsupportedError for models that are not trained."""
+    found = candidates(question)
+    if found and found[0].fits:
+        return found[0]
+    raise no_fit(question, found)
+
+
+def no_fit(question: Question, found: Sequence[TrainCandidate]) -> Exception:
+    """The error for a budget that holds nothing: the nearest plan, or the longest sequence that would fit."""
+    if not found:
+        return UnsupportedError("these choices exclude each other: no method takes this base format. qlora takes nf4, int8, int4 …; full and lora bf16 and fp32")
+    least = min(found, key=lambda each: each.ledger.total_bytes)
+    need = least.ledger.total_bytes + question.spare_bytes
+    remedies = []
+    context = question.context
+    while context > 64:
+        context //= 2
+        shorter = candidates(replace(question, context=context))
+        if shorter[0].fits:
+            remedies.append(f"--context {context}")
+            break
+    if question.method is not None:
+        freer = candidates(replace(question, method=None, weights=None, optimizer=None, checkpointing=None, fused=None))
+        if freer[0].fits:
+            remedies.append(f"--method {freer[0].plan.method}")
+    remedies.append(f"--memory {format_bytes(need * 1.01).replace(' ', '')}")
+    message = (
+        f"training {question.spec.name} needs {format_bytes(need)} at the least ({least.plan.describe()}); "
+        f"{format_bytes(question.memory_bytes)} are stated. Fits with {' or '.join(remedies)}"
+    )
+    return BudgetError(message, need_bytes=round(need), have_bytes=question.memory_bytes)

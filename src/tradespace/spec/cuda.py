@@ -1,0 +1,117 @@
+"""The CUDA kernels' share of a plan, without torch: which formats they read, how a weight and the kernels' scratch lie in memory, to the byte.
+
+Codes lie in chunks of 32 rows by 64 or 128 columns, one after the other: what a program reads at once is one piece of memory (rows apart, 64 bytes each, ran
+at 60% of the bandwidth). Within a chunk's row they change places so that they can be decoded without any exchange (`kernels/linear/packed.py`). Rows are padded
+to whole chunks. Scales lie group by group, as many groups side by side as fill 4 bytes: a tile of rows reads them by the same kind of copy as its codes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil, prod
+
+from tradespace.spec.formats import ALIASES
+from tradespace.spec.formats import FORMATS as WEIGHT_FORMATS
+
+CHUNK_ROWS = 32
+FEW_ROWS = 64  # rows of activations up to which weights are decoded in registers
+SQUARES_COLUMNS = 32  # columns of the residual stream that share a partial sum of squares
+PARTIALS = 2**21  # fp32 numbers that products split along their columns leave for each other
+COUNTERS = 4096  # tiles of a split product, or (sequence, head) pairs of split attention, that count who is done
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """How a format lies. `kind` names the decoder ("bf16" and "w8a8" need none: their rows lie as they are, as torch's own products read them); a chunk has
+    `columns` columns of `bits`. `scale_bytes` and `zero_bytes` are the bytes of a scale and a zero point, one for each `group` columns of a row (0: of the
+    whole row; None: no scales). nested: as `spec.formats.WeightFormat`.
+    """
+
+    kind: str
+    columns: int
+    bits: int
+    group: int | None = None
+    scale_bytes: int = 0
+    zero_bytes: int = 0
+    nested: int = 0
+
+    @property
+    def plain(self) -> bool:
+        """Whether rows lie as they are."""
+        return self.columns == 1
+
+    @property
+    def chunk_row_bytes(self) -> int:
+        """Bytes of one row in a chunk."""
+        return self.columns * self.bits // 8
+
+    def chunks(self, columns: int) -> int:
+        """Chunks along a row."""
+        return ceil(columns / self.columns)
+
+    def groups(self, columns: int) -> int:
+        """Scales of a row."""
+        if self.group is None:
+            return 0
+        return ceil(columns / self.group) if self.group else 1
+
+
+def held(groups: int, nbytes: int) -> int:
+    """Numbers that a row's `groups` of `nbytes` take: whole words of 4 bytes where there are several.
+
+    >>> held(5, 2), held(1, 4), held(5, 1)
+    (6, 1, 8)
+    """
+    per_word = 4 // nbytes if nbytes else 1
+    return ceil(groups / per_word) * per_word
+
+
+FORMATS: dict[str, Layout] = {"bf16": Layout(kind="bf16", columns=1, bits=16)}
+FORMATS |= {name: Layout(kind="int8", columns=128, bits=8, group=0, scale_bytes=4) for name in ("int8", "int8-tensor")}
+FORMATS["w8a8"] = Layout(kind="w8a8", columns=1, bits=8, group=0, scale_bytes=4)
+FORMATS |= {name: Layout(kind="fp8", columns=128, bits=8, group=0, scale_bytes=4) for name in ("fp8", "fp8-tensor")}
+FORMATS |= {
+    f"int4-g{group}{suffix}": Layout(kind="int4", columns=max(64, group), bits=4, group=group, scale_bytes=2, zero_bytes=zero)
+    for group in (32, 64, 128)
+    for suffix, zero in (("", 0), ("-zp", 1))
+}
+FORMATS |= {
+    "nf4": Layout(kind="nf4", columns=64, bits=4, group=64, scale_bytes=1, nested=WEIGHT_FORMATS["nf4"].nested),
+    "nf4-plain": Layout(kind="nf4", columns=64, bits=4, group=64, scale_bytes=4),
+}
+FORMATS |= {short: FORMATS[name] for short, name in ALIASES.items() if name in FORMATS}
+
+
+def runs(format_name: str) -> bool:
+    return format_name in FORMATS
+
+
+def packed_bytes(format_name: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a packed matrix (R, C), or of a stack of them, whose rows lie one after the other.
+
+    >>> packed_bytes("int4-g128", (4096, 4096)) == 4096 * (4096 // 2 + 4096 // 128 * 2)
+    True
+    >>> packed_bytes("int8", (10, 100)) == 32 * 128 + 10 * 4
+    True
+    """
+    layout, rows, columns = FORMATS[format_name], prod(shape[:-1]), shape[-1]
+    groups = layout.groups(columns)
+    nested = 4 * ceil(rows * groups / layout.nested) + 4 if layout.nested else 0
+    padded = rows if layout.plain else ceil(rows / CHUNK_ROWS) * CHUNK_ROWS
+    codes = padded * layout.chunks(columns) * layout.chunk_row_bytes
+    return codes + rows * sum(held(groups, nbytes) * nbytes for nbytes in (layout.scale_bytes, layout.zero_bytes) if nbytes) + nested
+
+
+def scratch_bytes() -> int:
+    """What the products of few rows share: partial sums and counters."""
+    return 4 * PARTIALS + 4 * COUNTERS
+
+
+def squares_tiles(columns: int) -> int:
+    """Partial sums of squares of a row of the residual stream."""
+    return ceil(columns / SQUARES_COLUMNS)
+
+
+def attention_scratch_bytes(sequences: int, heads: int, value_width: int, splits: int) -> int:
+    """What split attention keeps: of each sequence, query head and split its values, weighted, and the log-sum; and counters."""
+    return 4 * sequences * heads * splits * (value_width + 1) + 4 * COUNTERS

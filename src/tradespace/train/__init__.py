@@ -1,0 +1,1 @@
+"""Training: data, loss, optimizers, the loop, and its checkpoints. Knows nothing of the engine."""

@@ -1,0 +1,222 @@
+"""The training loop: micro-batches → loss → gradients → optimizer, step by step, with everything that a run reports and everything that ends it.
+
+Gradients are held in buffers that are there from the start; with a fused step there are none: a parameter is updated in the backward pass as soon as its gradient
+is complete. The same numbers (data order, rounding, states) come out of a run that was cut and resumed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from tradespace.errors import EngineError, InputError
+from tradespace.model.transformer import Transformer
+from tradespace.train import checkpoints
+from tradespace.train.data import MicroBatch, Order, Packed, batches
+from tradespace.train.loss import chunked_loss, cross_entropy
+from tradespace.train.optimizer import Optimizer
+from tradespace.train.schedule import Schedule
+
+WINDOW = 20  # steps over which a loss is averaged before it is called diverging
+
+
+class Objective(Protocol):
+    """(model, micro-batch, what one target weighs) → loss, a scalar."""
+
+    def __call__(self, model: Transformer, micro: MicroBatch, scale: float) -> Tensor: ...
+
+
+def next_token(loss_tokens: int) -> Objective:
+    """Plain cross entropy."""
+
+    def loss(model: Transformer, micro: MicroBatch, scale: float) -> Tensor:
+        hidden_TD = model(micro.tokens_T, micro.positions_T, micro.batch)
+        return chunked_loss(model, hidden_TD, cross_entropy(micro.targets_T), scale=scale, chunk=loss_tokens)
+
+    return loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """When a run ends and what it leaves on the way. clip: most the gradients' norm may be, 0: anything."""
+
+    steps: int
+    time_s: float | None = None
+    save_every: int = 100
+    clip: float = 0.0
+
+
+@dataclass
+class StepReport:
+    """One line of the log."""
+
+    step: int
+    loss: float
+    lr: float
+    tokens: int
+    seconds: float
+    grad_norm: float | None = None
+
+
+@dataclass
+class Trainer:
+    """A model, what of it learns, and what learns it. `step` counts finished steps."""
+
+    model: Transformer
+    parameters: Mapping[str, Tensor]
+    optimizer: Optimizer
+    data: Packed
+    order: Order
+    schedule: Schedule
+    objective: Objective
+    limits: Limits
+    fused: bool = False
+    device: torch.device | str = "cpu"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    step: int = 0
+    losses: list[float] = field(default_factory=list)
+
+    def __post_init__(self):
+        if self.fused and self.limits.clip:
+            raise InputError("clipping needs all gradients at once, and a fused step forgets them. Leave --clip away, or give --no-fused")
+        self._hooks = []
+        if self.fused:
+            for key, parameter in self.parameters.items():
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(self._update_at_once(key)))
+        else:
+            for parameter in self.parameters.values():
+                parameter.grad = torch.zeros_like(parameter)
+
+    @property
+    def gradient_bytes(self) -> int:
+        return 0 if self.fused else sum(parameter.nbytes for parameter in self.parameters.values())
+
+    def _update_at_once(self, key: str) -> Callable[[Tensor], None]:
+        def update(parameter: Tensor) -> None:
+            assert parameter.grad is not None, "called when a gradient is there"
+            self.optimizer.step(key, parameter, parameter.grad, lr=self.schedule.at(self.step), number=self.step + 1)
+            parameter.grad = None
+
+        return update
+
+    def advance(self) -> StepReport:
+        """One step. Raises EngineError, naming the batch, where loss or gradients are no numbers or the loss runs away."""
+        began, lr = time.perf_counter(), self.schedule.at(self.step)
+        micros = list(batches(self.data, self.order, self.step, self.device))
+        targets = sum(micro.num_targets for micro in micros)
+        total, norm = 0.0, None
+        for number, micro in enumerate(micros):
+            loss = self.objective(self.model, micro, 1.0 / max(1, targets))
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                raise EngineError(self._where(f"the loss is {value}", micro, number))
+            loss.backward()
+            total += value
+        if not self.fused:
+            norm = self._clip()
+            if not math.isfinite(norm):
+                raise EngineError(self._where("the gradients' norm is no number", micros[-1], len(micros) - 1))
+            for key, parameter in self.parameters.items():
+                assert parameter.grad is not None, "buffers are there from the start"
+                self.optimizer.step(key, parameter, parameter.grad, lr=lr, number=self.step + 1)
+                parameter.grad.zero_()
+        self.losses.append(total)
+        self.step += 1
+        self._check_course(micros[0])
+        return StepReport(self.step, total, lr, sum(len(micro.tokens_T) for micro in micros), time.perf_counter() - began, norm)
+
+    def _clip(self) -> float:
+        norms = [parameter.grad.float().norm() for parameter in self.parameters.values() if parameter.grad is not None]
+        norm = float(torch.stack(norms).norm())
+        if self.limits.clip and norm > self.limits.clip and math.isfinite(norm):
+            for parameter in self.parameters.values():
+                assert parameter.grad is not None
+                parameter.grad.mul_(self.limits.clip / (norm + 1e-6))
+        return norm
+
+    def _where(self, what: str, micro: MicroBatch, number: int) -> str:
+        first, blocks = self.data.starts[micro.blocks[0]], ", ".join(map(str, micro.blocks[:8]))
+        return (
+            f"{what} at step {self.step + 1}, micro-batch {number + 1}: blocks {blocks} of {self.data.source} (tokens {first:,} on). The model is as the last "
+            "checkpoint has it; --resume with a smaller --lr, or look at this part of the data"
+        )
+
+    def _check_course(self, micro: MicroBatch) -> None:
+        if len(self.losses) < 2 * WINDOW:
+            return
+        means = [sum(self.losses[start : start + WINDOW]) / WINDOW for start in (0, len(self.losses) - WINDOW)]
+        if means[1] > 1.5 * means[0] + 1.0:
+            raise EngineError(self._where(f"the loss diverges: {means[1]:.2f} over the last {WINDOW} steps, {means[0]:.2f} over the first", micro, 0))
+
+    # ------------------------------------------------------------------------------------------------ whole runs
+
+    def save(self, run: Path) -> Path:
+        """A checkpoint of now."""
+        return checkpoints.save(run, self.step, {"settings": dict(self.settings), "losses": self.losses}, self.parameters, self.optimizer.states)
+
+    @torch.no_grad()
+    def restore(self, checkpoint: checkpoints.Checkpoint) -> None:
+        """Goes on from a checkpoint. Raises InputError where its settings are others than this run's."""
+        theirs, ours = checkpoint.state["settings"], json.loads(json.dumps(dict(self.settings)))
+        differs = [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
+        if differs:
+            shown = "; ".join(f"{key}: {theirs.get(key)} then, {ours.get(key)} now" for key in sorted(differs)[:3])
+            raise InputError(f"--resume {checkpoint.folder}: the run was another one ({shown}). Give the same settings, or another --output")
+        trained, states = checkpoint.tensors()
+        for key, parameter in self.parameters.items():
+            parameter.data.copy_(trained[key])
+            for name, tensor in self.optimizer.states[key].items():
+                tensor.copy_(states[f"{key}|{name}"])
+        self.step, self.losses = checkpoint.step, list(checkpoint.state["losses"])
+
+    def run(self, run: Path, *, on_step: Callable[[StepReport], None] = lambda report: None, say: Callable[[str], None] = lambda line: None) -> str:
+        """Steps until the limits or an interrupt; a checkpoint every so often and at the end. Returns why it ended."""
+        began, ended, saved = time.monotonic(), "finished", self.step
+        log_path = run / "log.jsonl"
+        truncate_log(log_path, self.step)
+        self.model.train()
+        with open(log_path, "a", encoding="utf-8") as log:
+            try:
+                while self.step < self.limits.steps:
+                    if self.limits.time_s is not None and time.monotonic() - began >= self.limits.time_s:
+                        ended = "time limit"
+                        break
+                    report = self.advance()
+                    log.write(json.dumps(asdict(report)) + "\n")
+                    log.flush()
+                    on_step(report)
+                    if self.step % self.limits.save_every == 0:
+                        self.save(run)
+                        saved = self.step
+            except KeyboardInterrupt:
+                # a step that was cut in half leaves gradients and, when fused, parameters half way: the checkpoint before it is the truth
+                say(f"interrupted at step {self.step + 1}; --resume goes on from step {saved}")
+                raise
+        if self.step != saved:
+            self.save(run)
+        return ended
+
+
+def truncate_log(path: Path, step: int) -> None:
+    """Leaves the lines of steps up to `step`: what came after a checkpoint comes again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError):  # the line that a kill cut off
+            continue
+    partial = path.with_name(path.name + ".new")
+    partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,98 @@
+"""Next-token cross entropy without B·T·V logits: head and loss for `loss_tokens` tokens at a time, gradients in the same pass.
+
+Held beside the hidden states: one chunk of logits in fp32 and its gradient (8·chunk·V bytes), the gradient of the hidden states and, where the head is trained,
+its own. Cost: nothing is computed twice. The idea is Cut Cross-Entropy's (arXiv:2411.09009), over chunks of tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tradespace.errors import UnsupportedError
+from tradespace.formats import DenseWeight
+from tradespace.model.transformer import Transformer
+from tradespace.train.data import IGNORED
+
+# (logits_CV fp32, the chunk's rows) → (summed loss, gradient of the logits by it, written over them where that saves a copy)
+ChunkLoss = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
+
+
+def cross_entropy(targets_T: Tensor) -> ChunkLoss:
+    """Minus the log-probability of each target, summed; IGNORED ones count nothing."""
+
+    def chunk(logits_CV: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        targets_C = targets_T[rows]
+        seen_C = targets_C != IGNORED
+        picked_C1 = targets_C.clamp(min=0)[:, None]
+        logsum_C1 = logits_CV.logsumexp(dim=-1, keepdim=True)
+        loss = ((logsum_C1 - logits_CV.gather(1, picked_C1))[:, 0] * seen_C).sum()
+        gradient_CV = logits_CV.sub_(logsum_C1).exp_()
+        gradient_CV.scatter_add_(1, picked_C1, torch.full_like(logsum_C1, -1.0))
+        return loss, gradient_CV.mul_(seen_C[:, None])
+
+    return chunk
+
+
+def chunked_loss(model: Transformer, hidden_TD: Tensor, chunk_loss: ChunkLoss, *, scale: float, chunk: int) -> Tensor:
+    """`scale` · Σ loss over all tokens, a scalar in fp32; hidden_TD is `model.forward`'s result. Backward of it is one product with the outer gradient."""
+    normed_TD = hidden_TD if model.final_norm is None else model.final_norm(hidden_TD)
+    head = model.embed if model.lm_head is None else model.lm_head
+    if not isinstance(head, DenseWeight):
+        raise UnsupportedError(f"training needs the head as floats, not in {head.format_name}")
+    return _Chunked.apply(normed_TD, head.weight, head.bias, chunk_loss, model.spec.logit_scale, model.spec.logit_softcap, scale, chunk)  # pyright: ignore[reportReturnType]
+
+
+class _Chunked(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TD: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        chunk_loss: ChunkLoss,
+        logit_scale: float,
+        softcap: float | None,
+        scale: float,
+        chunk: int,
+    ) -> Tensor:
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        dx_TD = torch.empty_like(x_TD) if wants_x else None
+        dweight_VD = torch.zeros_like(weight_VD, memory_format=torch.contiguous_format) if wants_weight else None
+        dbias_V = torch.zeros_like(bias_V) if wants_bias and bias_V is not None else None
+        total = torch.zeros((), dtype=torch.float32, device=x_TD.device)
+        for start in range(0, len(x_TD), chunk):
+            rows = slice(start, min(start + chunk, len(x_TD)))
+            x_CD = x_TD[rows].to(weight_VD.dtype)
+            logits_CV = torch.nn.functional.linear(x_CD, weight_VD, bias_V).float()
+            if logit_scale != 1.0:
+                logits_CV *= logit_scale
+            bent_CV = None
+            if softcap is not None:
+                bent_CV = torch.tanh(logits_CV / softcap)
+                logits_CV = bent_CV * softcap
+            loss, gradient_CV = chunk_loss(logits_CV, rows)
+            total += loss
+            if bent_CV is not None:
+                gradient_CV.mul_(1 - bent_CV.square())
+            gradient_CV = gradient_CV.mul_(logit_scale * scale).to(weight_VD.dtype)
+            if dx_TD is not None:
+                dx_TD[rows] = gradient_CV @ weight_VD
+            if dweight_VD is not None:
+                dweight_VD.addmm_(gradient_CV.T, x_CD)
+            if dbias_V is not None:
+                dbias_V += gradient_CV.sum(dim=0)
+            del logits_CV, gradient_CV, bent_CV
+        ctx.gradients = (dx_TD, dweight_VD, dbias_V)
+        return total * scale
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        found, ctx.gradients = ctx.gradients, None
+        outer = gradients[0]
+        if float(outer) != 1.0:
+            found = tuple(None if each is None else each.mul_(outer.to(each.dtype)) for each in found)
+        return (*found, None, None, None, None, None)

@@ -1,0 +1,149 @@
+"""Optimizers that update one parameter at a time, so that a step can be fused into the backward pass and a gradient forgotten at once.
+
+A state is a dict of tensors beside its parameter: fp32 moments (AdamW, arXiv:1711.05101), 8-bit blockwise moments (arXiv:2110.02861), or a row and a column
+(Adafactor, arXiv:1804.04235). Where a parameter is held in 16 bits its fp32 master is part of the state. Bytes: `spec.training.OPTIMIZERS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from tradespace.spec.training import BLOCK_8BIT, OPTIMIZERS, OptimizerSpec
+from tradespace.train.coded import Coded
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hyper:
+    """`decay` is decoupled and spares vectors (norms, biases)."""
+
+    lr: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    decay: float = 0.0
+
+
+class Optimizer:
+    """States of all parameters, allocated and touched at once."""
+
+    def __init__(self, name: str, parameters: Mapping[str, Tensor], hyper: Hyper):
+        self.spec: OptimizerSpec = OPTIMIZERS[name]
+        self.hyper = hyper
+        self.update: Callable[[Tensor, Tensor, State, Hyper, float, int], None] = UPDATES[name]
+        self.states: dict[str, State] = {}
+        for key, parameter in parameters.items():
+            state = START[name](parameter)
+            if parameter.dtype != torch.float32 and name not in ("sgd", "adafactor"):
+                state["master"] = parameter.detach().float()
+            self.states[key] = state
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for state in self.states.values() for tensor in state.values())
+
+    @torch.no_grad()
+    def step(self, key: str, parameter: Tensor, gradient: Tensor, *, lr: float, number: int) -> None:
+        """Updates one parameter. `number` counts steps from 1."""
+        state = self.states[key]
+        master = state.get("master")
+        held = parameter.data if master is None else master
+        hyper = self.hyper if parameter.dim() > 1 else Hyper(**{**vars(self.hyper), "decay": 0.0})
+        self.update(held, gradient, state, hyper, lr, number)
+        if master is not None:
+            parameter.data.copy_(master)
+
+
+def _adamw_state(parameter: Tensor) -> State:
+    shape = {"dtype": torch.float32, "device": parameter.device}
+    return {"m": torch.zeros(parameter.shape, **shape), "v": torch.zeros(parameter.shape, **shape)}
+
+
+def _adamw(held: Tensor, gradient: Tensor, state: State, hyper: Hyper, lr: float, number: int) -> None:
+    step = torch.tensor(float(number), device=held.device)
+    torch._fused_adamw_(
+        [held], [gradient.to(held.dtype)], [state["m"]], [state["v"]], [], [step],
+        amsgrad=False, lr=lr, beta1=hyper.beta1, beta2=hyper.beta2, weight_decay=hyper.decay, eps=hyper.eps, maximize=False,
+    )  # fmt: skip
+
+
+def _adamw8_state(parameter: Tensor) -> State:
+    if prod(parameter.shape) < 4096:
+        return _adamw_state(parameter)
+    blocks, device = -(-parameter.numel() // BLOCK_8BIT), parameter.device
+    found: State = {}
+    for name, signed in (("m", True), ("v", False)):
+        found[f"{name}_codes"] = torch.full((parameter.numel(),), Coded.zero(signed), dtype=torch.uint8, device=device)
+        found[f"{name}_scales"] = torch.zeros(blocks, dtype=torch.float32, device=device)
+    return found
+
+
+TILE = 1 << 20  # parameters whose moments are fp32 at once
+
+
+def _adamw8(held: Tensor, gradient: Tensor, state: State, hyper: Hyper, lr: float, number: int) -> None:
+    if "m" in state:
+        _adamw(held, gradient, state, hyper, lr, number)
+        return
+    flat, slope = held.view(-1), gradient.reshape(-1)
+    for start in range(0, len(flat), TILE):
+        part = slice(start, min(start + TILE, len(flat)))
+        blocks = slice(start // BLOCK_8BIT, -(-part.stop // BLOCK_8BIT))
+        coded_m = Coded(state["m_codes"][part], state["m_scales"][blocks], signed=True)
+        coded_v = Coded(state["v_codes"][part], state["v_scales"][blocks], signed=False)
+        m, v = coded_m.read(), coded_v.read()
+        _adamw(flat[part], slope[part], {"m": m, "v": v}, hyper, lr, number)
+        coded_m.write(m)
+        coded_v.write(v)
+
+
+def _adafactor_state(parameter: Tensor) -> State:
+    shape = {"dtype": torch.float32, "device": parameter.device}
+    if parameter.dim() < 2:
+        return {"v": torch.zeros(parameter.shape, **shape)}
+    return {"rows": torch.zeros(parameter.shape[:-1], **shape), "columns": torch.zeros((*parameter.shape[:-2], parameter.shape[-1]), **shape)}
+
+
+def _adafactor(held: Tensor, gradient: Tensor, state: State, hyper: Hyper, lr: float, number: int) -> None:
+    """No first moment, no relative step; the update's root mean square is clipped to 1."""
+    beta = 1 - number**-0.8
+    slope = gradient.float()
+    square = slope.square().add_(1e-30)
+    if "v" in state:
+        state["v"].lerp_(square, 1 - beta)
+        update = slope * state["v"].rsqrt()
+    else:
+        state["rows"].lerp_(square.mean(dim=-1), 1 - beta)
+        state["columns"].lerp_(square.mean(dim=-2), 1 - beta)
+        rows = (state["rows"] / state["rows"].mean(dim=-1, keepdim=True)).rsqrt_().unsqueeze(-1)
+        update = square.copy_(slope).mul_(rows).mul_(state["columns"].rsqrt().unsqueeze(-2))
+    update.div_((update.square().mean().sqrt()).clamp(min=1.0))
+    if hyper.decay:
+        held.mul_(1 - lr * hyper.decay)
+    held.add_(update.to(held.dtype), alpha=-lr)
+
+
+def _sgd(held: Tensor, gradient: Tensor, state: State, hyper: Hyper, lr: float, number: int) -> None:
+    if hyper.decay:
+        held.mul_(1 - lr * hyper.decay)
+    held.add_(gradient.to(held.dtype), alpha=-lr)
+
+
+START: dict[str, Callable[[Tensor], State]] = {
+    "adamw": _adamw_state,
+    "adamw8bit": _adamw8_state,
+    "adafactor": _adafactor_state,
+    "sgd": lambda parameter: {},
+}
+UPDATES: dict[str, Callable[[Tensor, Tensor, State, Hyper, float, int], None]] = {
+    "adamw": _adamw,
+    "adamw8bit": _adamw8,
+    "adafactor": _adafactor,
+    "sgd": _sgd,
+}
