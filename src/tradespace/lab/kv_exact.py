@@ -64,8 +64,8 @@ REBUILT = (
 
 
 def refusals(llm: LLM, way: Way) -> str | None:
-    """Why a combination makes no sense for this model, so that it is not run."""
-    return model_refusal(llm.spec, way.kv) or (pointless(llm.spec, way.kv) if way.rebuilds else None)
+    """Why the engine refuses a combination for this model: its tokens are then not compared. What is merely pointless still has its logits compared."""
+    return model_refusal(llm.spec, way.kv) or pointless(llm.spec, way.kv)
 
 
 def prompts_of(llm: LLM, sequences: int, length: int, output: int) -> list[list[int]]:
@@ -138,17 +138,18 @@ def rows_of(model: str, ways: Sequence[Way], sequences: int, length: int, output
     with ts.open(model, memory="6GiB", concurrency=sequences, context=length, weights="fp32", attention="sdpa", kv_store="fp32") as llm:
         base, prompts = llm.plan, prompts_of(llm, sequences, length, output)
         refused = {way.name: refusals(llm, way) for way in ways}
-        errors = {way.name: logits_error(llm, way.kv, prompts[:2]) for way in ways if not refused[way.name] and (way.rebuilds or way.kv.of_input)}
+        errors = {way.name: logits_error(llm, way.kv, prompts[:2]) for way in ways if way.rebuilds or way.kv.of_input}
     full = answers(model, plan_of(base, FULL, sequences, length), prompts, output)
     rows = []
     for way in ways:
         row: dict[str, Any] = {"model": model, "way": way.name, "length": length, "sequences": sequences, "output": output, "refused": refused[way.name] or ""}
+        row["logits_error"] = errors.get(way.name)
+        told = "" if row["logits_error"] is None else f", logits within {row['logits_error']:.1e}"
         if not row["refused"]:
             row |= compare(full, answers(model, plan_of(base, way, sequences, length), prompts, output))
-            row["logits_error"] = errors.get(way.name)
-            row["holds"] = not row["different"] and (errors.get(way.name) or 0.0) <= LOGITS_BAR
-            told = "" if row["logits_error"] is None else f", logits within {row['logits_error']:.1e}"
-            say(f"{model}, {way.name}: {row['equal_tokens']} of {sequences * output} tokens equal, {row['ties']} ties, {row['different']} differ{told}")
+            told = f" {row['equal_tokens']} of {sequences * output} tokens equal, {row['ties']} ties, {row['different']} differ{told}"
+        row["holds"] = not row.get("different") and (errors.get(way.name) or 0.0) <= LOGITS_BAR
+        say(f"{model}, {way.name}:{told}")
         rows.append(row)
     return rows
 
@@ -168,13 +169,12 @@ def markdown(record: Record) -> str:
     table = []
     for row in record.rows:
         batch = f"{row['sequences']} × {row['length']:,}"
-        if row["refused"]:
-            continue
         error = "" if row["logits_error"] is None else f"{row['logits_error']:.1e}"
-        figures = (f"{row['sequences'] * row['output']:,}", f"{row['equal_tokens']:,}", str(row["ties"]), str(row["different"]), error)
+        counts = ("not run",) * 3 if row["refused"] else (f"{row['equal_tokens']:,}", str(row["ties"]), str(row["different"]))
+        figures = (f"{row['sequences'] * row['output']:,}", *counts, error)
         table.append((row["model"], row["way"], batch, *figures, "yes" if row["holds"] else "NO"))
     refused = {f"{row['model']}, {row['way']}: {row['refused']}" for row in record.rows if row["refused"]}
-    told = "".join(f"\n\nNot run: {reason}." for reason in sorted(refused))
+    told = "".join(f"\n\nTokens not compared, as the engine refuses it: {reason}." for reason in sorted(refused))
     return (
         f"{markdown_table(header, table, left=2)}\n\nGreedy tokens against the full contiguous cache in fp32. Equal: tokens before a request's first "
         f"difference; a request ends at a tie where the two best logits lie within {TIE:g}. Logits of rebuilt and rematerialised caches: bar {LOGITS_BAR:g}."

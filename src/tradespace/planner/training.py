@@ -181,7 +181,9 @@ def _candidate(question: Question, plan: TrainPlan) -> TrainCandidate:
         segments = plan_checkpointing(spec, plan, device, room)
     shown = with_segments(plan, segments or every(1, spec.L))
     ledger = train_ledger(spec, shown, device, data_bytes=question.data_bytes)
-    return TrainCandidate(shown, ledger, step_seconds(spec, shown, device), segments is not None and ledger.total_bytes + question.spare_bytes <= question.memory_bytes)
+    return TrainCandidate(
+        shown, ledger, step_seconds(spec, shown, device), segments is not None and ledger.total_bytes + question.spare_bytes <= question.memory_bytes
+    )
 
 
 def best_plan(question: Question) -> TrainCandidate:
@@ -195,7 +197,9 @@ def best_plan(question: Question) -> TrainCandidate:
 def no_fit(question: Question, found: Sequence[TrainCandidate]) -> Exception:
     """The error for a budget that holds nothing: the nearest plan, or the longest sequence that would fit."""
     if not found:
-        return UnsupportedError("these choices exclude each other: no method takes this base format. qlora takes nf4, int8, int4 …; full and lora bf16 and fp32")
+        return UnsupportedError(
+            "these choices exclude each other: no method takes this base format. qlora takes nf4, int8, int4 …; full and lora bf16 and fp32"
+        )
     least = min(found, key=lambda each: each.ledger.total_bytes)
     need = least.ledger.total_bytes + question.spare_bytes
     remedies = []
