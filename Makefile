@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 MODEL ?= smollm2-135m
 MEMORY ?= 900MiB
 
-.PHONY: demo test lint unit oracles readme bench clean help
+.PHONY: demo test lint unit oracles readme bench docs package clean help
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -48,6 +48,17 @@ readme: $(VENV)/.engine ## render the README's tables from results/
 
 bench: $(VENV)/.engine ## re-measure what the README states (alone on the machine; about ten minutes)
 	@$(BIN)/tradespace lab run all
+
+docs: $(VENV)/.test ## build the documentation's site, strictly, into build/site
+	@$(PIP) install -q -e '.[docs]'
+	@$(BIN)/mkdocs build --strict --quiet && echo "build/site/index.html"
+
+package: $(VENV)/.created ## build wheel and sdist into dist/, install the wheel into a clean environment and try it there
+	@rm -rf dist build/smoke && $(PIP) install -q build && $(BIN)/python -m build --outdir dist . > /dev/null
+	@$(PYTHON) -m venv build/smoke && build/smoke/bin/python -m pip install -q --disable-pip-version-check dist/*.whl
+	@cd build/smoke && bin/python -c 'import importlib.util as u; assert u.find_spec("torch") is None' && bin/tradespace --version \
+	  && bin/tradespace plan llama-2-70b --memory 40GB --device a100-40gb > plan.txt && grep -q best: plan.txt && bin/tradespace fit --memory 8GB --device rtx-4090 --json > fit.json
+	@echo "wheel and sdist in dist/ are good"
 
 clean: ## remove the environment and caches
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from tradespace.errors import InputError, TradespaceError, UnsupportedError
+from tradespace.loading.at_home import is_ollama
 from tradespace.loading.gguf import GGUFFile, read_floats, read_gguf
 from tradespace.loading.hub import fetch_config, parse_hub_name
 from tradespace.loading.packages import PACKAGED
@@ -16,6 +17,8 @@ from tradespace.loading.pull import pull as _pull
 from tradespace.loading.resolve import ModelFiles, read_json_object, resolve
 from tradespace.loading.safetensors import read_sharded
 from tradespace.measure.machine import this_machine
+from tradespace.planner.fit import Fit
+from tradespace.planner.fit import fit as fit_models
 from tradespace.planner.search import Frontier, budget_error, plan_frontier
 from tradespace.spec.attention_imposed import impose
 from tradespace.spec.device import DeviceSpec
@@ -27,8 +30,8 @@ from tradespace.spec.weights import WeightPlan
 from tradespace.spec.what_if import parse_what_if
 from tradespace.spec.what_if import what_if as what_if_spec
 from tradespace.spec.workload import Workload
-from tradespace.spec.zoo import find_model
-from tradespace.units import parse_bytes
+from tradespace.spec.zoo import find_model, zoo_names
+from tradespace.units import MiB, parse_bytes
 
 DEFAULT_SHARE = "80%"  # of what is free now, where no budget is stated
 Size = str | int
@@ -44,6 +47,8 @@ def find_spec(model: str | ModelSpec | Path, *, revision: str | None = None, off
     name = str(model)
     if is_local(name):
         return _local_spec(Path(name).expanduser(), name)
+    if is_ollama(name):
+        return spec_of_files(resolve(name))
     hub_name = parse_hub_name(name)
     if name in PACKAGED or hub_name is None or (hub_name.gguf_file is None and find_fetched(name, revision=revision) is None):
         try:
@@ -127,7 +132,9 @@ def find_machine(device: str | DeviceSpec | None) -> DeviceSpec:
 
 
 def budget_bytes(memory: Size | None, device: DeviceSpec) -> int:
-    """The stated budget in bytes; without one, 80% of what is free on the device now."""
+    """The stated budget in bytes; without one, 80% of what is free on the device now. A bare small number is a unit forgotten: InputError."""
+    if isinstance(memory, str) and memory.strip().isdigit() and int(memory) < MiB:
+        raise InputError(f"--memory {memory} is {memory} bytes. Give a unit: {memory.strip()}GiB, {memory.strip()}GB or {memory.strip()}MiB")
     return parse_bytes(DEFAULT_SHARE if memory is None else memory, free_bytes=device.free_bytes)
 
 
@@ -182,6 +189,27 @@ def plan(
         pins=dict(pins or {}),
         stored=stored,
     )
+
+
+def fit(
+    *,
+    memory: Size | None = None,
+    device: str | DeviceSpec | None = None,
+    context: int | None = None,
+    concurrency: int = 1,
+    runnable_only: bool = False,
+) -> list[Fit]:
+    """The published models that fit a budget with all layers resident, ranked by published score, then loss, then predicted speed.
+
+    >>> fit(memory="8GB", device="rtx-4090")[0].candidate.fits
+    True
+    """
+    machine = find_machine(device)
+    context = 2048 if context is None else context
+    prompt = max(1, min(1024, context // 2))
+    work = Workload(context_tokens=context, concurrency=concurrency, prompt_tokens=prompt, output_tokens=max(1, min(256, context - prompt)))
+    models = [find_model(name) for name in zoo_names()]
+    return fit_models(models, machine, work, budget_bytes(memory, machine), runnable_only=runnable_only)
 
 
 def no_plan(frontier: Frontier) -> TradespaceError:
@@ -239,4 +267,4 @@ def models() -> list[ModelEntry]:
     return list_models()
 
 
-__all__ = ["find_spec", "models", "plan", "pull", "spec_of_files", "what_if", "workload"]
+__all__ = ["find_spec", "fit", "models", "plan", "pull", "spec_of_files", "what_if", "workload"]

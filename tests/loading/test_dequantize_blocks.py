@@ -12,7 +12,10 @@ from tradespace.loading import dequantize as ours
 from tradespace.loading.dequantize import DEQUANTIZERS, PLAIN_DTYPES, dequantize_into
 from tradespace.loading.gguf import GGML_TYPES
 
-FLOAT_16_AT = {"Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q8_0": [0], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208]}
+FLOAT_16_AT = {
+    "Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q8_0": [0], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208],
+    "Q2_K": [80, 82], "Q3_K": [108], "IQ4_NL": [0], "IQ4_XS": [0], "MXFP4": [],
+}  # fmt: skip
 # zero, both signs, the least subnormal, the least normal, one, the greatest
 EXTREME = np.array([0.0, -0.0, 2.0**-24, -(2.0**-24), 2.0**-14, 1.0, -1.0, 65504.0, -65504.0], np.float16)
 
@@ -79,8 +82,8 @@ def test_plain_floats(type_name):
 
 
 def test_refuses_other_types_and_sizes():
-    with pytest.raises(UnsupportedError, match="IQ4_NL"):
-        dequantize_into(torch.zeros(18, dtype=torch.uint8), "IQ4_NL", torch.empty(32))
+    with pytest.raises(UnsupportedError, match="IQ3_S"):
+        dequantize_into(torch.zeros(110, dtype=torch.uint8), "IQ3_S", torch.empty(256))
     for num_bytes, num_elements in ((17, 32), (18, 31), (36, 32)):
         with pytest.raises(InputError, match="Q4_0"):
             dequantize_into(torch.zeros(num_bytes, dtype=torch.uint8), "Q4_0", torch.empty(num_elements))

@@ -1,24 +1,32 @@
-"""The `tradespace` command: one typer app, thin over `import tradespace as ts`. Exit codes: 0 good, 1 our failure, 2 usage, 3 the budget cannot be met."""
+"""The `tradespace` command: one typer app, thin over `import tradespace as ts`. Exit codes: 0 good, 1 our failure, 2 usage, 3 the budget cannot be met.
+
+Before typer sees a command line, flags of other tools are answered (`neighbours.py`), and TRADESPACE_* variables and a YAML file become defaults
+(`settings.py`).
+"""
 
 from __future__ import annotations
 
 import os
 import sys
 import traceback
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 import tradespace
-from tradespace.cli import bench, chat, demo, doctor, evaluate, lab, plan, pull, quantize, run, train
+from tradespace.cli import bench, chat, demo, doctor, evaluate, fit, lab, plan, pull, quantize, run, train
+from tradespace.cli.neighbours import check_neighbours
 from tradespace.cli.options import error_dict, print_json
+from tradespace.cli.settings import read_config, read_variables, take_config, words_of
 from tradespace.errors import TradespaceError
 
 EXIT_FAILURE, EXIT_INTERRUPTED = 1, 130
 
 app = typer.Typer(
     name="tradespace",
-    help="State a memory budget; get the plan, the text, and the proof.\n\nExample: tradespace run smollm2-135m --memory 900MiB 'Why is the sky blue?'",
+    help="State a memory budget; get the plan, the text, and the proof.\n\nExample: tradespace run smollm2-135m --memory 900MiB 'Why is the sky blue?'\n\n"
+    "Every flag can also come from TRADESPACE_<FLAG> or from a YAML file: --config FILE. Shell completion: tradespace --install-completion\n\n"
+    "Exit codes: 0 good, 1 our failure, 2 usage, 3 the budget cannot be met.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -35,11 +43,12 @@ def _version(asked: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")] = False,
+    config: Annotated[str | None, typer.Option("--config", help="YAML with flags as keys; may stand anywhere on the line.")] = None,
 ) -> None:
     """State a memory budget; get the plan, the text, and the proof."""
 
 
-for part in (doctor, pull, plan, run, train, quantize, evaluate, chat, demo, bench, lab):
+for part in (doctor, pull, plan, fit, run, train, quantize, evaluate, chat, demo, bench, lab):
     part.register(app)
 
 
@@ -49,11 +58,28 @@ def _say(error: BaseException, exit_code: int, *, as_json: bool) -> None:
     print(f"error: {error}", file=sys.stderr)
 
 
+def run_app(arguments: list[str]) -> None:
+    """Settings, then other tools' flags, then typer."""
+    app_command = typer.main.get_command(app)
+    commands = getattr(app_command, "commands", {})
+    read_variables(commands)
+    arguments, config = take_config(arguments)
+    defaults = read_config(config, commands) if config is not None else {}
+    name, command, rest = "", app_command, arguments
+    inner: dict[str, Any] = commands
+    while rest and rest[0] in inner:
+        command, name, rest = inner[rest[0]], f"{name} {rest[0]}".strip(), rest[1:]
+        inner = getattr(command, "commands", {})
+    if name and not hasattr(command, "commands"):
+        check_neighbours(name, rest, words_of(command))
+    app_command(args=arguments, prog_name="tradespace", standalone_mode=True, default_map=defaults)
+
+
 def main() -> None:
     """Runs the command line and turns every error into one line and an exit code; a traceback means a bug of ours."""
     as_json = "--json" in sys.argv
     try:
-        app(standalone_mode=True)
+        run_app(sys.argv[1:])
     except TradespaceError as error:
         _say(error, error.exit_code, as_json=as_json)
         sys.exit(error.exit_code)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 import yaml
@@ -27,6 +27,9 @@ from tradespace.cli.options import (
     write_file,
 )
 from tradespace.spec.workload import Workload
+
+if TYPE_CHECKING:
+    from tradespace.planner.candidate import Candidate
 
 
 def register(app: typer.Typer) -> None:
@@ -53,6 +56,8 @@ def plan(
     activations: Activations = None,
     runnable: Annotated[bool, typer.Option("--runnable", help="Only what this version can run; leave out what is priced for later.")] = False,
     save: Annotated[Path | None, typer.Option("--save", help="Write the best plan as YAML; `tradespace run --plan FILE` obeys it.")] = None,
+    export: Annotated[str | None, typer.Option("--export", help="Print the best plan for vllm, sglang, llama.cpp, ollama, transformers or trl.")] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Draw the frontier and the ledger into FILE.html (one self-contained file) or FILE.png.")] = None,
     what_if: Annotated[
         str | None, typer.Option("--what-if", help="Other proportions beside the model's own: layers=40,width=8192,kv_heads=8,ffn_ratio=4")
     ] = None,
@@ -70,6 +75,10 @@ def plan(
     from tradespace.planner.explain import alternatives, compare_shapes
     from tradespace.spec.attention_imposed import impose
 
+    if export is not None or plot is not None:
+        from tradespace.cli.plan_plot import check_wishes
+
+        check_wishes(export, plot)
     spec = impose(api.find_spec(model, revision=revision, offline=offline), attention_pattern or "")
     machine = api.find_machine(device)
     work = api.workload(spec, context=context, concurrency=concurrency, prompt=prompt, output=output, goal=goal)
@@ -100,7 +109,14 @@ def plan(
     others = alternatives(spec, machine, work, budget, frontier=frontier if whole else None)
     if save is not None:
         save_plan(save, frontier)
+    if plot is not None:
+        from tradespace.cli.plan_plot import save_plot
+
+        save_plot(plot, frontier)
     error = None if frontier.best is not None else api.no_plan(frontier)
+    if export is not None and frontier.best is not None:
+        show_export(frontier.best, export, model, as_json=json)
+        return
     if json:
         print_json(frontier.to_dict() | {"alternatives": others} | (error_dict(error, error.exit_code) if error else {}))
         if error is not None:  # it is in the document: `main` would write a second one
@@ -119,8 +135,19 @@ def plan(
             out.print(alternatives_view(others))
         if save is not None:
             out.print(f"saved {save}; obey it with: tradespace run {model} --plan {save} 'prompt'", soft_wrap=True)
+        if plot is not None:
+            out.print(f"drawn: {plot}", soft_wrap=True)
     if error is not None:
         raise error
+
+
+def show_export(best: Candidate, tool: str, model: str, *, as_json: bool) -> None:
+    """The best plan in another tool's words, and nothing else on standard output."""
+    from tradespace.cli.plan_plot import print_export
+    from tradespace.planner.export import export
+
+    found = export(best, tool, model)
+    print_json(found) if as_json else print_export(found)
 
 
 def headline(model: str, device: str, budget: int, work: Workload) -> str:

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from tradespace.errors import BudgetError, InputError, UnsupportedError
-from tradespace.formats.ggml_blocks import DEQUANTIZERS
+from tradespace.formats.ggml_blocks import DEQUANTIZERS as HELD_DEQUANTIZERS
+from tradespace.formats.ggml_float_blocks import FLOAT_DEQUANTIZERS
 from tradespace.loading.gguf import GGML_TYPES, GGUFFile, GGUFTensor
 from tradespace.loading.rawfile import open_weight_file, read_exactly, shown
 from tradespace.loading.safetensors import SafetensorsFile, SafetensorsTensor
@@ -24,6 +25,8 @@ TILE_ELEMENTS = 2**16
 # beside the floats: the unpacked quants as bytes, their shifted high bits and the scales of a tile (measured: at most 1.7 a type; test_dequantize_rows)
 TEMPORARY_BYTES_PER_ELEMENT = 3
 
+# every stored type that can become floats: those that formats hold as they are, and those that can only be read
+DEQUANTIZERS = HELD_DEQUANTIZERS | FLOAT_DEQUANTIZERS
 PLAIN_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 

