@@ -10,6 +10,7 @@ from cli.tiny_model import TEMPLATE, make_tokenizer, save_folder
 from tradespace.errors import InputError
 from tradespace.loading.resolve import resolve
 from tradespace.loading.tokenizer import Tokenizer
+from tradespace.train import reading
 from tradespace.train.data import IGNORED, Document, Order, pack
 from tradespace.train.reading import MAX_LINE_BYTES, read_documents
 
@@ -103,7 +104,7 @@ def test_a_long_text_is_tokenized_as_a_whole(tmp_path, tokenizer, monkeypatch):
     """In pieces that end with lines: the same tokens."""
     text = "the quick brown fox\njumps over\n" * 40
     (tmp_path / "text.txt").write_text(text)
-    monkeypatch.setattr("tradespace.train.reading.PIECE_CHARS", 100)
+    monkeypatch.setattr(reading, "PIECE_CHARS", 100)
     (document,) = read_documents([tmp_path / "text.txt"], tokenizer)
     assert list(document.ids) == tokenizer.encode(text)
     assert make_tokenizer().get_vocab_size() > max(document.ids)
