@@ -272,6 +272,7 @@ class _Job:
         if settings.context > spec.max_context:
             raise InputError(f"--context {settings.context}: {spec.name} takes at most {spec.max_context} tokens")
         # what the process costs by now is measured: it takes the place of the runtime, the tokenizer and the data
+        rehearse()
         here = process_bytes()
         device = replace(self.device, runtime_bytes=replace(self.device.runtime_bytes, value=here, source="measured"))
         segments = None if settings.checkpointing is None else parse_checkpointing(settings.checkpointing, spec.L)
@@ -320,13 +321,13 @@ class _Job:
         (self.out / "run.json").write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
         speeds: list[float] = []
         ended = trainer.run(self.out, on_step=lambda report: self._told(report, trainer, speeds), say=self.say)
-        result = self._write(net, plan, name)
+        result, peak = self._write(net, plan, name), self.meter.peak_bytes
         loss_curve(self.out / "loss.png", trainer.losses, self.say)
         speed = sorted(speeds)[len(speeds) // 2] if speeds else 0.0
         return Run(
             model=name, output=str(self.out), result=str(result), plan=plan.to_dict(), ledger=self.ledger.to_dict(), steps=trainer.step, ended=ended,
             losses=trainer.losses, tokens_per_s=speed, mfu=self._mfu(plan, speed), predicted_bytes=self.ledger.total_bytes + spare_bytes,
-            peak_bytes=self.meter.peak_bytes, budget_bytes=self.budget, seconds=time.monotonic() - self.began,
+            peak_bytes=peak, budget_bytes=self.budget, seconds=time.monotonic() - self.began,
             resumed_from=self.last.step if settings.resume and self.last else None,
         )  # fmt: skip
 
@@ -339,11 +340,9 @@ class _Job:
         speed = sorted(speeds[-20:])[len(speeds[-20:]) // 2]
         left = (trainer.limits.steps - report.step) * report.tokens / speed
         peak = self.meter.peak_bytes
-        plan: TrainPlan | None = None
         mfu = None
         if (rate := self.device.flops_per_s(trainer.settings["weights"]["default"] if trainer.settings["method"] == "full" else "fp32")).value:
             mfu = flops_per_token(self.spec, trainer.settings["context"]) * speed / rate.value
-        del plan
         self.on_progress(
             Progress(step=report.step, steps=trainer.limits.steps, loss=report.loss, lr=report.lr, tokens_per_s=speed, mfu=mfu, memory_bytes=peak,
                      budget_bytes=self.budget, eta_s=left)
@@ -371,6 +370,20 @@ class _Job:
         shutil.rmtree(target, ignore_errors=True)
         os.replace(partial, target)
         return target
+
+
+def rehearse() -> None:
+    """A step of a model of a few thousand numbers: what the libraries load and allocate for the first backward pass is then there, and counted."""
+    spec = parse_shape("layers=1,width=32,heads=2,vocab=64,context=64")
+    assert spec is not None
+    plan = TrainPlan(model=spec.name, weights=WeightPlan(default="fp32"), context=32, checkpointing=parse_checkpointing("full", 1))
+    net = build_model(spec, plan.weights, context=32)
+    init(net, 0)
+    parameters = prepare(net, plan, 0)
+    data = pack([Document(list(range(64)))], 32)
+    optimizer = Optimizer("adamw", parameters, Hyper())
+    order, schedule = Order(len(data), 1, 1, 0), Schedule(lr=1e-3, steps=1)
+    Trainer(net, parameters, optimizer, data, order, schedule, next_token(32), Limits(steps=1)).advance()
 
 
 def _paths(data: Sequence[str | os.PathLike[str]]) -> list[Path]:

@@ -23,6 +23,7 @@ from tradespace.spec.tensors import model_tensors
 from tradespace.spec.training import OPTIMIZERS, Kind, Segment, TrainPlan, trained
 from tradespace.spec.weights import weight_bytes, workspace_shape
 
+CALLS_PER_LAYER = 90  # operations that Python starts, forward and backward
 EFFICIENCY = 0.7  # of the machine's product rate, over a whole step: assumed until the speed is measured
 
 
@@ -265,6 +266,8 @@ def step_seconds(spec: ModelSpec, plan: TrainPlan, device: DeviceSpec) -> Estima
         traffic += 2 * elements * 2.5
     states = sum(OPTIMIZERS[plan.optimizer].state_bytes(shape, dtype) for _, shape, dtype in trained(spec, plan))
     bandwidth = device.read_bytes_per_s.require()
+    calls = device.op_overhead_s.require() * CALLS_PER_LAYER * spec.L if device.op_overhead_s.known else 0.0
+    again += calls * (1 + 0.5 * sum(segment.kind != "none" for segment in plan.checkpointing) / max(1, len(plan.checkpointing)))
     return Estimate(plan.accumulation * (compute + again + traffic / bandwidth) + 2.5 * states / bandwidth, "roofline")
 
 

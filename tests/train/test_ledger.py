@@ -1,0 +1,103 @@
+"""The training ledger against torch's record of allocations, and the planner against brute force."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+
+import pytest
+
+from tradespace.cost.training import activation_peak, fixed_lines, terms, train_ledger, with_segments
+from tradespace.errors import BudgetError
+from tradespace.measure.allocations import peak_allocated
+from tradespace.planner import training
+from tradespace.planner.training import Question, best_plan, plan_checkpointing
+from tradespace.spec.device_zoo import find_device
+from tradespace.spec.training import OPTIMIZERS, Segment, TrainPlan, every, trained
+from tradespace.spec.weights import WeightPlan
+from tradespace.spec.zoo import find_model
+from tradespace.units import GiB
+from train.small import Hyper, Optimizer, plan_of, small_data, small_model, small_spec, small_trainer
+
+SHAPES = ((128, 384, 500, 192, 2), (128, 320, 3000, 96, 4), (192, 512, 700, 256, 1))
+
+
+@pytest.mark.parametrize("fmt", ["fp32", "bf16"])
+@pytest.mark.parametrize("policy", ["none", "selective", "full", "every-2"])
+def test_predicted_is_measured(policy, fmt):
+    """Within 5%, for models whose peak is the loss and models whose peak is a layer's backward pass."""
+    for (D, F, vocab, context, micro), fused in zip(SHAPES, (False, True, True), strict=True):
+        spec = small_spec(L=4, D=D, F=F, vocab=vocab)
+        trainer = small_trainer(checkpointing=policy, fused=fused, fmt=fmt, micro=micro, spec=spec, data=small_data(context, vocab, 4), loss_tokens=128)
+        trainer.advance()
+        measured = peak_allocated(trainer.advance)
+        plan = plan_of(trainer, policy, micro=micro, context=context, fused=fused, loss_tokens=128, fmt=fmt)
+        assert activation_peak(spec, plan)[1] == pytest.approx(measured, rel=0.05)
+        ledger = {line.name: line.bytes.value for line in fixed_lines(spec, plan)}
+        assert ledger["weights"] == sum(parameter.nbytes for parameter in trainer.parameters.values())
+        assert ledger["optimizer"] == trainer.optimizer.nbytes
+        assert ledger["gradients"] == trainer.gradient_bytes
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("fmt", ["fp32", "bf16"])
+def test_states_are_priced_to_the_byte(name, fmt):
+    model = small_model(small_spec(D=128), fmt)
+    plan = TrainPlan(model="small", weights=WeightPlan(default=fmt), optimizer=name)
+    parameters = dict(model.named_parameters())
+    held = Optimizer(name, parameters, Hyper()).nbytes
+    assert held == sum(OPTIMIZERS[name].state_bytes(shape, dtype) for _, shape, dtype in trained(model.spec, plan))
+
+
+def test_checkpointing_is_the_best_of_all():
+    """Every way to cut five layers into segments of every kind, against the dynamic program, over budgets."""
+    spec, device = replace(small_spec(L=5), max_context=1024), find_device("h100-80gb")
+    plan = TrainPlan(model="small", context=256, micro_batch=2, loss_tokens=64)
+    everything = [Segment(kind, k) for kind, k in (("none", 1), ("selective", 1), ("full", 1), ("full", 2), ("full", 3), ("offload", 1))]
+    ways = [way for n in range(1, 6) for way in product(everything, repeat=n) if sum(segment.layers for segment in way) == 5]
+    peaks = {way: activation_peak(spec, plan, way)[1] for way in ways}
+
+    def seconds(way):
+        index, total = 0, 0.0
+        for segment in way:
+            total += sum(training.again_seconds(spec, plan, device, i, segment.kind) for i in range(index, index + segment.layers))
+            index += segment.layers
+        return total
+
+    low, high = min(peaks.values()), max(peaks.values())
+    longest = training.best_k(5, terms(spec, plan).kept[0]["full"], terms(spec, plan).kept[0]["none"])
+    assert longest < 1.5  # so that segments of up to three are all that the program needs
+    for room in (low, low + (high - low) // 3, low + 2 * (high - low) // 3, high):
+        best = min((way for way in ways if peaks[way] <= room and all(s.layers < 4 for s in way)), key=seconds)
+        found = plan_checkpointing(spec, plan, device, room)
+        assert found is not None and activation_peak(spec, plan, found)[1] <= room
+        assert seconds(found) == pytest.approx(seconds(best), rel=1e-6)
+    assert plan_checkpointing(spec, plan, device, low // 2) is None
+
+
+def test_plans_stay_within_their_budget_and_more_memory_is_never_slower():
+    spec, device, speeds = find_model("llama-3.2-1b"), find_device("h100-80gb"), []
+    for memory in (8, 12, 16, 24, 40, 72):
+        found = best_plan(Question(spec, device, memory * GiB, 2048, batch=4))
+        assert found.ledger.total_bytes <= memory * GiB
+        assert train_ledger(spec, found.plan, device).total_bytes == found.ledger.total_bytes
+        speeds.append((found.plan.method, found.plan.optimizer, found.tokens_per_s))
+    for before, after in zip(speeds, speeds[1:], strict=False):
+        assert before[:2] != after[:2] or after[2] >= before[2]
+    assert speeds[-1][:2] == ("full", "adamw")
+
+
+def test_a_budget_too_small_says_what_fits():
+    spec, device = find_model("llama-2-7b"), find_device("h100-80gb")
+    with pytest.raises(BudgetError, match=r"needs .* at the least .*Fits with .*--memory") as caught:
+        best_plan(Question(spec, device, 3 * GiB, 2048))
+    need = caught.value.need_bytes
+    assert need is not None
+    assert best_plan(Question(spec, device, round(need * 1.01), 2048, method="qlora")).fits
+    with pytest.raises(BudgetError, match="--method qlora"):
+        best_plan(Question(spec, device, 8 * GiB, 2048, method="full"))
+
+
+def test_segments_cover_what_they_say():
+    plan = with_segments(TrainPlan(model="small"), every(2, 5))
+    assert [segment.layers for segment in plan.checkpointing] == [2, 2, 1]
