@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from tradespace.spec.model import ModelSpec
     from tradespace.spec.plan import Plan
     from tradespace.spec.workload import Workload
+    from tradespace.tuning import distill, finetune, train
 
 __version__ = "0.1.0"
 

@@ -1,4 +1,4 @@
-"""TrainPlan → trainer: weights at their final size, filled or drawn; adapters; checkpointing; gradient buffers and optimizer states, all before the first step."""
+"""TrainPlan → trainer: weights at their final size, filled or drawn; adapters; checkpointing; gradient buffers and optimizer states, before the first step."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ def fill(model: Transformer, source: Source, stored_spec: ModelSpec, on_load: Ca
 
 def _fill_rows(module: Weight, values_RC: Tensor, name: str) -> None:
     step = max(1, FILL_ELEMENTS // values_RC.shape[-1])
-    device = module.weight.device
+    weight = module.weight
+    assert isinstance(weight, Tensor), "every weight holds its elements or codes in `weight`"
+    device = weight.device
     for start in range(0, len(values_RC), step):
         fill_rtn(module, start, values_RC[start : start + step].to(device), name=name)
 
@@ -62,10 +64,10 @@ def prepare(model: Transformer, plan: TrainPlan, seed: int) -> dict[str, Tensor]
     if plan.method == "full":
         for parameter in model.parameters():
             parameter.requires_grad_()
-        found = dict(model.named_parameters())
-        found = {name: found[name] for name, _, _ in trained(model.spec, plan)}
+        parameters = dict(model.named_parameters())
+        found: dict[str, Tensor] = {name: parameters[name] for name, _, _ in trained(model.spec, plan)}
     else:
         lora(model, Shape(rank=plan.rank, alpha=plan.alpha, targets=plan.targets), learn=True, seed=seed)
-        found = adapter_parameters(model)
+        found = dict(adapter_parameters(model))
     recompute(model, plan.checkpointing)
     return found

@@ -1,4 +1,4 @@
-"""What torch allocates while a function runs, from its own record of every allocation and release: on a CPU by the profiler, on a CUDA device by its counters."""
+"""What torch allocates while a function runs, from its own record of allocations and releases: on a CPU by the profiler, on a CUDA device by its counters."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def peak_allocated(function: Callable[[], object], device: torch.device | str = 
         function()
     results = profile.profiler.kineto_results  # pyright: ignore[reportOptionalMemberAccess]
     assert results is not None, "the profiler has ended"
-    events = sorted((event.start_ns(), event.nbytes()) for event in results.events() if event.name() == "[memory]")
+    events = sorted((event.start_ns(), event.nbytes()) for event in results.events() if event.name() == "[memory]")  # pyright: ignore[reportAttributeAccessIssue]
     now = peak = 0
     for _, nbytes in events:
         now += nbytes

@@ -45,7 +45,8 @@ def plan_checkpointing(spec: ModelSpec, plan: TrainPlan, device: DeviceSpec, roo
     seconds = [{kind: again_seconds(spec, plan, device, index, kind) for kind in ("none", "selective", "full", "offload")} for index in range(L)]
     room = room_bytes - found.after_loss
     # by layers done: (kept, seconds, segments) with kept ascending and seconds descending
-    states: list[list[tuple[int, float, tuple[Segment, ...]]]] = [[(0, 0.0, ())]] + [[] for _ in range(L)]
+    states: list[list[tuple[int, float, tuple[Segment, ...]]]] = [[] for _ in range(L + 1)]
+    states[0].append((0, 0.0, ()))
     for index in range(L):
         states[index] = _undominated(states[index])
         for kept, spent, segments in states[index]:
@@ -157,7 +158,8 @@ def candidates(question: Question) -> list[TrainCandidate]:
             if fused and accumulation > 1:
                 continue
             plan = TrainPlan(
-                model=question.spec.name, method=method, weights=weights, rank=question.rank, alpha=question.alpha, optimizer=optimizer, context=question.context,
+                model=question.spec.name, method=method, weights=weights, rank=question.rank, alpha=question.alpha, optimizer=optimizer,
+                context=question.context,
                 micro_batch=micro, accumulation=accumulation, fused=fused, attention=question.attention, device=question.device.name,
                 memory_bytes=question.memory_bytes, loss_tokens=_loss_tokens(question.spec, question.context * micro),
             )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Files → documents: plain text, and JSONL of conversations with the loss on the assistant's answers. What cannot be learned from is an error that names its place.
+"""Files → documents: plain text, and JSONL of conversations with the loss on the assistant's answers. What cannot be learned from is an error with its place.
 
 A JSONL line is {"messages": [{"role": "user", "content": …}, {"role": "assistant", …}]}, a bare list of messages, or {"text": …}.
 """
@@ -6,7 +6,7 @@ A JSONL line is {"messages": [{"role": "user", "content": …}, {"role": "assist
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,7 +27,7 @@ class TextTokenizer(Protocol):
     @property
     def eos_ids(self) -> Any: ...
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
-    def apply_chat_template(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str: ...
+    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str: ...
 
 
 def read_documents(
