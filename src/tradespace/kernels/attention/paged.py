@@ -201,8 +201,10 @@ def _pointers(planes: Planes) -> tuple[Tensor, ...]:
 def _decode_tiles(planes: Planes, mixer: Attention, device: torch.device) -> PagedTiles:
     if device.type != "cuda":
         return PagedTiles(N=16, stages=1)
-    wide = max(mixer.H, mixer.Hv) > 128 or planes.store == "fp32"
-    return PagedTiles(N=32 if wide else 64, warps=4, stages=2 if wide else 3)
+    if max(mixer.H, mixer.Hv) > 128 or planes.store == "fp32":
+        return PagedTiles(N=32, warps=4, stages=2)
+    # the block table is looked up first: half of the stages go by before keys are on their way (chosen from the compiled code, not measured yet)
+    return PagedTiles(N=64, warps=4, stages=5) if planes.code == "plain" else PagedTiles(N=64, warps=2, stages=7)
 
 
 def _ragged_tiles(planes: Planes, mixer: Attention, device: torch.device) -> PagedTiles:
