@@ -61,7 +61,7 @@ class Tapped(nn.Module):
 
     def adapted(self, x_TC: Tensor, batch: StepBatch) -> Tensor:
         """As `linear`, for a layer whose weights may have adapters: a model that is being quantized has none."""
-        return self.linear(x_TC, self.bias)
+        return self.linear(x_TC, self.bias)  # pyright: ignore[reportArgumentType]
 
 
 def tap(module: nn.Module, name: str, see: Callable[[Tensor, int | None], Tensor]) -> None:
