@@ -88,7 +88,8 @@ def _smooth(model: str, rows: Rows) -> Iterator[Bar]:
     if not (plain and dense):
         return
     high = plain["perplexity"] / dense["perplexity"] - 1
-    for method, name in (("smoothquant", "α for the model"), ("smooth-search", "searched scales and GPTAQ"), ("hadamard-smooth", "the same, rotated")):
+    names = {"smoothquant": "α for the model", "smooth-search": "searched scales and GPTAQ", "hadamard-smooth": "rotated, searched scales and GPTAQ"}
+    for method, name in names.items():
         smooth = rows.find("w8a8", method)
         if not smooth:
             continue

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tradespace.formats.w8a8 import quantize_tokens
+from tradespace.kernels.view import StepBatch
 
 
 class Gram:
@@ -57,6 +58,10 @@ class Tapped(nn.Module):
 
     def linear(self, x_TC: Tensor, bias_R: Tensor | None = None, *, expert: int | None = None) -> Tensor:
         return self.inner.linear(self.see(x_TC, expert), bias_R, expert=expert)  # pyright: ignore[reportCallIssue]
+
+    def adapted(self, x_TC: Tensor, batch: StepBatch) -> Tensor:
+        """As `linear`, for a layer whose weights may have adapters: a model that is being quantized has none."""
+        return self.linear(x_TC, self.bias)  # pyright: ignore[reportArgumentType]
 
 
 def tap(module: nn.Module, name: str, see: Callable[[Tensor, int | None], Tensor]) -> None:
