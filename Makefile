@@ -18,6 +18,8 @@ $(VENV)/.created:
 	@touch $@
 
 $(VENV)/.engine: $(VENV)/.created pyproject.toml
+	@echo "to download: PyTorch and a few small packages, about 200 MB where the index has a CPU build (Linux on x86 from PyPI: a CUDA build, about 3 GB)"
+	@command -v nvidia-smi > /dev/null 2>&1 || echo "no NVIDIA GPU here: for the small build, first run $(PIP) install torch --index-url URL with the CPU index that pytorch.org names"
 	@echo "installing tradespace and PyTorch into $(VENV) …"
 	@$(PIP) install -q -e '.[engine]'
 	@touch $@

@@ -74,8 +74,8 @@ def _scored(policy: Any, heads: int, old: int, own: int, generator: torch.Genera
     assert isinstance(first, Tensor) and first.shape == (heads, tokens), f"{where}: shape {tuple(getattr(first, 'shape', ()))}, must be {(heads, tokens)}"
     assert bool(first.isfinite().all()), f"{where}: not finite"
     assert torch.equal(first, second), f"{where}: another answer to the same question"
-    unchanged = torch.equal(old_KS, before[0]) and (weights_KS is None or before[1] is None or torch.equal(weights_KS, before[1]))
-    assert unchanged, f"{where}: changed its input"
+    same_weights = weights_KS is None or before[1] is None or torch.equal(weights_KS, before[1])
+    assert torch.equal(old_KS, before[0]) and same_weights, f"{where}: changed its input"
     order = torch.randperm(heads, generator=generator)
     mixed = policy.score(old_KS[order], None if weights_KS is None else weights_KS[order], positions_KS[order], own)
     assert torch.allclose(mixed, first[order], rtol=1e-5, atol=1e-6), f"{where}: a head's scores depend on the other heads"
