@@ -132,7 +132,9 @@ def train(
     with job.metered():
         found = _tokenizer_for_scratch(job, str(model), spec, tokenizer, paths)
         if found.vocab_size > spec.V:
-            raise InputError(f"the tokenizer has {found.vocab_size} tokens; the shape has vocab={spec.V}. Give vocab={found.vocab_size}, or another --tokenizer")
+            raise InputError(
+                f"the tokenizer has {found.vocab_size} tokens; the shape has vocab={spec.V}. Give vocab={found.vocab_size}, or another --tokenizer"
+            )
         packed = job.pack(read_documents(paths, found, end=_end(found), say=say), chat=is_chat(paths))
         plan = job.plan(spec, packed, method="full")
         net = build_model(spec, plan.weights, context=settings.context)

@@ -35,7 +35,7 @@ END = "<|end|>"
 
 
 def parse_shape(text: str, *, vocab: int | None = None) -> ModelSpec | None:
-    """"layers=6,width=256,heads=4[,kv-heads=2,ffn=768,vocab=4096,tied=1]" → a Llama's spec; None where `text` is no such list. Raises InputError."""
+    """ "layers=6,width=256,heads=4[,kv-heads=2,ffn=768,vocab=4096,tied=1]" → a Llama's spec; None where `text` is no such list. Raises InputError."""
     if "=" not in text:
         return None
     values: dict[str, int] = {}

@@ -87,7 +87,9 @@ def load_adapter(model: Transformer, folder: Path, *, name: str, learn: bool = F
             raise InputError(f"{folder}: {stored} stands beside no linear of {model.spec.name} that takes an adapter")
         found[f"{place[0]}.{matched[2]}.{place[1]}"] = value.float()
         chosen[place] = specs[place]
-    wanted = {f"{a.tensor}.lora_A.{a.part}": (rank, a.columns) for a in chosen.values()} | {f"{a.tensor}.lora_B.{a.part}": (a.rows, rank) for a in chosen.values()}
+    wanted = {f"{a.tensor}.lora_A.{a.part}": (rank, a.columns) for a in chosen.values()} | {
+        f"{a.tensor}.lora_B.{a.part}": (a.rows, rank) for a in chosen.values()
+    }
     check_adapter(model.spec, {key: tuple(value.shape) for key, value in found.items()}, wanted, str(folder))
     if missing := wanted.keys() - found.keys():
         raise InputError(f"{folder}: {min(missing)} is missing")

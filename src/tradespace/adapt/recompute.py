@@ -1,9 +1,9 @@
 """Activation checkpointing: what the backward pass needs is kept, or computed again from less. Gradients are the same bits either way. arXiv:1604.06174
 
-    none        everything is kept
-    selective   outputs of matrix products are kept; what lies between them is computed again, attention included
-    full        k layers together keep their input
-    offload     the same, with the input in host memory
+none        everything is kept
+selective   outputs of matrix products are kept; what lies between them is computed again, attention included
+full        k layers together keep their input
+offload     the same, with the input in host memory
 """
 
 from __future__ import annotations

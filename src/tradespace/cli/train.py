@@ -246,7 +246,8 @@ def _show(found: Run, as_json: bool) -> None:
     table.add_row("speed", f"{found.tokens_per_s:,.0f} tok/s" + ("" if found.mfu is None else f", MFU {found.mfu:.1%}"))
     kept = "kept" if found.peak_bytes <= found.budget_bytes else "EXCEEDED"
     table.add_row(
-        "memory", f"{format_bytes(found.peak_bytes)} at the peak, {format_bytes(found.predicted_bytes)} predicted, budget {format_bytes(found.budget_bytes)} ({kept})"
+        "memory",
+        f"{format_bytes(found.peak_bytes)} at the peak, {format_bytes(found.predicted_bytes)} predicted, budget {format_bytes(found.budget_bytes)} ({kept})",
     )
     for line in found.ledger["lines"]:
         table.add_row(f"  {line['name']}", format_bytes(line["bytes"]))

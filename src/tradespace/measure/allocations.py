@@ -20,7 +20,7 @@ def peak_allocated(function: Callable[[], object], device: torch.device | str = 
         function()
     results = profile.profiler.kineto_results  # pyright: ignore[reportOptionalMemberAccess]
     assert results is not None, "the profiler has ended"
-    events = sorted((event.start_ns(), event.nbytes()) for event in results.events() if event.name() == "[memory]")
+    events = sorted((event.start_ns(), event.nbytes()) for event in results.events() if event.name() == "[memory]")  # pyright: ignore[reportAttributeAccessIssue]
     now = peak = 0
     for _, nbytes in events:
         now += nbytes

@@ -45,7 +45,8 @@ def plan_checkpointing(spec: ModelSpec, plan: TrainPlan, device: DeviceSpec, roo
     seconds = [{kind: again_seconds(spec, plan, device, index, kind) for kind in ("none", "selective", "full", "offload")} for index in range(L)]
     room = room_bytes - found.after_loss
     # by layers done: (kept, seconds, segments) with kept ascending and seconds descending
-    states: list[list[tuple[int, float, tuple[Segment, ...]]]] = [[(0, 0.0, ())]] + [[] for _ in range(L)]
+    states: list[list[tuple[int, float, tuple[Segment, ...]]]] = [[] for _ in range(L + 1)]
+    states[0].append((0, 0.0, ()))
     for index in range(L):
         states[index] = _undominated(states[index])
         for kept, spent, segments in states[index]:
@@ -181,7 +182,9 @@ def _candidate(question: Question, plan: TrainPlan) -> TrainCandidate:
         segments = plan_checkpointing(spec, plan, device, room)
     shown = with_segments(plan, segments or every(1, spec.L))
     ledger = train_ledger(spec, shown, device, data_bytes=question.data_bytes)
-    return TrainCandidate(shown, ledger, step_seconds(spec, shown, device), segments is not None and ledger.total_bytes + question.spare_bytes <= question.memory_bytes)
+    return TrainCandidate(
+        shown, ledger, step_seconds(spec, shown, device), segments is not None and ledger.total_bytes + question.spare_bytes <= question.memory_bytes
+    )
 
 
 def best_plan(question: Question) -> TrainCandidate:
@@ -195,7 +198,9 @@ def best_plan(question: Question) -> TrainCandidate:
 def no_fit(question: Question, found: Sequence[TrainCandidate]) -> Exception:
     """The error for a budget that holds nothing: the nearest plan, or the longest sequence that would fit."""
     if not found:
-        return UnsupportedError("these choices exclude each other: no method takes this base format. qlora takes nf4, int8, int4 …; full and lora bf16 and fp32")
+        return UnsupportedError(
+            "these choices exclude each other: no method takes this base format. qlora takes nf4, int8, int4 …; full and lora bf16 and fp32"
+        )
     least = min(found, key=lambda each: each.ledger.total_bytes)
     need = least.ledger.total_bytes + question.spare_bytes
     remedies = []

@@ -101,7 +101,7 @@ def best_k(L: int, input_bytes: float, activation_bytes: float) -> float:
 
 
 def parse_checkpointing(text: str, L: int) -> tuple[Segment, ...]:
-    """"none", "selective", "full" (each layer), "every-4", "offload", or a list such as "full:4,selective:2,none:26" that covers the L layers."""
+    """ "none", "selective", "full" (each layer), "every-4", "offload", or a list such as "full:4,selective:2,none:26" that covers the L layers."""
     if text in CHECKPOINTING:
         return every(1, L, text)  # pyright: ignore[reportArgumentType]
     if text.startswith("every-") and text[6:].isdigit() and int(text[6:]) > 0:

@@ -97,7 +97,9 @@ def begin_as_teacher(student: Transformer, teacher: Transformer, layers: Sequenc
         parts = name.split(".")
         source = ".".join([parts[0], str(layers[int(parts[1])]), *parts[2:]]) if parts[0] == "layers" else name
         if source not in theirs or theirs[source].shape != parameter.shape:
-            raise InputError(f"the student cannot begin as its teacher: {name} {list(parameter.shape)} has no counterpart. Only the number of layers may differ")
+            raise InputError(
+                f"the student cannot begin as its teacher: {name} {list(parameter.shape)} has no counterpart. Only the number of layers may differ"
+            )
         parameter.copy_(theirs[source])
 
 

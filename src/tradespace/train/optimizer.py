@@ -67,7 +67,7 @@ def _adamw_state(parameter: Tensor) -> State:
 
 def _adamw(held: Tensor, gradient: Tensor, state: State, hyper: Hyper, lr: float, number: int) -> None:
     step = torch.tensor(float(number), device=held.device)
-    torch._fused_adamw_(
+    torch._fused_adamw_(  # pyright: ignore[reportPrivateImportUsage]
         [held], [gradient.to(held.dtype)], [state["m"]], [state["v"]], [], [step],
         amsgrad=False, lr=lr, beta1=hyper.beta1, beta2=hyper.beta2, weight_decay=hyper.decay, eps=hyper.eps, maximize=False,
     )  # fmt: skip

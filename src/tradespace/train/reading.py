@@ -6,7 +6,7 @@ A JSONL line is {"messages": [{"role": "user", "content": …}, {"role": "assist
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,10 +27,12 @@ class TextTokenizer(Protocol):
     @property
     def eos_ids(self) -> Any: ...
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
-    def apply_chat_template(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str: ...
+    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str: ...
 
 
-def read_documents(paths: Sequence[Path], tokenizer: TextTokenizer, *, end: int | None = None, say: Callable[[str], None] = lambda line: None) -> list[Document]:
+def read_documents(
+    paths: Sequence[Path], tokenizer: TextTokenizer, *, end: int | None = None, say: Callable[[str], None] = lambda line: None
+) -> list[Document]:
     """All documents of these files, in order. `end` is the token that ends a text. Raises InputError (file, line, what is wrong, what would do)."""
     found: list[Document] = []
     for path in paths:
@@ -83,7 +85,9 @@ def _conversations(path: Path, text: str, tokenizer: TextTokenizer, end: int | N
         where = f"--data {path}, line {number}"
         if len(line) > MAX_LINE_BYTES:
             size = format_bytes(len(line))
-            raise InputError(f"{where}: {size} in one line; a conversation has at most {format_bytes(MAX_LINE_BYTES)}. Is it one JSON document? Write one a line")
+            raise InputError(
+                f"{where}: {size} in one line; a conversation has at most {format_bytes(MAX_LINE_BYTES)}. Is it one JSON document? Write one a line"
+            )
         try:
             value = json.loads(line)
         except (json.JSONDecodeError, RecursionError) as error:
@@ -97,7 +101,9 @@ def _document(value: Any, where: str, tokenizer: TextTokenizer, end: int | None)
         return Document([*tokenizer.encode(value["text"]), *([] if end is None else [end])], None, where)
     messages = value.get("messages") if isinstance(value, dict) else value
     if not isinstance(messages, list) or not messages:
-        raise InputError(f'{where}: no "messages" and no "text". Write {{"messages": [{{"role": "user", "content": "…"}}, {{"role": "assistant", "content": "…"}}]}}')
+        raise InputError(
+            f'{where}: no "messages" and no "text". Write {{"messages": [{{"role": "user", "content": "…"}}, {{"role": "assistant", "content": "…"}}]}}'
+        )
     return learn_answers([_message(message, f"{where}, message {number}") for number, message in enumerate(messages, start=1)], where, tokenizer)
 
 

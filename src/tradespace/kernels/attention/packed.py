@@ -72,9 +72,7 @@ class _PackedOnCPU(torch.autograd.Function):
             if not span.num_queries:
                 continue
             dout, q, k, v, out = (_grouped(_rows(x, span), mixer.K, mixer.G) for x in (gradients[0], q_TNH, k_TKH, v_TKH, out_TNH))
-            dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                dout, q, k, v, out, lse, 0.0, True, scale=mixer.softmax_scale
-            )
+            dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(dout, q, k, v, out, lse, 0.0, True, scale=mixer.softmax_scale)
             _rows(dq_TNH, span).unflatten(1, (mixer.K, mixer.G)).copy_(dq.permute(2, 0, 1, 3))
             for target, found in ((dk_TKH, dk), (dv_TKH, dv)):  # a key serves G heads
                 _rows(target, span).copy_(found.sum(dim=1).transpose(0, 1))
