@@ -1,4 +1,4 @@
-"""TrainPlan → trainer: weights at their final size, filled or drawn; adapters; checkpointing; gradient buffers and optimizer states, all before the first step."""
+"""TrainPlan → what trains: weights at their final size, filled or drawn; adapters; checkpointing. All before the first step."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 
@@ -82,7 +82,7 @@ def test_plans_stay_within_their_budget_and_more_memory_is_never_slower():
         assert found.ledger.total_bytes <= memory * GiB
         assert train_ledger(spec, found.plan, device).total_bytes == found.ledger.total_bytes
         speeds.append((found.plan.method, found.plan.optimizer, found.tokens_per_s))
-    for before, after in zip(speeds, speeds[1:], strict=False):
+    for before, after in pairwise(speeds):
         assert before[:2] != after[:2] or after[2] >= before[2]
     assert speeds[-1][:2] == ("full", "adamw")
 

@@ -17,7 +17,6 @@ from tradespace.spec.model import ModelSpec
 from tradespace.spec.tensors import QUANTIZABLE_ROLES, TensorSpec, model_tensors
 from tradespace.spec.weights import WeightPlan, workspace_shape
 
-
 PLAIN = (DenseWeight, QuantizedWeight, NativeWeight)
 
 
