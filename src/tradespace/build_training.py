@@ -1,4 +1,4 @@
-"""TrainPlan → trainer: weights at their final size, filled or drawn; adapters; checkpointing; gradient buffers and optimizer states, before the first step."""
+"""TrainPlan → what trains: weights at their final size, filled or drawn; adapters; checkpointing. All before the first step."""
 
 from __future__ import annotations
 
@@ -52,11 +52,9 @@ def fill(model: Transformer, source: Source, stored_spec: ModelSpec, on_load: Ca
 
 def _fill_rows(module: Weight, values_RC: Tensor, name: str) -> None:
     step = max(1, FILL_ELEMENTS // values_RC.shape[-1])
-    weight = module.weight
-    assert isinstance(weight, Tensor), "every weight holds its elements or codes in `weight`"
-    device = weight.device
+    device = module.weight.data.device  # pyright: ignore[reportAttributeAccessIssue]
     for start in range(0, len(values_RC), step):
-        fill_rtn(module, start, values_RC[start : start + step].to(device), name=name)
+        fill_rtn(module, start, values_RC[start : start + step].to(device), name=name)  # pyright: ignore
 
 
 def prepare(model: Transformer, plan: TrainPlan, seed: int) -> dict[str, Tensor]:
@@ -64,8 +62,8 @@ def prepare(model: Transformer, plan: TrainPlan, seed: int) -> dict[str, Tensor]
     if plan.method == "full":
         for parameter in model.parameters():
             parameter.requires_grad_()
-        parameters = dict(model.named_parameters())
-        found: dict[str, Tensor] = {name: parameters[name] for name, _, _ in trained(model.spec, plan)}
+        found: dict[str, Tensor] = dict(model.named_parameters())
+        found = {name: found[name] for name, _, _ in trained(model.spec, plan)}
     else:
         lora(model, Shape(rank=plan.rank, alpha=plan.alpha, targets=plan.targets), learn=True, seed=seed)
         found = dict(adapter_parameters(model))

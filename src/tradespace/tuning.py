@@ -350,7 +350,7 @@ class _Job:
         if peak > self.budget:
             trainer.save(self.out)
             raise BudgetError(
-                f"the run took {format_bytes(peak)}; {format_bytes(self.budget)} were stated, and {format_bytes(self.ledger.total_bytes)} predicted. Stopped "
+                f"the run took {format_bytes(peak)}; {format_bytes(self.budget)} were stated, and {format_bytes(self.ledger.total_bytes)} predicted. It was stopped "  # noqa: E501
                 f"at step {report.step} with a checkpoint. Go on with --resume --memory {format_bytes(peak * 1.05).replace(' ', '')}",
                 need_bytes=peak,
                 have_bytes=self.budget,

@@ -40,8 +40,8 @@ def small_data(context: int = 48, vocab: int = V, count: int = 6) -> Packed:
 
 
 def small_trainer(
-    optimizer: str = "adamw", *, checkpointing: str = "none", fused: bool = False, fmt: str = "fp32", micro: int = 2, accumulation: int = 1,
-    data: Packed | None = None, lr: float = 3e-3, limits: Limits | None = None, spec: ModelSpec | None = None, loss_tokens: int = 40, clip: float = 0.0,
+    optimizer: str = "adamw", *, checkpointing: str = "none", fused: bool = False, fmt: str = "fp32", micro: int = 2, accumulation: int = 1, data: Packed | None = None,  # noqa: E501
+    lr: float = 3e-3, limits: Limits | None = None, spec: ModelSpec | None = None, loss_tokens: int = 40, clip: float = 0.0,
 ) -> Trainer:  # fmt: skip
     spec = spec or small_spec()
     model = small_model(spec, fmt)
@@ -58,6 +58,6 @@ def small_trainer(
 
 def plan_of(trainer: Trainer, checkpointing: str, *, micro: int, context: int, fused: bool, loss_tokens: int, fmt: str = "fp32") -> TrainPlan:
     return TrainPlan(
-        model="small", weights=WeightPlan(default=fmt), context=context, micro_batch=micro,
-        checkpointing=parse_checkpointing(checkpointing, trainer.model.spec.L), fused=fused, loss_tokens=loss_tokens,
+        model="small", weights=WeightPlan(default=fmt), context=context, micro_batch=micro, checkpointing=parse_checkpointing(checkpointing, trainer.model.spec.L),  # noqa: E501
+        fused=fused, loss_tokens=loss_tokens,
     )  # fmt: skip

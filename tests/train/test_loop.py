@@ -94,15 +94,15 @@ def test_a_loss_that_is_no_number_names_the_batch():
         trainer.advance()
 
 
-def _many_steps(trainer):
-    for _ in range(60):
+def _advance(trainer, steps):
+    for _ in range(steps):
         trainer.advance()
 
 
 def test_divergence_stops():
     trainer = small_trainer("sgd", lr=9.0)
     with pytest.raises(EngineError, match=r"diverges|is nan|is inf|no number"):
-        _many_steps(trainer)
+        _advance(trainer, 60)
 
 
 def _weights(trainer):

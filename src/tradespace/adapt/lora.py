@@ -129,7 +129,7 @@ class Shape:
 def lora(
     model: Transformer, shape: Shape, *, name: str = "default", learn: bool = False, seed: int = 0, specs: Sequence[AdapterSpec] | None = None
 ) -> list[LoraWeight]:
-    """Puts one more adapter beside the model's linears: A drawn as PEFT draws it (Kaiming uniform with √5), B zero. With `learn` it is the one that is trained.
+    """Puts one more adapter beside the model's linears: A drawn as PEFT draws it (uniform, Kaiming with √5), B zero. With `learn` it is what is trained.
 
     `specs`: only these parts. Returns the wrappers in the order of the model's tensors.
     """

@@ -63,7 +63,7 @@ def save_adapter(model: Transformer, folder: Path, shape: Shape, *, base: str, n
 
 
 def load_adapter(model: Transformer, folder: Path, *, name: str, learn: bool = False) -> Shape:
-    """Puts PEFT's adapter in `folder` beside the linears of `model`. Raises InputError for one of another model, UnsupportedError for what is not computed."""
+    """Puts PEFT's adapter in `folder` beside the linears of `model`. Raises InputError for another model's, UnsupportedError for what we do not compute."""
     config = read_json_object(folder / CONFIG)
     if config is None:
         raise InputError(f"{folder} holds no {CONFIG}. Give a folder that `tradespace finetune` or PEFT wrote")

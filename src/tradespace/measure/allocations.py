@@ -1,4 +1,4 @@
-"""What torch allocates while a function runs, from its own record of allocations and releases: on a CPU by the profiler, on a CUDA device by its counters."""
+"""What torch allocates while a function runs, from its own record of allocations: on a CPU by the profiler, on a CUDA device by its counters."""
 
 from __future__ import annotations
 

@@ -158,8 +158,7 @@ def candidates(question: Question) -> list[TrainCandidate]:
             if fused and accumulation > 1:
                 continue
             plan = TrainPlan(
-                model=question.spec.name, method=method, weights=weights, rank=question.rank, alpha=question.alpha, optimizer=optimizer,
-                context=question.context,
+                model=question.spec.name, method=method, weights=weights, rank=question.rank, alpha=question.alpha, optimizer=optimizer, context=question.context,  # noqa: E501
                 micro_batch=micro, accumulation=accumulation, fused=fused, attention=question.attention, device=question.device.name,
                 memory_bytes=question.memory_bytes, loss_tokens=_loss_tokens(question.spec, question.context * micro),
             )  # fmt: skip

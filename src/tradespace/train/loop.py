@@ -1,7 +1,7 @@
 """The training loop: micro-batches → loss → gradients → optimizer, step by step, with everything that a run reports and everything that ends it.
 
-Gradients are held in buffers that are there from the start; with a fused step there are none: a parameter is updated in the backward pass when its gradient
-is complete. The same numbers (data order, rounding, states) come out of a run that was cut and resumed.
+Gradients are held in buffers that are there from the start; with a fused step there are none: a parameter is updated in the backward pass as soon as its
+gradient is complete. The same numbers (data order, rounding, states) come out of a run that was cut and resumed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Files → documents: plain text, and JSONL of conversations with the loss on the assistant's answers. What cannot be learned from is an error with its place.
+"""Files → documents: plain text, and JSONL of conversations with the loss on answers. What cannot be learned from is an error that names its place.
 
 A JSONL line is {"messages": [{"role": "user", "content": …}, {"role": "assistant", …}]}, a bare list of messages, or {"text": …}.
 """
