@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 import tradespace
-from tradespace.cli import bench, chat, demo, doctor, evaluate, lab, plan, pull, quantize, run
+from tradespace.cli import bench, chat, demo, doctor, evaluate, lab, plan, pull, quantize, run, serve
 from tradespace.cli.options import error_dict, print_json
 from tradespace.errors import TradespaceError
 
@@ -39,7 +39,7 @@ def options(
     """State a memory budget; get the plan, the text, and the proof."""
 
 
-for part in (doctor, pull, plan, run, quantize, evaluate, chat, demo, bench, lab):
+for part in (doctor, pull, plan, run, serve, quantize, evaluate, chat, demo, bench, lab):
     part.register(app)
 
 
