@@ -14,8 +14,7 @@ from typing import Annotated, Any
 import typer
 
 import tradespace
-from tradespace.cli import bench, chat, demo, doctor, evaluate, fit, lab, plan, pull, quantize, run, train
-from tradespace.cli.neighbours import check_neighbours
+from tradespace.cli import bench, chat, demo, doctor, evaluate, lab, plan, pull, quantize, run, serve
 from tradespace.cli.options import error_dict, print_json
 from tradespace.cli.settings import read_config, read_variables, take_config, words_of
 from tradespace.errors import TradespaceError
@@ -48,7 +47,7 @@ def options(
     """State a memory budget; get the plan, the text, and the proof."""
 
 
-for part in (doctor, pull, plan, fit, run, train, quantize, evaluate, chat, demo, bench, lab):
+for part in (doctor, pull, plan, run, serve, quantize, evaluate, chat, demo, bench, lab):
     part.register(app)
 
 

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from tradespace.engine.request import Completion, FinishReason, Request, SamplingParams, accept_tokens
+from tradespace.engine.request import Completion, Constraint, FinishReason, Request, SamplingParams, accept_tokens
 from tradespace.engine.sampler import Sampled, Sampler, SampleRow
 from tradespace.engine.scheduler import Scheduler
 from tradespace.engine.speculative import Drafter, accept_drafts
@@ -73,10 +73,12 @@ class Engine:
     def has_work(self) -> bool:
         return self.scheduler.has_work
 
-    def add(self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0, id: str | None = None) -> Request:
+    def add(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0, id: str | None = None, constraint: Constraint | None = None
+    ) -> Request:
         """Queue a prompt (text, or token ids). Raises InputError where it is empty, not of this vocabulary, or can never fit context or cache.
 
-        With params.n > 1 the other outputs are the request's `siblings`, queued right behind it.
+        With params.n > 1 the other outputs are the request's `siblings`, queued right behind it. `constraint`: what the output must obey, in its first state.
         """
         params = params or SamplingParams()
         prompt_ids = self._encode(prompt)
@@ -89,7 +91,7 @@ class Engine:
         if params.stop and self.tokenizer is None:
             raise InputError("stop strings need a tokenizer; without one give stop_token_ids")
         self._count += 1
-        request = Request(id=id or f"r{self._count}", prompt_ids=prompt_ids, params=params, priority=priority, eos_ids=self.eos_ids)
+        request = Request(id=id or f"r{self._count}", prompt_ids=prompt_ids, params=params, priority=priority, eos_ids=self.eos_ids, constraint=constraint)
         self.scheduler.add(request)
         self._open(request)
         try:
@@ -245,6 +247,10 @@ class Engine:
                 return [], "error"
             standing.append(token)
         tokens, reason = accept_tokens(request, standing)
+        if request.constraint is not None and reason != "stop" and not all(map(request.constraint.accept, tokens)):
+            request.error = EngineError(f"request {request.id}: its constraint does not take the token {tokens[-1]} that it allowed")
+            self.scheduler.finish(request, "error")
+            return [], "error"
         text = self._texts.get(request.id)
         for index, token in enumerate(tokens):
             if text is None:

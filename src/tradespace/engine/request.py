@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from tradespace.errors import EngineError, InputError
 
@@ -38,6 +38,7 @@ class SamplingParams:
     ignore_eos            the model's own end-of-sequence tokens do not end the output
     min_tokens            no stop token is chosen before so many tokens; stop strings are ignored until then
     logprobs              log-probabilities of the chosen token and of so many best ones, from the unmodified logits
+    prompt_logprobs       the same for each token of the prompt but the first (row by row, so it costs time and no memory); its blocks are then computed anew
     n                     outputs of one prompt, each with noise of its own; the prompt is computed once where prefixes are shared
     """
 
@@ -56,6 +57,7 @@ class SamplingParams:
     ignore_eos: bool = False
     min_tokens: int = 0
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     n: int = 1
 
     def __post_init__(self):
@@ -79,6 +81,8 @@ class SamplingParams:
         _whole("top_k", self.top_k, -1, None)
         if self.logprobs is not None:
             _whole("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        if self.prompt_logprobs is not None:
+            _whole("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
         if self.seed is not None:
             _whole("seed", self.seed, -(2**63), 2**64 - 1)
         _real("temperature", self.temperature, 0, float("inf"))
@@ -134,6 +138,22 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...] = ()
 
 
+class Constraint(Protocol):
+    """What may follow what has been generated: a grammar's state. One for each request; nobody drafts for a request that has one."""
+
+    def allow_(self, logits_V: Any) -> None:
+        """-inf for every token that may not come next, in place."""
+        ...
+
+    def accept(self, token: int) -> bool:
+        """Goes on past `token`. False: it may not come here."""
+        ...
+
+    def copy(self) -> Constraint:
+        """Another one in the same state."""
+        ...
+
+
 @dataclass(slots=True)
 class Timings:
     """Moments of a request on one monotonic clock, in seconds; None: not yet."""
@@ -177,6 +197,8 @@ class Request:
     num_published  its first so many blocks can be found by their names
     num_cached     tokens whose keys and values it did not have to compute itself
     num_lost       tokens whose keys and values a preemption has cost it, and which have not been found again
+    constraint     what its tokens must obey
+    prompt_logprobs  of each token of the prompt, where they were asked for; the first one's, and those not computed yet, are None
     priority       lower goes first; equal ones go by arrival
     pieces         the output as text, as it became certain
     """
@@ -186,6 +208,7 @@ class Request:
     params: SamplingParams = field(default_factory=SamplingParams)
     priority: int = 0
     eos_ids: frozenset[int] = frozenset()
+    constraint: Constraint | None = field(default=None, repr=False)
     arrival: int = -1
     num_samples: int = 1
     sample: int = 0
@@ -202,6 +225,7 @@ class Request:
     siblings: list[Request] = field(default_factory=list, repr=False)
     seed: int = field(init=False)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     error: EngineError | None = None
@@ -215,6 +239,8 @@ class Request:
         self.token_ids = list(self.prompt_ids)
         self.seed = secrets.randbits(63) if self.params.seed is None else self.params.seed
         self.root = self
+        if self.params.prompt_logprobs is not None:
+            self.prompt_logprobs = [None] * len(self.prompt_ids)
 
     @property
     def order(self) -> tuple[int, int, int]:
@@ -230,6 +256,8 @@ class Request:
         forked.arrival, forked.sample, forked.seed, forked.root = root.arrival, root.num_samples, root.seed, root
         root.num_samples += 1
         forked.token_ids, forked.logprobs = list(self.token_ids), list(self.logprobs)
+        forked.prompt_logprobs = self.prompt_logprobs  # one prompt, one list
+        forked.constraint = None if self.constraint is None else self.constraint.copy()
         return forked
 
     @property

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tradespace.engine.request import Request
+from tradespace.engine.sampler import token_logprobs
 from tradespace.engine.step import Step
 from tradespace.kernels.view import Span, StepBatch, as_tensor, positions_of
 from tradespace.spec.model import ModelSpec
@@ -58,6 +59,7 @@ class Runner:
         self.block_size = plan.kv.block_slots(plan.max_context)
         self._slot_blocks = 0 if plan.kv.places_tokens else self.block_size  # 0: the cache finds tokens their slots itself
         self._rows = Rows(plan.max_sequences)
+        self._logit_rows = plan.logit_rows
 
     @property
     def vocab_size(self) -> int:
@@ -82,6 +84,21 @@ class Runner:
         batch = StepBatch.from_spans(spans, block_size=self._slot_blocks, device=self.device)
         tokens_T = as_tensor(np.array(tokens, np.int64), self.device)
         hidden_TD = self.transformer.forward(tokens_T, positions_of(spans, device=self.device), batch, self.cache)
+        self._score_prompts(step, spans, hidden_TD)
         if not rows:
             return torch.empty(0, self.vocab_size, dtype=torch.float32, device=self.device)
         return self.transformer.logits(hidden_TD, as_tensor(np.array(rows, np.int64), self.device))
+
+    def _score_prompts(self, step: Step, spans: list[Span], hidden_TD: Tensor) -> None:
+        """Log-probabilities of the prompt tokens that a step's rows foretell, for those who asked; as many rows of logits at once as the plan has room for."""
+        for item, span in zip(step.sequences, spans, strict=True):
+            request, count = item.request, item.request.params.prompt_logprobs
+            if count is None:
+                continue
+            # position p's row foretells token p + 1
+            stop = min(item.start + item.num_tokens, request.num_prompt - 1)
+            for start in range(item.start, stop, self._logit_rows):
+                positions = range(start, min(stop, start + self._logit_rows))
+                rows = np.array(positions, np.int64) - item.start + span.query_start
+                for position, logits_V in zip(positions, self.transformer.logits(hidden_TD, as_tensor(rows, self.device)), strict=True):
+                    request.prompt_logprobs[position + 1] = token_logprobs(logits_V, request.prompt_ids[position + 1], count)

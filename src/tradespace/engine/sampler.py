@@ -1,6 +1,6 @@
 """Logits → tokens, batched over rows with each request's own parameters. Every row is computed from itself alone.
 
-Order of work, as transformers has it: logit bias, min_tokens, penalties (here, in torch, on a copy of a row that has any), then temperature, top-k, top-p,
+Order of work, as transformers has it: logit bias, min_tokens, penalties, constraint (here, in torch, on a copy of a row that has any), then temperature, top-k, top-p,
 min-p and the draw (`kernels/sample`). Plain greedy rows cost one argmax.
 
 Rows are copied in groups of about `chunk_elements` logits, so the workspace does not grow with the batch: `workspace_bytes`.
@@ -50,7 +50,7 @@ class SampleRow:
     def is_adjusted(self) -> bool:
         """Whether logits are changed before anything is chosen."""
         params = self.params
-        return bool(params.logit_bias) or params.penalizes or self.below_min_tokens
+        return bool(params.logit_bias) or params.penalizes or self.below_min_tokens or self.request.constraint is not None
 
     @property
     def noise_key(self) -> int:
@@ -125,7 +125,7 @@ def token_logprobs(logits_V: Tensor, token: int, count: int) -> TokenLogprobs:
 
 
 def adjust_(logits_RV: Tensor, rows: Sequence[SampleRow]) -> None:
-    """Logit bias, min_tokens and penalties, in place."""
+    """Logit bias, min_tokens, penalties and what a constraint forbids, in place."""
     for logits_V, row in zip(logits_RV, rows, strict=True):
         params = row.params
         if params.logit_bias:
@@ -135,6 +135,9 @@ def adjust_(logits_RV: Tensor, rows: Sequence[SampleRow]) -> None:
             logits_V[torch.tensor(sorted(row.request.stop_ids()), dtype=torch.int64, device=logits_V.device)] = -inf
         if params.penalizes:
             penalize_(logits_V, row)
+        if row.request.constraint is not None:
+            assert not row.drafts, "drafts of a constrained request"
+            row.request.constraint.allow_(logits_V)
 
 
 def penalize_(logits_V: Tensor, row: SampleRow) -> None:

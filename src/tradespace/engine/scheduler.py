@@ -322,7 +322,7 @@ class Scheduler:
         for item in tuple(self._scheduled.values()):
             request = item.request
             room = min(self.max_drafts, self._budget, request.params.max_tokens - request.num_outputs - 1)
-            if not item.samples or room < 1:
+            if not item.samples or room < 1 or request.constraint is not None:  # a draft's row would need the state behind the draft
                 continue
             known = item.start + item.num_tokens
             slots = (len(request.blocks) + max(0, self._spare_blocks())) * self.block_size

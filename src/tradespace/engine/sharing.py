@@ -147,6 +147,8 @@ class Sharing(Unshared):
             held = min(request.source.num_computed, last)
             return list(request.source.blocks[: blocks_for(held, self.block_size)]), held
         first, blocks = request.num_computed // self.block_size, []
+        if request.params.prompt_logprobs is not None:  # what was computed for another has left no logits
+            return [], request.num_computed
         for name in self._names(request)[first:]:
             block = self.allocator.find(name)
             if block is None:

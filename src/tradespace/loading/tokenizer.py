@@ -93,6 +93,10 @@ class Tokenizer:
         """A decoder that takes one token at a time."""
         return StreamDecoder(self._token_bytes, skip_special_tokens)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token adds to the text; those of a special token are its name's. Raises InputError for an id outside the vocabulary."""
+        return self._token_bytes.of(token_id, skip_special_tokens=False)
+
     def token_text(self, token_id: int) -> str:
         """A token as the vocabulary writes it, for display. Raises InputError for an id outside the vocabulary."""
         token = self._tokenizer.id_to_token(token_id) if 0 <= token_id < 2**32 else None

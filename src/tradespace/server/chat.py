@@ -1,0 +1,98 @@
+"""/v1/chat/completions: a conversation through the model's chat template, whole or streamed, with calls of tools."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import Request
+from starlette.responses import JSONResponse, Response
+
+from tradespace.errors import InputError
+from tradespace.server.answering import chat_logprobs, usage
+from tradespace.server.asking import chat_ids, check_model, fit_tokens, grammar_of, sampling_of, schema_grammar
+from tradespace.server.schema import ChatRequest
+from tradespace.server.service import Service, Waiting, Wanted, new_id, sse, streamed
+from tradespace.server.tools import Call, ToolText, forced_schema, style_of
+
+
+async def chat(service: Service, request: Request, body: ChatRequest) -> Response:
+    ready = service.ready
+    check_model(body.model, service.settings.names)
+    if body.top_logprobs is not None and not body.logprobs:
+        raise InputError("top_logprobs needs logprobs: true")
+    params = sampling_of(body, ready, logprobs=(body.top_logprobs or 0) if body.logprobs else None)
+    tools = body.tools if body.tools and body.tool_choice != "none" else None
+    if body.tool_choice not in (None, "none") and not body.tools:
+        raise InputError("tool_choice needs tools")
+    grammar, forced = grammar_of(body), forced_schema(tools, body.tool_choice) if tools else None
+    if forced is not None:
+        if grammar is not None:
+            raise InputError("a forced call of a tool and a grammar exclude each other")
+        grammar = schema_grammar(forced)
+    ids = chat_ids(service.tokenizer, body.messages, tools)
+    most = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    params["max_tokens"] = fit_tokens(ready.limits, len(ids), most)
+    waiting = service.submit(
+        request, [Wanted(ids, params, grammar)], user=body.user, priority=body.priority, stream=bool(body.stream), timeout_s=body.timeout_s
+    )
+    head = {"id": new_id("chatcmpl"), "created": int(time.time()), "model": body.model or service.name}
+    names = [tool.function.name for tool in tools or ()]
+    style = style_of(service.tokenizer.chat_template, service.settings.tool_style)
+    splitters = [ToolText(style, names, bare=forced is not None) if tools else None for _ in range(params["n"])]
+    if body.stream:
+        if grammar is not None:
+            await waiting.first(request)
+        return streamed(_events(service, body, waiting, {**head, "object": "chat.completion.chunk"}, splitters))
+    (outputs,) = await service.outputs(request, waiting)
+    choices = []
+    for index, (output, splitter) in enumerate(zip(outputs, splitters, strict=True)):
+        text, calls = output.text, list[Call]()
+        if splitter is not None:
+            (said, first), (rest, last) = splitter.push(text), splitter.finish()
+            text, calls = said + rest, [*first, *last]
+        message: dict[str, Any] = {"role": "assistant", "content": text if text.strip() or not calls else None, "refusal": None}
+        if calls:
+            message["tool_calls"] = [call.to_dict() for call in calls]
+        logprobs = chat_logprobs(service.tokenizer, output.logprobs) if body.logprobs else None
+        choices.append({"index": index, "message": message, "logprobs": logprobs, "finish_reason": "tool_calls" if calls else output.reason})
+    spent = usage(len(ids), sum(len(output.tokens) for output in outputs), outputs[0].num_cached)
+    return JSONResponse({**head, "object": "chat.completion", "choices": choices, "usage": spent})
+
+
+async def _events(
+    service: Service, body: ChatRequest, waiting: Waiting, head: dict[str, Any], splitters: list[ToolText | None]
+) -> AsyncIterator[bytes]:
+    with_usage = body.stream_options is not None and body.stream_options.include_usage
+    extra = {"usage": None} if with_usage else {}
+    count = cached = 0
+    begun, num_calls = set[int](), [0] * len(splitters)
+
+    def event(index: int, delta: dict[str, Any], reason: str | None = None, logprobs: Any = None) -> bytes:
+        return sse({**head, "choices": [{"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}], **extra})
+
+    async for _, piece in waiting:
+        index, text, calls = piece.sample, piece.text, list[Call]()
+        count += len(piece.tokens)
+        cached = piece.num_cached or cached
+        if index not in begun:
+            begun.add(index)
+            yield event(index, {"role": "assistant", "content": ""})
+        splitter = splitters[index]
+        if splitter is not None:
+            text, calls = splitter.push(text)
+            if piece.finish_reason is not None:
+                rest, last = splitter.finish()
+                text, calls = text + rest, [*calls, *last]
+        logprobs = chat_logprobs(service.tokenizer, piece.logprobs) if body.logprobs and piece.logprobs else None
+        if text or logprobs:
+            yield event(index, {"content": text}, None, logprobs)
+        for call in calls:
+            yield event(index, {"tool_calls": [{"index": num_calls[index], **call.to_dict()}]})
+            num_calls[index] += 1
+        if piece.finish_reason is not None:
+            yield event(index, {}, "tool_calls" if num_calls[index] else piece.finish_reason)
+    if with_usage:
+        yield sse({**head, "choices": [], "usage": usage(len(waiting.jobs[0].prompt_ids), count, cached)})
+    yield b"data: [DONE]\n\n"

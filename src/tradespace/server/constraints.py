@@ -1,0 +1,194 @@
+"""Outputs that obey a grammar: JSON, a JSON schema, a regular expression or EBNF, by xgrammar (arXiv:2411.15100).
+
+A grammar is compiled once for the vocabulary, in a child of this process: a fork shares all memory, and it can be ended when a hostile grammar takes too long or
+too much. What comes back is the serialized automaton. A step then costs one bit mask for each constrained row, applied to a copy of its logits in torch before
+the native or torch kernel draws (`engine/sampler.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator
+from queue import Empty, SimpleQueue
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tradespace.errors import InputError, UnsupportedError
+from tradespace.loading.tokenizer import Tokenizer
+from tradespace.server.messages import Grammar, Submit
+from tradespace.units import MiB
+
+COMPILE_S = 10.0  # a grammar that takes longer is refused
+COMPILE_BYTES = 512 * MiB  # of address space beyond what the process has
+RESULT_BYTES = 16 * MiB
+KEPT = 32  # compiled grammars
+
+
+class GrammarState:
+    """One output's place in its grammar."""
+
+    def __init__(self, matcher: Any, bitmask: Tensor, apply: Any):
+        self._matcher, self._bitmask, self._apply = matcher, bitmask, apply
+
+    def allow_(self, logits_V: Tensor) -> None:
+        """-inf for every token that may not come next, in place."""
+        if self._matcher.is_terminated():
+            return
+        self._matcher.fill_next_token_bitmask(self._bitmask)
+        self._apply(logits_V.unsqueeze(0), self._bitmask.to(logits_V.device), vocab_size=logits_V.shape[-1])
+
+    def accept(self, token: int) -> bool:
+        return self._matcher.is_terminated() or self._matcher.accept_token(token)
+
+    def copy(self) -> GrammarState:
+        return GrammarState(self._matcher.fork(), self._bitmask, self._apply)
+
+
+class Compiler:
+    """Grammars → states, one at a time beside the engine's steps. The library loads with the first grammar."""
+
+    def __init__(self, tokenizer: Tokenizer, *, vocab_size: int, compile_s: float = COMPILE_S):
+        self.tokenizer, self.vocab_size, self.compile_s = tokenizer, min(vocab_size, tokenizer.vocab_size), compile_s
+        self._wanted: SimpleQueue[Submit] = SimpleQueue()
+        self._done: SimpleQueue[tuple[Submit, GrammarState | InputError]] = SimpleQueue()
+        self._pending: set[int] = set()
+        self._compiled: OrderedDict[Grammar, Any] = OrderedDict()
+        self._library: Any = None
+        self._thread: threading.Thread | None = None
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._pending)
+
+    def begin(self, submit: Submit) -> None:
+        """Compile the grammar of `submit`; `finished` brings it back."""
+        self._pending.add(submit.id)
+        self._wanted.put(submit)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="grammars", daemon=True)
+            self._thread.start()
+
+    def forget(self, id: int) -> None:
+        self._pending.discard(id)
+
+    def finished(self) -> Iterator[tuple[Submit, GrammarState | InputError]]:
+        """Those whose grammar is ready, or refused with the reason."""
+        while self._pending:
+            try:
+                submit, state = self._done.get_nowait()
+            except Empty:
+                return
+            if submit.id in self._pending:
+                self._pending.discard(submit.id)
+                yield submit, state
+
+    def _work(self) -> None:
+        while True:
+            submit = self._wanted.get()
+            assert submit.grammar is not None
+            if submit.id not in self._pending:
+                continue
+            try:
+                self._done.put((submit, self.state(submit.grammar)))
+            except InputError as error:
+                self._done.put((submit, error))
+            except Exception as error:
+                self._done.put((submit, InputError(f"the {submit.grammar.kind} could not be compiled: {type(error).__name__}: {str(error)[:300]}")))
+
+    def state(self, grammar: Grammar) -> GrammarState:
+        """The first state of a grammar. Raises InputError where it is malformed or takes too much."""
+        xgrammar, info = self._load()
+        compiled = self._compiled.get(grammar)
+        if compiled is None:
+            compiled = xgrammar.CompiledGrammar.deserialize_json(self._in_child(xgrammar, info, grammar), info)
+            self._compiled[grammar] = compiled
+            if len(self._compiled) > KEPT:
+                self._compiled.popitem(last=False)
+        self._compiled.move_to_end(grammar)
+        return GrammarState(xgrammar.GrammarMatcher(compiled), torch.empty(1, (self.vocab_size + 31) // 32, dtype=torch.int32), xgrammar.apply_token_bitmask_inplace)
+
+    def _load(self) -> tuple[Any, Any]:
+        if self._library is None:
+            try:
+                import xgrammar
+            except ImportError as error:
+                raise UnsupportedError("constrained output needs xgrammar. Run: pip install 'tradespace[serve]'") from error
+            if not self.tokenizer.eos_ids:
+                raise UnsupportedError("this model names no end token: a constrained output could not end")
+            words = [self.tokenizer.token_bytes(token) for token in range(self.vocab_size)]
+            info = xgrammar.TokenizerInfo(words, xgrammar.VocabType.RAW, vocab_size=self.vocab_size, stop_token_ids=sorted(self.tokenizer.eos_ids))
+            self._library = (xgrammar, info)
+        return self._library
+
+    def _in_child(self, xgrammar: Any, info: Any, grammar: Grammar) -> str:
+        """The serialized automaton, compiled in a fork that may use `compile_s` and COMPILE_BYTES."""
+        read, write = os.pipe()
+        child = os.fork()
+        if child == 0:
+            _compile_and_exit(xgrammar, info, grammar, write)
+        os.close(write)
+        found, ends_s = bytearray(), time.monotonic() + self.compile_s
+        try:
+            os.set_blocking(read, False)
+            while True:
+                try:
+                    part = os.read(read, 1 << 16)
+                except BlockingIOError:
+                    if time.monotonic() > ends_s:
+                        raise InputError(f"the {grammar.kind} takes more than {self.compile_s:g} s to compile. Make it simpler") from None
+                    time.sleep(0.002)
+                    continue
+                if not part:
+                    break
+                found += part
+                if len(found) > RESULT_BYTES:
+                    raise InputError(f"the {grammar.kind} compiles to more than {RESULT_BYTES // MiB} MiB. Make it simpler")
+        finally:
+            os.close(read)
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        if not found:
+            raise InputError(f"the {grammar.kind} takes more than {COMPILE_BYTES // MiB} MiB to compile. Make it simpler")
+        mark, text = chr(found[0]), found[1:].decode()
+        if mark != "+":
+            raise InputError(f"the {grammar.kind} is not valid: {text}")
+        return text
+
+
+def _compile_and_exit(xgrammar: Any, info: Any, grammar: Grammar, write: int) -> None:
+    """In the child: writes "+" and the automaton, or "-" and what is wrong; never returns."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as stream:
+            pages = int(stream.read().split()[0])
+        limit = pages * resource.getpagesize() + COMPILE_BYTES
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_enabled=False)
+        match grammar.kind:
+            case "json_object":
+                compiled = compiler.compile_builtin_json_grammar()
+            case "json_schema":
+                json.loads(grammar.text)
+                compiled = compiler.compile_json_schema(grammar.text)
+            case "regex":
+                compiled = compiler.compile_regex(grammar.text)
+            case "grammar":
+                compiled = compiler.compile_grammar(grammar.text)
+        answer = b"+" + compiled.serialize_json().encode()
+    except BaseException as error:
+        answer = b"-" + f"{type(error).__name__}: {error}"[:400].encode(errors="replace")
+    try:
+        while answer:
+            answer = answer[os.write(write, answer) :]
+    finally:
+        os._exit(0)
+
+
