@@ -14,7 +14,8 @@ from typing import Annotated, Any
 import typer
 
 import tradespace
-from tradespace.cli import bench, chat, demo, doctor, evaluate, lab, plan, pull, quantize, run, serve
+from tradespace.cli import bench, chat, demo, doctor, evaluate, fit, lab, plan, pull, quantize, run, serve, train
+from tradespace.cli.neighbours import check_neighbours
 from tradespace.cli.options import error_dict, print_json
 from tradespace.cli.settings import read_config, read_variables, take_config, words_of
 from tradespace.errors import TradespaceError
