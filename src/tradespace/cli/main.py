@@ -48,7 +48,7 @@ def options(
     """State a memory budget; get the plan, the text, and the proof."""
 
 
-for part in (doctor, pull, plan, run, serve, quantize, evaluate, chat, demo, bench, lab):
+for part in (doctor, pull, plan, fit, run, serve, quantize, train, evaluate, chat, demo, bench, lab):
     part.register(app)
 
 
