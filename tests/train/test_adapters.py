@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import peft
 import pytest
 import torch
 
@@ -21,7 +22,6 @@ from tradespace.spec.weights import WeightPlan
 from tradespace.train.loss import chunked_loss, cross_entropy
 from train.small import small_model, small_spec
 
-peft = pytest.importorskip("peft")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
