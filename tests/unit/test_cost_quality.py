@@ -64,6 +64,12 @@ def test_figures_are_cited_in_full():
         assert find_figure(kind, choice, tiny_model(), CITED) is None, "a figure makes the hint moot"
 
 
+def test_a_small_model_does_not_speak_for_a_large_one():
+    small = find_figure("weights", "int4", find_model("smollm2-135m"))
+    assert small is not None and small.parameters < 10**9
+    assert weight_quality(find_model("llama-2-70b"), "int4").value is None
+
+
 def test_the_nearest_model_speaks():
     seven, seventy = find_model("llama-2-7b"), find_model("llama-3.1-8b")
     assert weight_quality(seven, "int8").value == 0.000369

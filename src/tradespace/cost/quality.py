@@ -23,6 +23,7 @@ from tradespace.spec.tensors import num_parameters
 from tradespace.spec.weights import WeightPlan
 
 REFERENCE_TEXT = "wikitext-2"
+LARGE, SPEAKS_UP_TO = 10**9, 16  # parameters from which on figures speak for every size; how much larger a model than a small one may be
 EXACT = Estimate(0.0, "exact")
 
 
@@ -92,10 +93,17 @@ NEAREST: dict[tuple[str, str], str] = {
 
 
 def find_figure(kind: str, choice: str, model: ModelSpec, figures: tuple[Figure, ...] = FIGURES) -> Figure | None:
-    """The figure to use: this model's own, else the same family's nearest in size, else the nearest in size; on the reference text only."""
+    """The figure to use: this model's own, else the same family's nearest in size, else the nearest in size; on the reference text only.
+
+    A small model's figure speaks for models up to SPEAKS_UP_TO times its size, as small models lose several times what large ones do (int4: 0.80 measured on
+    135 M parameters, 0.07 published for 8 B): for what is larger the loss is unknown, not that.
+    """
     size = num_parameters(model)
     choice = FORMATS[choice].name if kind == "weights" else choice  # what an alias stands for
     usable = [figure for figure in figures if figure.kind == kind and figure.choice == choice and figure.text == REFERENCE_TEXT]
+    usable = [
+        figure for figure in usable if figure.model.lower() == model.name.lower() or figure.parameters >= LARGE or size <= SPEAKS_UP_TO * figure.parameters
+    ]
     return min(
         usable,
         key=lambda figure: (figure.model.lower() != model.name.lower(), figure.family != model.family, abs(log(figure.parameters / size))),

@@ -87,12 +87,12 @@ class Transformer(nn.Module):
         tokens_T and positions_T are int64, positions below `max_context`. With a cache the step's keys and values are written to `batch`'s slots and the
         sequences attend to what is cached before; without one they attend to the step alone, and gradients flow.
         """
-        h_TD = self.embedded(tokens_T, positions_T)
         ropes = self.rope_rows(positions_T)
+        # the embedded tokens get no name here: it would keep them as long as the layers run
         if self.recompute is not None:
             assert cache is None, "what is recomputed later has no cache"
-            return self.recompute(self, h_TD, ropes, batch)
-        return self.run_layers(h_TD, range(self.spec.L), ropes, batch, cache)
+            return self.recompute(self, self.embedded(tokens_T, positions_T), ropes, batch)
+        return self.run_layers(self.embedded(tokens_T, positions_T), range(self.spec.L), ropes, batch, cache)
 
     def run_layers(self, h_TD: Tensor, which: range, ropes: dict[Rope, RopeRows], batch: StepBatch, cache: KVCache | None = None) -> Tensor:
         """Some consecutive layers."""
