@@ -66,9 +66,7 @@ def completion_logprobs(tokenizer: Tokenizer, entries: Sequence[TokenLogprobs | 
     return {
         "tokens": names,
         "token_logprobs": [None if entry is None else finite(entry.logprob) for entry in entries],
-        "top_logprobs": [
-            None if entry is None else {token_name(tokenizer, token): finite(value) for token, value in reversed(entry.top)} for entry in entries
-        ],
+        "top_logprobs": [None if entry is None else {token_name(tokenizer, token): finite(value) for token, value in reversed(entry.top)} for entry in entries],
         "text_offset": offsets,
     }
 

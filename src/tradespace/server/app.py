@@ -102,7 +102,9 @@ def _add_errors(app: FastAPI) -> None:
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"] if part != "body")
-        return JSONResponse(error_body(f"{where}: {first['msg']}"[:1000] if where else str(first["msg"])[:1000], "invalid_request_error", param=where or None), 400)
+        return JSONResponse(
+            error_body(f"{where}: {first['msg']}"[:1000] if where else str(first["msg"])[:1000], "invalid_request_error", param=where or None), 400
+        )
 
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> Response:

@@ -61,9 +61,7 @@ async def chat(service: Service, request: Request, body: ChatRequest) -> Respons
     return JSONResponse({**head, "object": "chat.completion", "choices": choices, "usage": spent})
 
 
-async def _events(
-    service: Service, body: ChatRequest, waiting: Waiting, head: dict[str, Any], splitters: list[ToolText | None]
-) -> AsyncIterator[bytes]:
+async def _events(service: Service, body: ChatRequest, waiting: Waiting, head: dict[str, Any], splitters: list[ToolText | None]) -> AsyncIterator[bytes]:
     with_usage = body.stream_options is not None and body.stream_options.include_usage
     extra = {"usage": None} if with_usage else {}
     count = cached = 0

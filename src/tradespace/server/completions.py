@@ -29,7 +29,10 @@ async def complete(service: Service, request: Request, body: CompletionRequest) 
     if body.echo and body.logprobs is not None:
         params["prompt_logprobs"] = body.logprobs
     grammar, prompts = grammar_of(body), prompts_of(body, service.tokenizer, ready.limits)
-    wanted = [Wanted(ids, {**params, "max_tokens": fit_tokens(ready.limits, len(ids), max(1, body.max_tokens) if body.max_tokens is not None else None)}, grammar) for ids in prompts]
+    wanted = [
+        Wanted(ids, {**params, "max_tokens": fit_tokens(ready.limits, len(ids), max(1, body.max_tokens) if body.max_tokens is not None else None)}, grammar)
+        for ids in prompts
+    ]
     waiting = service.submit(request, wanted, user=body.user, priority=body.priority, stream=bool(body.stream), timeout_s=body.timeout_s)
     head = {"id": new_id("cmpl"), "object": "text_completion", "created": int(time.time()), "model": body.model or service.name}
     echoes = [_echo(service, body, index, ids) for index, ids in enumerate(prompts)]

@@ -113,7 +113,9 @@ class Compiler:
             if len(self._compiled) > KEPT:
                 self._compiled.popitem(last=False)
         self._compiled.move_to_end(grammar)
-        return GrammarState(xgrammar.GrammarMatcher(compiled), torch.empty(1, (self.vocab_size + 31) // 32, dtype=torch.int32), xgrammar.apply_token_bitmask_inplace)
+        return GrammarState(
+            xgrammar.GrammarMatcher(compiled), torch.empty(1, (self.vocab_size + 31) // 32, dtype=torch.int32), xgrammar.apply_token_bitmask_inplace
+        )
 
     def _load(self) -> tuple[Any, Any]:
         if self._library is None:
@@ -190,5 +192,3 @@ def _compile_and_exit(xgrammar: Any, info: Any, grammar: Grammar, write: int) ->
             answer = answer[os.write(write, answer) :]
     finally:
         os._exit(0)
-
-

@@ -62,7 +62,10 @@ async def _serve(settings: Settings, options: Mapping[str, Any], tokenizer: Toke
         raise BudgetError(
             f"the HTTP side alone needs {format_bytes(front_bytes)}; the budget is {format_bytes(budget)}", need_bytes=front_bytes, have_bytes=budget
         )
-    print(f"budget: {format_bytes(budget)}, of which {format_bytes(front_bytes)} for HTTP and {format_bytes(budget - front_bytes)} for the engine", file=sys.stderr)
+    print(
+        f"budget: {format_bytes(budget)}, of which {format_bytes(front_bytes)} for HTTP and {format_bytes(budget - front_bytes)} for the engine",
+        file=sys.stderr,
+    )
     settings = replace(settings, front_bytes=front_bytes)
     metrics = Metrics(prefix=settings.metrics_prefix, model=settings.names[0])
     link = Link(

@@ -177,4 +177,3 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-
