@@ -179,7 +179,7 @@ def _compile_and_exit(xgrammar: Any, info: Any, grammar: Grammar, write: int) ->
                 compiled = compiler.compile_builtin_json_grammar()
             case "json_schema":
                 json.loads(grammar.text)
-                compiled = compiler.compile_json_schema(grammar.text)
+                compiled = compiler.compile_json_schema(grammar.text, any_whitespace=False)
             case "regex":
                 compiled = compiler.compile_regex(grammar.text)
             case "grammar":
