@@ -1,6 +1,6 @@
 """Who may go to the engine next: a bounded queue, by priority, then round robin over clients. No HTTP and no engine here.
 
-The engine runs requests strictly in order of arrival, so whoever hands it 200 prompts would have it for themselves. Here each client (API key, or address) has a
+The engine runs requests strictly in order of arrival, so whoever hands it 200 prompts would have it alone. Here each client (API key, or address) has a
 queue of its own, and the engine gets about as many requests as it can run, one of each client in turn. A client that comes late waits for one free place, not
 for all who came before.
 """
