@@ -52,7 +52,7 @@ def parse_call(text: str, names: Sequence[str]) -> Call | None:
             arguments = json.loads(arguments)
         except (ValueError, RecursionError):
             return None
-    if name not in names or not isinstance(arguments, dict):
+    if not isinstance(name, str) or name not in names or not isinstance(arguments, dict):
         return None
     return Call(name, json.dumps(arguments, ensure_ascii=False))
 
