@@ -124,5 +124,5 @@ def _with_config(context: typer.Context, values: dict[str, Any], path: Path) -> 
             raise InputError(f"--config {path}: '{flag}' is no option of serve")
         source = context.get_parameter_source(parameter.name)
         if source is None or source.name != "COMMANDLINE":
-            merged[parameter.name] = parameter.type_cast_value(context, value)  # pyright: ignore[reportAttributeAccessIssue]
+            merged[parameter.name] = parameter.type_cast_value(context, value)  # pyright: ignore[reportAttributeAccessIssue] - click's, which every parameter of typer has
     return merged

@@ -1,6 +1,6 @@
 """Logits → tokens, batched over rows with each request's own parameters. Every row is computed from itself alone.
 
-Order of work (transformers'): logit bias, min_tokens, penalties, constraint (in torch, on a copy of a row that has any), then temperature, top-k, top-p,
+Order of work, as in transformers: bias, min_tokens, penalties, constraint (here, in torch, on a copy of a row that has any), then temperature, top-k, top-p,
 min-p and the draw (`kernels/sample`). Plain greedy rows cost one argmax.
 
 Rows are copied in groups of about `chunk_elements` logits, so the workspace does not grow with the batch: `workspace_bytes`.

@@ -1,7 +1,7 @@
 """Outputs that obey a grammar: JSON, a JSON schema, a regular expression or EBNF, by xgrammar (arXiv:2411.15100).
 
-A grammar is compiled once for the vocabulary, in a child of this process: a fork shares all memory, and can be ended when a hostile grammar takes too long or
-too much. What comes back is the serialized automaton. A step then costs one bit mask for each constrained row, applied to a copy of its logits in torch before
+A grammar is compiled once for the vocabulary, in a fork of this process, which shares all memory and can be ended when a hostile grammar takes too long
+or too much. Back comes the serialized automaton. A step then costs one bit mask for each constrained row, applied to a copy of its logits in torch before
 the native or torch kernel draws (`engine/sampler.py`).
 """
 
@@ -179,7 +179,7 @@ def _compile_and_exit(xgrammar: Any, info: Any, grammar: Grammar, write: int) ->
                 compiled = compiler.compile_builtin_json_grammar()
             case "json_schema":
                 json.loads(grammar.text)
-                compiled = compiler.compile_json_schema(grammar.text)
+                compiled = compiler.compile_json_schema(grammar.text, any_whitespace=False)
             case "regex":
                 compiled = compiler.compile_regex(grammar.text)
             case "grammar":

@@ -74,8 +74,8 @@ async def _serve(settings: Settings, options: Mapping[str, Any], tokenizer: Toke
     service = Service(settings, tokenizer, link, metrics)
     app = Limited(create_app(service), keys=ApiKeys(settings.api_keys), max_body_bytes=settings.max_body_bytes, max_depth=settings.max_depth)
     config = uvicorn.Config(
-        app, host=host, port=port, log_level="warning", access_log=False,
-        timeout_graceful_shutdown=round(settings.grace_s) + 5, h11_max_incomplete_event_size=65536,
+        app, host=host, port=port, log_level="warning", access_log=False, timeout_graceful_shutdown=round(settings.grace_s) + 5,
+        h11_max_incomplete_event_size=65536,
         timeout_keep_alive=30, server_header=False,
     )  # fmt: skip
     starting = asyncio.ensure_future(link.start())

@@ -1,4 +1,4 @@
-"""What the endpoints take: OpenAI's names, and vLLM's where OpenAI has none. A field that is not listed is refused, as is one that could not be honoured."""
+"""What the endpoints take: OpenAI's names, and vLLM's where OpenAI has none. Unlisted fields are refused, and so are those that could not be honoured."""
 
 from __future__ import annotations
 

@@ -1,0 +1,67 @@
+"""The server's parts that need neither HTTP nor an engine: fairness, nesting, keys, calls of tools."""
+
+from __future__ import annotations
+
+import pytest
+
+from tradespace.server.admission import Admission, QueueFull
+from tradespace.server.limits import ApiKeys, depth_of
+from tradespace.server.tools import ToolText
+
+
+def test_a_late_client_waits_for_one_place_not_for_all_who_came_before():
+    queue: Admission[str] = Admission(places=1, max_queue=300)
+    for index in range(200):
+        queue.add(f"many{index}", key="many")
+    (first,) = queue.take()
+    queue.add("single", key="one")
+    order = []
+    queue.done(first)
+    for _ in range(2):
+        (job,) = queue.take()
+        order.append(job)
+        queue.done(job)
+    assert "single" in order and queue.num_waiting == 199 - 1
+
+
+def test_a_full_queue_says_when_to_try_again():
+    queue: Admission[str] = Admission(places=1, max_queue=1)
+    queue.add("a", key="k")
+    with pytest.raises(QueueFull) as caught:
+        queue.add("b", key="k")
+    assert caught.value.retry_s >= 1
+
+
+def test_one_that_is_given_up_while_it_waits_leaves_no_trace():
+    queue: Admission[str] = Admission(places=1, max_queue=8)
+    queue.add("a", key="k")
+    queue.done("a")
+    assert queue.num_waiting == 0 and not list(queue.take())
+
+
+def test_nesting_is_counted_outside_of_strings_only():
+    assert depth_of(b'{"a": "[[[[\\"[[", "b": [1]}', 64) == 2
+    assert depth_of(b"[" * 100, 64) == 65
+
+
+def test_only_a_known_bearer_key_opens():
+    keys = ApiKeys(("secret",))
+    assert keys.holds("Bearer secret") and not keys.holds("Bearer secre") and not keys.holds("Basic secret") and not keys.holds("")
+
+
+def test_a_call_is_found_across_pieces_and_the_text_around_it_is_kept():
+    split = ToolText("hermes", ["add"])
+    said, calls = "", []
+    for piece in ("Let me see <to", 'ol_call>{"name": "add", "argu', 'ments": {"a": 1}}</tool_', "call>!"):
+        text, found = split.push(piece)
+        said, calls = said + text, [*calls, *found]
+    text, found = split.finish()
+    assert said + text == "Let me see !" and not found and [(call.name, call.arguments) for call in calls] == [("add", '{"a": 1}')]
+
+
+def test_llama_calls_and_texts_that_only_look_like_one():
+    split = ToolText("llama", ["add"])
+    assert split.push('{"name": "add", "parameters": {"a": 1}}') == ("", []) and split.finish()[1][0].arguments == '{"a": 1}'
+    other = ToolText("llama", ["add"])
+    other.push('{"name": "unknown"}')
+    assert other.finish() == ('{"name": "unknown"}', [])
