@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ipaddress
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +16,10 @@ from tradespace.units import parse_bytes
 
 def register(app: typer.Typer) -> None:
     app.command("serve")(serve)
+
+
+# what goes to `ts.open` as it is
+OPENED = ("memory", "plan", "context", "weights", "attention", "activations", "prefix_sharing", "kv_store", "kv_retain", "goal", "revision", "offline")
 
 
 def serve(
@@ -37,7 +40,6 @@ def serve(
     max_body: Annotated[str, typer.Option("--max-body", help="Most bytes of a request.")] = "4MiB",
     tool_parser: Annotated[str, typer.Option("--tool-parser", help="How the model writes calls: auto, hermes, qwen, llama.")] = "auto",
     metrics_prefix: Annotated[str, typer.Option("--metrics-prefix", help="Prefix of the metrics' names.")] = "vllm",
-    config: Annotated[Path | None, typer.Option("--config", help="YAML of these options by their long names; the command line wins.")] = None,
     plan: PlanFile = None,
     weights: WeightFormat = None,
     attention: Attention = None,
@@ -54,15 +56,13 @@ def serve(
 
     Example: tradespace serve smollm2-135m --memory 1GiB --port 8000
     """
-    values: dict[str, Any] = {name: value for name, value in context_.params.items() if name not in ("context_", "config", "json")}
-    if config is not None:
-        values = _with_config(context_, values, config)
+    values: dict[str, Any] = {name: value for name, value in context_.params.items() if name not in ("context_", "json")}
     try:
         from tradespace.server.running import serve as run
         from tradespace.server.service import Settings
     except ModuleNotFoundError as error:
         raise TradespaceError(f"serving needs {error.name}, which is not installed. Run: pip install 'tradespace[serve]'") from error
-    keys = tuple(values["api_key"] or ()) or tuple(filter(None, [os.environ.get("TRADESPACE_API_KEY")]))
+    keys = tuple(values["api_key"] or ())
     if any(not key for key in keys):
         raise InputError("--api-key is empty. Give a key, or leave the flag away")
     if values["tool_parser"] not in ("auto", "hermes", "qwen", "llama"):
@@ -77,23 +77,7 @@ def serve(
         max_queue=values["max_queue"], max_body_bytes=parse_bytes(values["max_body"]), timeout_s=values["timeout"], grace_s=values["grace"],
         tool_style=values["tool_parser"], metrics_prefix=values["metrics_prefix"],
     )  # fmt: skip
-    options = {
-        name: values[name]
-        for name in (
-            "memory",
-            "plan",
-            "context",
-            "weights",
-            "attention",
-            "activations",
-            "prefix_sharing",
-            "kv_store",
-            "kv_retain",
-            "goal",
-            "revision",
-            "offline",
-        )
-    }
+    options = {name: values[name] for name in OPENED}
     run(settings, {**options, "concurrency": values["max_num_seqs"]}, host=values["host"], port=values["port"])
 
 
@@ -104,25 +88,3 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-def _with_config(context: typer.Context, values: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The options with those of a YAML file, where the command line does not say. Raises InputError for what is no option."""
-    import yaml
-
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"--config {path}: {error}") from error
-    if not isinstance(found, dict):
-        raise InputError(f"--config {path} is not a map of options")
-    by_flag = {flag.lstrip("-"): parameter for parameter in context.command.params for flag in parameter.opts}
-    merged = dict(values)
-    for flag, value in found.items():
-        parameter = by_flag.get(str(flag).replace("_", "-"))
-        if parameter is None or parameter.name not in values or parameter.name == "model":
-            raise InputError(f"--config {path}: '{flag}' is no option of serve")
-        source = context.get_parameter_source(parameter.name)
-        if source is None or source.name != "COMMANDLINE":
-            merged[parameter.name] = parameter.type_cast_value(context, value)  # pyright: ignore[reportAttributeAccessIssue] - click's, which every parameter of typer has
-    return merged

@@ -48,6 +48,15 @@ def flags_of(command: Any) -> dict[str, Any]:
     return {option.name: option for option in command.params if option.param_type_name == "option" and option.name not in ("help", "version")}
 
 
+def keys_of(command: Any) -> dict[str, str]:
+    """The Python names of a command's options by every long spelling, with underscores, and by themselves."""
+    found = {}
+    for name, option in flags_of(command).items():
+        found |= dict.fromkeys((word.removeprefix("--").replace("-", "_") for word in option.opts if word.startswith("--")), name)
+        found[name] = name
+    return found
+
+
 def words_of(command: Any) -> set[str]:
     """Every spelling of a command's flags."""
     return {word for option in command.params if option.param_type_name == "option" for word in (*option.opts, *option.secondary_opts)}
@@ -56,10 +65,15 @@ def words_of(command: Any) -> set[str]:
 def read_variables(commands: Mapping[str, Any]) -> None:
     """Lets every flag of every command be set by TRADESPACE_<COMMAND>_<FLAG> and TRADESPACE_<FLAG>."""
     for name, command in leaves(commands).items():
-        for flag, option in flags_of(command).items():
-            upper, own = flag.upper(), name.replace(" ", "_").replace("-", "_").upper()
+        options, own = flags_of(command), name.replace(" ", "_").replace("-", "_").upper()
+        for option in options.values():
             option.show_envvar = False  # the rule is one sentence; a list in every message is not
-            option.envvar = [f"{PREFIX}{own}_{upper}"] + ([f"{PREFIX}{upper}"] if upper not in RESERVED else [])
+            option.envvar = []
+        spelled = [(key.upper(), options[flag]) for key, flag in keys_of(command).items()]
+        for upper, option in spelled:
+            option.envvar.append(f"{PREFIX}{own}_{upper}")
+        for upper, option in spelled:  # those of the command come first
+            option.envvar += [f"{PREFIX}{upper}"] if upper not in RESERVED else []
 
 
 def leaves(commands: Mapping[str, Any], path: str = "") -> dict[str, Any]:
@@ -84,7 +98,7 @@ def read_config(path: str, commands: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     if not isinstance(settings, dict):
         raise InputError(f"--config {path} holds a {type(settings).__name__}; it must hold flags as keys, such as 'memory: 6GiB'")
-    known = {flag for command in leaves(commands).values() for flag in flags_of(command)}
+    known = {key for command in leaves(commands).values() for key in keys_of(command)}
     general = {}
     for key, value in settings.items():
         name = str(key).replace("-", "_")
@@ -109,14 +123,14 @@ def _fill(defaults: MutableMapping[str, Any], commands: Mapping[str, Any], setti
             continue
         if name in settings and not isinstance(own, dict):
             raise InputError(f"{where}: {name} is a command; flags go under it, such as '{name}: {{memory: 6GiB}}'")
-        flags = flags_of(command)
-        defaults[name] = {flag: value for flag, value in general.items() if flag in flags}
+        flags = keys_of(command)
+        defaults[name] = {flags[key]: value for key, value in general.items() if key in flags}
         for key, value in own.items():
             flag = str(key).replace("-", "_")
             if flag not in flags:
                 close = get_close_matches(flag, flags, n=2, cutoff=0.6)
                 raise InputError(f"{where}: `{name}` has no flag '{key}'." + (f" Did you mean {' or '.join(close)}?" if close else ""))
-            defaults[name][flag] = _plain(value, f"{where}: {name}.{key}")
+            defaults[name][flags[flag]] = _plain(value, f"{where}: {name}.{key}")
 
 
 def _plain(value: Any, where: str) -> Any:

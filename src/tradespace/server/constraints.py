@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from queue import Empty, SimpleQueue
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,21 +36,23 @@ KEPT = 32  # compiled grammars
 class GrammarState:
     """One output's place in its grammar."""
 
-    def __init__(self, matcher: Any, bitmask: Tensor, apply: Any):
-        self._matcher, self._bitmask, self._apply = matcher, bitmask, apply
+    def __init__(self, matcher: Any, bitmask: Tensor, apply: Any, barred: Tensor | None = None):
+        self._matcher, self._bitmask, self._apply, self._barred = matcher, bitmask, apply, barred
 
     def allow_(self, logits_V: Tensor) -> None:
         """-inf for every token that may not come next, in place."""
         if self._matcher.is_terminated():
             return
         self._matcher.fill_next_token_bitmask(self._bitmask)
+        if self._barred is not None:
+            self._bitmask &= ~self._barred
         self._apply(logits_V.unsqueeze(0), self._bitmask.to(logits_V.device), vocab_size=logits_V.shape[-1])
 
     def accept(self, token: int) -> bool:
         return self._matcher.is_terminated() or self._matcher.accept_token(token)
 
     def copy(self) -> GrammarState:
-        return GrammarState(self._matcher.fork(), self._bitmask, self._apply)
+        return GrammarState(self._matcher.fork(), self._bitmask, self._apply, self._barred)
 
 
 class Compiler:
@@ -62,6 +65,7 @@ class Compiler:
         self._pending: set[int] = set()
         self._compiled: OrderedDict[Grammar, Any] = OrderedDict()
         self._library: Any = None
+        self._control: Tensor | None = None
         self._thread: threading.Thread | None = None
 
     @property
@@ -100,7 +104,7 @@ class Compiler:
                 self._done.put((submit, self.state(submit.grammar)))
             except InputError as error:
                 self._done.put((submit, error))
-            except Exception as error:
+            except Exception as error:  # whatever the library raises: this thread serves the next grammar, too
                 self._done.put((submit, InputError(f"the {submit.grammar.kind} could not be compiled: {type(error).__name__}: {str(error)[:300]}")))
 
     def state(self, grammar: Grammar) -> GrammarState:
@@ -113,9 +117,9 @@ class Compiler:
             if len(self._compiled) > KEPT:
                 self._compiled.popitem(last=False)
         self._compiled.move_to_end(grammar)
-        return GrammarState(
-            xgrammar.GrammarMatcher(compiled), torch.empty(1, (self.vocab_size + 31) // 32, dtype=torch.int32), xgrammar.apply_token_bitmask_inplace
-        )
+        bitmask = torch.empty(1, (self.vocab_size + 31) // 32, dtype=torch.int32)
+        barred = self._control if grammar.kind in ("json_object", "json_schema") else None
+        return GrammarState(xgrammar.GrammarMatcher(compiled), bitmask, xgrammar.apply_token_bitmask_inplace, barred)
 
     def _load(self) -> tuple[Any, Any]:
         if self._library is None:
@@ -127,7 +131,7 @@ class Compiler:
                 raise UnsupportedError("this model names no end token: a constrained output could not end")
             words = [self.tokenizer.token_bytes(token) for token in range(self.vocab_size)]
             info = xgrammar.TokenizerInfo(words, xgrammar.VocabType.RAW, vocab_size=self.vocab_size, stop_token_ids=sorted(self.tokenizer.eos_ids))
-            self._library = (xgrammar, info)
+            self._library, self._control = (xgrammar, info), _control_tokens(words)
         return self._library
 
     def _in_child(self, xgrammar: Any, info: Any, grammar: Grammar) -> str:
@@ -163,6 +167,13 @@ class Compiler:
         if mark != "+":
             raise InputError(f"the {grammar.kind} is not valid: {text}")
         return text
+
+
+def _control_tokens(words: list[bytes]) -> Tensor:
+    """Bits (1, V/32) of the tokens with a control character: JSON takes none in a string unescaped (RFC 8259, section 7), and the library's automata do."""
+    bits = np.zeros(-(-len(words) // 32) * 32, np.uint8)
+    bits[: len(words)] = [any(byte < 0x20 for byte in word) for word in words]
+    return torch.from_numpy(np.packbits(bits, bitorder="little").view(np.int32).copy()).unsqueeze(0)
 
 
 def _compile_and_exit(xgrammar: Any, info: Any, grammar: Grammar, write: int) -> None:

@@ -90,6 +90,7 @@ async def _serve(settings: Settings, options: Mapping[str, Any], tokenizer: Toke
         await link.close()
         raise
     loop.remove_signal_handler(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again once it has drained: that is no reason to end by it
     shown = f"[{host}]" if ":" in host else host
     print(f"serving {settings.names[0]} at http://{shown}:{port} (page at /, OpenAI at /v1)", file=sys.stderr, flush=True)
     await Draining(config, service).serve()

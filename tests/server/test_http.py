@@ -1,0 +1,230 @@
+"""The server as its clients meet it: a process of its own on a tiny model, driven by OpenAI's client, by raw sockets, by signals, and by schemathesis."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx2 as httpx
+import openai
+import psutil
+import pytest
+
+SCHEMA = {
+    "type": "object", "required": ["name", "age"], "additionalProperties": False,
+    "properties": {"name": {"type": "string", "maxLength": 6}, "age": {"type": "integer", "minimum": 0, "maximum": 99}},
+}  # fmt: skip
+WAIT_S = 90
+
+
+class Server:
+    """A running `tradespace serve`."""
+
+    def __init__(self, folder: Path, home: Path, *more: str):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        words = [
+            sys.executable,
+            "-m",
+            "tradespace",
+            "serve",
+            str(folder),
+            "--memory",
+            "1500MiB",
+            "--max-num-seqs",
+            "4",
+            "--context",
+            "512",
+            "--weights",
+            "fp32",
+            *more,
+        ]
+        environment = os.environ | {"TRADESPACE_HOME": str(home)}
+        self.process = subprocess.Popen([*words, "--port", str(self.port), "--served-model-name", "tiny"], env=environment, stderr=subprocess.PIPE, text=True)
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.http = httpx.Client(base_url=self.url, timeout=WAIT_S)
+        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", timeout=WAIT_S, max_retries=0)
+        self.until(lambda: self.get("/ready") == 200, "ready")
+
+    def get(self, path: str) -> int:
+        try:
+            return self.http.get(path).status_code
+        except httpx.TransportError:
+            assert self.process.poll() is None, self.process.stderr.read() if self.process.stderr else ""
+            return 0
+
+    def until(self, holds, what: str) -> None:
+        end = time.monotonic() + WAIT_S
+        while not holds():
+            assert time.monotonic() < end, f"not {what} within {WAIT_S} s"
+            time.sleep(0.05)
+
+    def load(self) -> dict:
+        return self.http.get("/status").json()["load"]
+
+    def close(self) -> None:
+        self.client.close()
+        self.http.close()
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory) -> tuple[Path, Path]:
+    from cli.tiny_model import make_home, save_folder
+
+    return save_folder(tmp_path_factory.mktemp("tiny")), make_home(tmp_path_factory.mktemp("home"))
+
+
+@pytest.fixture(scope="module")
+def server(places) -> Iterator[Server]:
+    found = Server(*places)
+    yield found
+    found.close()
+
+
+pytestmark = pytest.mark.xdist_group("server")
+
+
+def test_chat_streams_what_it_answers(server):
+    asked = {"model": "tiny", "messages": [{"role": "user", "content": "why is the sky blue?"}], "max_tokens": 12, "temperature": 0}
+    whole = server.client.chat.completions.create(**asked)
+    parts = list(server.client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    assert "".join(part.choices[0].delta.content or "" for part in parts if part.choices) == whole.choices[0].message.content
+    assert parts[-1].usage == whole.usage or parts[-1].usage.completion_tokens == whole.usage.completion_tokens
+    assert whole.usage.completion_tokens <= 12
+    assert whole.choices[0].finish_reason in ("length", "stop")
+
+
+def test_completions_take_token_ids_batches_and_n(server):
+    found = server.client.completions.create(model="tiny", prompt=[[5, 6, 7], [8, 9]], max_tokens=5, n=2, logprobs=3, temperature=0.8, seed=4, echo=True)
+    assert [choice.index for choice in found.choices] == [0, 1, 2, 3]
+    logprobs = found.choices[0].logprobs
+    assert len(logprobs.tokens) == 3 + 5 or found.choices[0].finish_reason == "stop"
+    assert logprobs.token_logprobs[0] is None  # nothing foretells the first token
+    assert all(value <= 0 for value in logprobs.token_logprobs[1:])
+    again = server.client.completions.create(model="tiny", prompt=[[5, 6, 7], [8, 9]], max_tokens=5, n=2, logprobs=3, temperature=0.8, seed=4, echo=True)
+    assert [choice.text for choice in again.choices] == [choice.text for choice in found.choices]
+
+
+def test_prompt_logprobs_are_those_of_the_oracle(server):
+    import torch
+
+    from cli.tiny_model import oracle
+
+    ids = [5, 6, 7, 8, 9, 10]
+    found = server.client.completions.create(model="tiny", prompt=ids, max_tokens=1, logprobs=0, temperature=0, echo=True)
+    with torch.inference_mode():
+        expected = oracle()(torch.tensor([ids])).logits[0].log_softmax(-1)
+    wanted = [float(expected[at, token]) for at, token in enumerate(ids[1:])]
+    assert found.choices[0].logprobs.token_logprobs[1 : len(ids)] == pytest.approx(wanted, abs=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_schema_is_kept_at_any_temperature(server, seed):
+    form = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA}}
+    found = server.client.chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": "who?"}], max_tokens=120, temperature=1.5, seed=seed, response_format=form
+    )
+    value = json.loads(found.choices[0].message.content)
+    assert set(value) == {"name", "age"} and 0 <= value["age"] <= 99 and len(value["name"]) <= 6
+
+
+def test_a_regular_expression_is_kept(server):
+    found = server.client.completions.create(model="tiny", prompt="a", max_tokens=20, temperature=1.0, seed=1, extra_body={"regex": "[0-9]{3}-[0-9]{2}"})
+    assert found.choices[0].text[3] == "-" and found.choices[0].text.replace("-", "").isdigit()
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "word"),
+    [
+        ({"model": "other", "prompt": "a"}, 404, "tiny"),
+        ({"model": "tiny", "prompt": "a", "temperatur": 1}, 400, "temperatur"),
+        ({"model": "tiny", "prompt": "a", "max_tokens": 10**6}, 400, "at most"),
+        ({"model": "tiny", "prompt": [1] * 600}, 400, "Shorten"),
+        ({"model": "tiny", "prompt": "a", "best_of": 3}, 400, "best_of"),
+        ({"model": "tiny", "prompt": "a", "regex": "("}, 400, "regex"),
+        ({"model": "tiny", "prompt": [10**9]}, 400, ""),
+    ],
+)
+def test_what_cannot_be_done_is_refused_by_name(server, body, status, word):
+    found = server.http.post("/v1/completions", json=body)
+    assert found.status_code == status, found.text
+    assert word in found.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("raw", [b"{", b"\xff\xfe", b"[" * 10_000, b'{"model": "tiny", "prompt": "' + b"a" * (5 * 2**20) + b'"}'])
+def test_no_bytes_bring_it_down(server, raw):
+    found = server.http.post("/v1/completions", content=raw, headers={"Content-Type": "application/json"})
+    assert 400 <= found.status_code < 500
+    assert found.json()["error"]["message"]
+    assert server.get("/health") == 200
+
+
+def test_a_client_that_goes_away_frees_its_blocks(server):
+    with server.http.stream("POST", "/v1/completions", json={"model": "tiny", "prompt": "a", "max_tokens": 500, "ignore_eos": True, "stream": True}) as found:
+        next(found.iter_lines())
+    server.until(lambda: server.load()["running"] == 0 and server.load()["used_blocks"] == 0, "free again")
+
+
+def test_metrics_have_the_names_that_dashboards_know(server):
+    text = server.http.get("/metrics").text
+    for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "time_to_first_token_seconds_bucket", "request_success_total"):
+        assert f"vllm:{name}" in text
+
+
+def test_the_page_needs_nobody_else(server):
+    page = server.http.get("/").text
+    assert "<textarea" in page and "http://" not in page and "https://" not in page
+
+
+def test_no_generated_request_breaks_its_own_description(server):
+    words = [str(Path(sys.executable).with_name("schemathesis")), "run", f"{server.url}/openapi.json", "--max-examples", "6", "--phases", "fuzzing"]
+    words += ["-c", "not_a_server_error,response_schema_conformance,status_code_conformance", "--request-timeout", "30", "--seed", "1"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]
+    server.until(lambda: server.load()["running"] == 0, "idle")
+
+
+def test_keys_are_asked_for_and_a_drain_lets_requests_end(places):
+    server = Server(*places, "--api-key", "secret", "--grace", "20")
+    try:
+        assert server.http.get("/v1/models").status_code == 401
+        assert server.http.get("/health").status_code == 200
+        head = {"Authorization": "Bearer secret"}
+        asked = {"model": "tiny", "prompt": "a", "max_tokens": 300, "ignore_eos": True, "stream": True}
+        with server.http.stream("POST", "/v1/completions", json=asked, headers=head) as found:
+            lines = found.iter_lines()
+            next(lines)
+            server.process.send_signal(signal.SIGTERM)
+            rest = [line for line in lines if line]
+        assert rest[-1] == "data: [DONE]" and '"length"' in rest[-2]
+        assert server.process.wait(timeout=WAIT_S) == 0
+    finally:
+        server.close()
+
+
+def test_an_engine_that_dies_ends_its_requests_and_comes_back_once(places):
+    server = Server(*places)
+    try:
+        engine = max(psutil.Process(server.process.pid).children(recursive=True), key=lambda child: child.memory_info().rss)
+        asked = {"model": "tiny", "prompt": "a", "max_tokens": 500, "ignore_eos": True, "stream": True}
+        with server.http.stream("POST", "/v1/completions", json=asked) as found:
+            lines = found.iter_lines()
+            next(lines)
+            engine.kill()
+            rest = "\n".join(lines)
+        assert '"error"' in rest
+        server.until(lambda: server.get("/ready") == 200, "ready again")
+        done = server.client.completions.create(model="tiny", prompt="a", max_tokens=3)
+        assert done.usage.completion_tokens <= 3
+    finally:
+        server.close()
