@@ -11,7 +11,7 @@ from tradespace.api import plan
 from tradespace.errors import InputError
 from tradespace.planner.export import EXPORTERS, export
 
-# flags by tool, from their own sources, read 2026-11: vllm/engine/arg_utils.py and config, sglang/srt/server_args.py, llama.cpp/common/arg.cpp
+# flags by tool, written down from their documentation and not from a parser that ran: what this shows is that an export has no flag beyond these
 FLAGS = {
     "vllm": {"--dtype", "--quantization", "--max-model-len", "--max-num-seqs", "--max-num-batched-tokens", "--kv-cache-dtype", "--block-size",
              "--num-gpu-blocks-override", "--enable-prefix-caching", "--no-enable-prefix-caching", "--tensor-parallel-size", "--cpu-offload-gb",
