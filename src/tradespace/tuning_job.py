@@ -1,0 +1,263 @@
+"""One training run: its folder and budget, its plan, the loop under the meter, and the result, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tradespace import api
+from tradespace.adapt.lora import Shape
+from tradespace.adapt.peft_files import save_adapter
+from tradespace.build_training import build_model, prepare
+from tradespace.errors import BudgetError, InputError
+from tradespace.measure.memory import MemoryMeter, limit_heap_growth, process_bytes
+from tradespace.measure.record import write_atomically
+from tradespace.model.transformer import Transformer
+from tradespace.planner.training import Question, best_plan
+from tradespace.spec.model import ModelSpec
+from tradespace.spec.training import TrainPlan, flops_per_token, parse_checkpointing
+from tradespace.spec.weights import WeightPlan
+from tradespace.train import checkpoints
+from tradespace.train.data import Document, Order, Packed, pack
+from tradespace.train.initialise import init
+from tradespace.train.loop import Limits, Objective, StepReport, Trainer, next_token
+from tradespace.train.optimizer import Hyper, Optimizer
+from tradespace.train.schedule import Schedule
+from tradespace.tuning_models import parse_shape, save_model
+from tradespace.units import MiB, format_bytes, parse_bytes
+
+Say = Callable[[str], None]
+MERGED, ADAPTER, TOKENIZER = "model", "adapter", "tokenizer"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """What a run shows while it runs. mfu: share of the machine's measured product rate, recomputation not counted."""
+
+    step: int
+    steps: int
+    loss: float
+    lr: float
+    tokens_per_s: float
+    mfu: float | None
+    memory_bytes: int
+    budget_bytes: int
+    eta_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a run was and what came of it. losses: of every step."""
+
+    model: str
+    output: str
+    result: str
+    plan: dict[str, Any]
+    ledger: dict[str, Any]
+    steps: int
+    ended: str
+    losses: list[float] = field(repr=False)
+    tokens_per_s: float
+    mfu: float | None
+    predicted_bytes: int
+    peak_bytes: int
+    budget_bytes: int
+    seconds: float
+    resumed_from: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How to learn, for all three commands. batch: sequences of a step; epochs counts where steps is None."""
+
+    context: int = 512
+    batch: int = 8
+    steps: int | None = None
+    epochs: float = 1.0
+    lr: float | None = None
+    schedule: str = "cosine"
+    warmup: int = 0
+    decay: float = 0.0
+    clip: float = 0.0
+    optimizer: str | None = None
+    weights: str | None = None
+    checkpointing: str | None = None
+    fused: bool | None = None
+    seed: int = 0
+    shuffle: bool = True
+    save_every: int = 100
+    time_limit_s: float | None = None
+    memory: str | int | None = None
+    resume: bool = False
+    offline: bool = False
+
+
+class Job:
+    """One run's folder, budget and settings."""
+
+    def __init__(self, out: Path, settings: Settings, on_progress: Callable[[Progress], None], say: Say):
+        self.out, self.settings, self.on_progress, self.say = out, settings, on_progress, say
+        self.began = time.monotonic()
+        if out.exists() and not out.is_dir():
+            raise InputError(f"--output {out} is a file. Give a folder")
+        self.last = checkpoints.latest(out, say) if out.exists() else None
+        if out.exists() and any(out.iterdir()) and not settings.resume:
+            raise InputError(f"--output {out} is not empty. Give --resume to go on with the run in it, or another folder")
+        self.device = api.find_machine(None)
+        self.budget = parse_bytes(api.DEFAULT_SHARE if settings.memory is None else settings.memory, free_bytes=self.device.free_bytes)
+        self.meter = MemoryMeter()
+
+    def metered(self) -> MemoryMeter:
+        limit_heap_growth(MiB)
+        self.out.mkdir(parents=True, exist_ok=True)
+        return self.meter
+
+    def pack(self, documents: Sequence[Document], *, chat: bool) -> Packed:
+        return pack(documents, self.settings.context, source="the data", split=not chat)
+
+    def plan(self, spec: ModelSpec, data: Packed, *, method: str | None, rank: int = 16, alpha: float = 32.0, spare_bytes: int = 0) -> TrainPlan:
+        settings = self.settings
+        if settings.context > spec.max_context:
+            raise InputError(f"--context {settings.context}: {spec.name} takes at most {spec.max_context} tokens")
+        # what the process costs by now is measured: it takes the place of the runtime, the tokenizer and the data
+        rehearse()
+        here = process_bytes()
+        device = replace(self.device, runtime_bytes=replace(self.device.runtime_bytes, value=here, source="measured"))
+        segments = None if settings.checkpointing is None else parse_checkpointing(settings.checkpointing, spec.L)
+        question = Question(
+            spec=spec, device=device, memory_bytes=self.budget, context=settings.context, batch=settings.batch, method=method, weights=settings.weights,
+            optimizer=settings.optimizer, checkpointing=segments, rank=rank, alpha=alpha, fused=settings.fused if not settings.clip else False,
+            spare_bytes=spare_bytes,
+        )  # fmt: skip
+        if len(data) < 1:
+            raise InputError("the data make no block")
+        found = best_plan(question)
+        self.ledger, self.spec = found.ledger, spec
+        self.say(f"plan: {found.plan.describe()}; predicted {format_bytes(found.ledger.total_bytes + spare_bytes)} of {format_bytes(self.budget)}")
+        return found.plan
+
+    def run(
+        self,
+        net: Transformer,
+        plan: TrainPlan,
+        data: Packed,
+        objective: Objective,
+        *,
+        default_lr: float,
+        name: str,
+        extra: dict[str, Any] | None = None,
+        spare_bytes: int = 0,
+    ) -> Run:
+        settings = self.settings
+        order = Order(len(data), plan.micro_batch, plan.accumulation, settings.seed, settings.shuffle)
+        steps = settings.steps or max(1, round(settings.epochs * len(data) / (plan.micro_batch * plan.accumulation)))
+        lr = settings.lr or default_lr
+        parameters = prepare(net, plan, settings.seed)
+        described = {
+            **plan.to_dict(), "lr": lr, "schedule": settings.schedule, "warmup": settings.warmup, "decay": settings.decay, "clip": settings.clip,
+            "seed": settings.seed, "shuffle": settings.shuffle, "steps": steps, "blocks": len(data), "tokens": data.num_tokens, **(extra or {}),
+        }  # fmt: skip
+        described.pop("memory_bytes")
+        trainer = Trainer(
+            model=net, parameters=parameters, optimizer=Optimizer(plan.optimizer, parameters, Hyper(lr=lr, decay=settings.decay)), data=data, order=order,
+            schedule=Schedule(lr=lr, steps=steps, warmup=settings.warmup, shape=settings.schedule), objective=objective,
+            limits=Limits(steps=steps, time_s=settings.time_limit_s, save_every=settings.save_every, clip=settings.clip), fused=plan.fused, settings=described,
+        )  # fmt: skip
+        if settings.resume and self.last is not None:
+            trainer.restore(self.last)
+            self.say(f"resumed from step {trainer.step} of {steps}")
+        write_atomically(self.out / "run.json", json.dumps(described, indent=1) + "\n")
+        speeds: list[float] = []
+        ended = trainer.run(self.out, on_step=lambda report: self._told(report, trainer, speeds), say=self.say)
+        result, peak = self._write(net, plan, name), self.meter.peak_bytes
+        loss_curve(self.out / "loss.png", trainer.losses, self.say)
+        speed = sorted(speeds)[len(speeds) // 2] if speeds else 0.0
+        return Run(
+            model=name, output=str(self.out), result=str(result), plan=plan.to_dict(), ledger=self.ledger.to_dict(), steps=trainer.step, ended=ended,
+            losses=trainer.losses, tokens_per_s=speed, mfu=self._mfu(plan, speed), predicted_bytes=self.ledger.total_bytes + spare_bytes,
+            peak_bytes=peak, budget_bytes=self.budget, seconds=time.monotonic() - self.began,
+            resumed_from=self.last.step if settings.resume and self.last else None,
+        )  # fmt: skip
+
+    def _mfu(self, plan: TrainPlan, tokens_per_s: float) -> float | None:
+        rate = self.device.flops_per_s(plan.weights.dense)
+        return None if rate.value is None else flops_per_token(self.spec, plan.context) * tokens_per_s / rate.value
+
+    def _told(self, report: StepReport, trainer: Trainer, speeds: list[float]) -> None:
+        speeds.append(report.tokens / report.seconds)
+        speed = sorted(speeds[-20:])[len(speeds[-20:]) // 2]
+        left = (trainer.limits.steps - report.step) * report.tokens / speed
+        peak = self.meter.peak_bytes
+        mfu = None
+        if (rate := self.device.flops_per_s(trainer.settings["weights"]["default"] if trainer.settings["method"] == "full" else "fp32")).value:
+            mfu = flops_per_token(self.spec, trainer.settings["context"]) * speed / rate.value
+        self.on_progress(
+            Progress(step=report.step, steps=trainer.limits.steps, loss=report.loss, lr=report.lr, tokens_per_s=speed, mfu=mfu, memory_bytes=peak,
+                     budget_bytes=self.budget, eta_s=left)
+        )  # fmt: skip
+        if peak > self.budget:
+            trainer.save(self.out)
+            raise BudgetError(
+                f"the run took {format_bytes(peak)}; {format_bytes(self.budget)} were stated, and {format_bytes(self.ledger.total_bytes)} predicted. It was stopped "  # noqa: E501
+                f"at step {report.step} with a checkpoint. Go on with --resume --memory {format_bytes(peak * 1.05).replace(' ', '')}",
+                need_bytes=peak,
+                have_bytes=self.budget,
+            )
+
+    def _write(self, net: Transformer, plan: TrainPlan, name: str) -> Path:
+        """The result, whole or not at all."""
+        target = self.out / (MERGED if plan.method == "full" else ADAPTER)
+        partial = self.out / f".{target.name}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        if plan.method == "full":
+            save_model(net, partial, dtype=torch.float32 if plan.weights.default == "fp32" else torch.bfloat16)
+            if (self.out / TOKENIZER).is_dir():
+                shutil.copytree(self.out / TOKENIZER, partial, dirs_exist_ok=True)
+        else:
+            save_adapter(net, partial, Shape(rank=plan.rank, alpha=plan.alpha, targets=plan.targets), base=name)
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(partial, target)
+        return target
+
+
+def rehearse() -> None:
+    """A step of a model of a few thousand numbers: what the libraries load and allocate for the first backward pass is then there, and counted."""
+    spec = parse_shape("layers=1,width=32,heads=2,vocab=64,context=64")
+    assert spec is not None
+    plan = TrainPlan(model=spec.name, weights=WeightPlan(default="fp32"), context=32, checkpointing=parse_checkpointing("full", 1))
+    net = build_model(spec, plan.weights, context=32)
+    init(net, 0)
+    parameters = prepare(net, plan, 0)
+    data = pack([Document(list(range(64)))], 32)
+    optimizer = Optimizer("adamw", parameters, Hyper())
+    order, schedule = Order(len(data), 1, 1, 0), Schedule(lr=1e-3, steps=1)
+    Trainer(net, parameters, optimizer, data, order, schedule, next_token(32), Limits(steps=1)).advance()
+
+
+def loss_curve(path: Path, losses: Sequence[float], say: Say) -> None:
+    """A picture of the loss over steps, with its mean over 20."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        say("no loss curve: matplotlib is not installed (pip install 'tradespace[lab]')")
+        return
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(range(1, len(losses) + 1), losses, color="0.75", linewidth=0.8, label="each step")
+    means = [sum(losses[max(0, i - 19) : i + 1]) / len(losses[max(0, i - 19) : i + 1]) for i in range(len(losses))]
+    axes.plot(range(1, len(losses) + 1), means, color="tab:blue", label="mean of 20")
+    axes.set(xlabel="step", ylabel="loss, nats per token")
+    axes.legend()
+    figure.savefig(path, dpi=120)
