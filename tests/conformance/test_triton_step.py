@@ -130,7 +130,6 @@ def test_draws_are_those_of_the_reference(V):
     keys = [(5 * row + 3 - (2**62 if row == 1 else 0), row, 100 + row) for row in range(len(SHAPES))]
     expected = TorchSampling().draw(logits, range(len(SHAPES)), SHAPES, [noise_key(*key) for key in keys])
     device = DeviceSampling("cpu", len(SHAPES), V)
-    seed, sample, position = (torch.tensor(column) for column in zip(*keys, strict=True))
     tokens = device.draw(
         logits,
         torch.full((len(SHAPES),), -7),
@@ -138,9 +137,7 @@ def test_draws_are_those_of_the_reference(V):
         top_k_R=torch.tensor([shape.top_k for shape in SHAPES], dtype=torch.int32),
         top_p_R=torch.tensor([shape.top_p for shape in SHAPES]),
         min_p_R=torch.tensor([shape.min_p for shape in SHAPES]),
-        seed_R=seed,
-        sample_R=sample,
-        position_R=position,
+        key_R=torch.tensor([noise_key(*key) for key in keys]),
     )
     assert tokens.tolist() == expected
 

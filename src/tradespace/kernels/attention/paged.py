@@ -18,6 +18,7 @@ from tradespace.kernels.triton_launch import launch, padded, present
 from tradespace.spec.attention_pattern import Prefix, Sliding
 from tradespace.spec.cuda import COUNTERS
 from tradespace.spec.mixers import Attention
+from tradespace.spec.paged import mixer_refusal
 
 STORES = ("fp32", "bf16", "fp16", "fp8", "int8")
 
@@ -72,13 +73,7 @@ def refusal(mixer: Attention, store: str) -> str | None:
     """Why these kernels cannot take such a layer; None: they can."""
     if store not in STORES:
         return f"paged attention reads stores {', '.join(STORES)}, not {store}"
-    if mixer.alibi or mixer.softmax_scale <= 0:
-        return "paged attention knows no ALiBi, and its scale is positive"
-    if mixer.pattern is not None and not isinstance(mixer.pattern, Sliding | Prefix):
-        return f"paged attention sees causally, in windows and prefixes, not by {mixer.pattern.kind} patterns"
-    if max(mixer.H, mixer.Hv) > 256:
-        return f"paged attention takes heads of at most 256 elements, not {max(mixer.H, mixer.Hv)}"
-    return None
+    return mixer_refusal(mixer)
 
 
 def decode_splits(sequences: int, num_kv: int, max_context: int, multiprocessors: int = 132) -> int:
