@@ -7,7 +7,7 @@ last step left it on the device. `execute` is the same for those who want logits
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -197,7 +197,8 @@ class DeviceRunner:
         arrays = self.inbox.next_arrays()
         tokens, rows, first = self._fill_mixed(arrays, sequences, known)
         self.inbox.send()
-        inputs = self.inbox.inputs(tokens, count, rows)
+        whole = all(item.start == 0 for item in sequences)
+        inputs = replace(self.inbox.inputs(tokens, count, rows), fresh=tuple(item.num_tokens for item in sequences) if whole else ())
         self._resolve(inputs.tokens_T, self.inbox.tensors["sources"][:tokens])
         logits_RV = self.model.run(inputs, decodes=False)
         self.sampling.greedy(logits_RV[:, : self.num_tokens], self.chosen_R[:rows])

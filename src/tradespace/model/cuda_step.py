@@ -17,6 +17,7 @@ from tradespace.formats.cuda import CudaWeight
 from tradespace.kernels.activation import ACTIVATIONS, SOFTCAPS
 from tradespace.kernels.activation.triton_gated import gated
 from tradespace.kernels.attention.paged import DecodeScratch, Planes, decode_splits, paged_decode, paged_prefill
+from tradespace.kernels.attention.whole_prompts import fused_prefill, prefill
 from tradespace.kernels.linear.large import large_linear, quantized_linear
 from tradespace.kernels.linear.packed import PackedWeight
 from tradespace.kernels.linear.triton_codes import quantize_rows
@@ -38,7 +39,7 @@ EIGHT_BIT = ("w8a8", "f8a8")  # kinds whose products take 8-bit activations
 @dataclass(frozen=True, slots=True)
 class Inputs:
     """What a step of T tokens of B sequences reads on the device: ids, positions and slots int64 (slot -1: a row of padding), the rest int32; `rows_R` int64,
-    the rows that logits are wanted of.
+    the rows that logits are wanted of. `fresh`: the sequences' lengths, where the step holds all of their tokens; empty where it does not.
     """
 
     tokens_T: Tensor
@@ -48,6 +49,7 @@ class Inputs:
     lengths_B: Tensor
     tables_BM: Tensor
     rows_R: Tensor
+    fresh: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,7 @@ class DeviceStep:
         self.wide, self.mixed = room(step_tokens * widths.wide), room(step_tokens * widths.mixed)
         self.codes = room(step_tokens * widths.codes, dtype=torch.uint8)
         self.code_scales_T = room(step_tokens if widths.codes else 0, dtype=torch.float32)
+        self.k_TKH = room(step_tokens * max(half.mixer.K * half.mixer.H for half in self.halves))
         self.squares = room(cuda.FEW_ROWS, cuda.squares_tiles(D), dtype=torch.float32)
         self.rows_RD, self.logits_RV = room(logit_rows, D), room(logit_rows, spec.V, dtype=torch.float32)
         self.splits = {rows: self._splits(rows) for rows in cuda.graph_rows(max_sequences)}
@@ -112,7 +115,7 @@ class DeviceStep:
     @property
     def nbytes(self) -> int:
         """Bytes of all buffers: `spec.cuda.Buffers.nbytes` and `spec.cuda.attention_scratch_bytes`; the weights' scratch and workspace are theirs."""
-        held = (self.h_TD, self.x_TD, self.y_TD, self.wide, self.mixed, self.codes, self.code_scales_T, self.squares, self.rows_RD, self.logits_RV)
+        held = (self.h_TD, self.x_TD, self.y_TD, self.k_TKH, self.wide, self.mixed, self.codes, self.code_scales_T, self.squares, self.rows_RD, self.logits_RV)
         return sum(tensor.nbytes for tensor in held) + self.attention.nbytes
 
     def bind(self, cache: KVCache) -> None:
@@ -219,8 +222,13 @@ class DeviceStep:
         if attn.q_norm is not None and attn.k_norm is not None:
             norms = {"q_norm_H": attn.q_norm.weight, "k_norm_H": attn.k_norm.weight, "eps": attn.q_norm.eps}
         planes = self.planes[index]
-        rope_write(qkv_TR, table, inputs.positions_T, inputs.slots_T, planes, q_TNH, a, **norms, pdl=self.pdl)
-        if decodes:
+        whole = self.device.type == "cuda" and fused_prefill(a, inputs.fresh, attn.sinks)
+        k_TKH = self.k_TKH[: T * a.K * a.H].view(T, a.K, a.H) if whole else None
+        rope_write(qkv_TR, table, inputs.positions_T, inputs.slots_T, planes, q_TNH, a, k_out_TKH=k_TKH, **norms, pdl=self.pdl)
+        if k_TKH is not None:
+            v_TKH = qkv_TR[:, (a.N + a.K) * a.H :].view(T, a.K, a.Hv)
+            prefill(q_TNH, k_TKH, v_TKH, inputs.fresh, a, out_TNH)
+        elif decodes:
             splits = self.splits.get(T) or self._splits(T)
             paged_decode(
                 q_TNH, planes, inputs.tables_BM, inputs.lengths_B, a, self.attention, out_TNH, splits=splits, sinks_N=attn.sinks, pdl=self.pdl

@@ -167,6 +167,7 @@ class Buffers:
     """Widths of a step's buffers in bf16 elements a token (`codes`: 8-bit activations, 0 where no product takes such), and the bytes of all of them."""
 
     stream: int
+    keys: int
     wide: int
     mixed: int
     codes: int
@@ -174,19 +175,20 @@ class Buffers:
 
     def nbytes(self, step_tokens: int, logit_rows: int) -> int:
         """Bytes for `step_tokens` tokens, `logit_rows` rows of fp32 logits, and the sums of squares of few rows."""
-        each = 2 * (3 * self.stream + self.wide + self.mixed) + self.codes + (4 if self.codes else 0)
+        each = 2 * (3 * self.stream + self.keys + self.wide + self.mixed) + self.codes + (4 if self.codes else 0)
         # the rows that logits are computed of are gathered: stream, and a token id each
         return each * step_tokens + (4 * self.logits + 2 * self.stream + 8) * logit_rows + 4 * FEW_ROWS * squares_tiles(self.stream)
 
 
 def buffers(model: ModelSpec, formats: Iterable[str]) -> Buffers:
     """Widths that the layers of `model` need when its matrices are in these formats; `refusal` comes first."""
-    wide, mixed, inner = model.D, 0, model.D
+    wide, mixed, keys, inner = model.D, 0, 0, model.D
     for layer in model.layers:
         mixer, ffn = layer.mixer, layer.ffn
         assert isinstance(mixer, Attention) and isinstance(ffn, DenseFFN), f"{model.name}: refusal() comes first"
         wide = max(wide, (mixer.N + mixer.K) * mixer.H + mixer.K * mixer.Hv, (2 if ffn.gated else 1) * ffn.F)
         mixed = max(mixed, mixer.N * (mixer.H + mixer.Hv), ffn.F)
+        keys = max(keys, mixer.K * mixer.H)
         inner = max(inner, mixer.N * mixer.Hv, ffn.F)
     eight = any(FORMATS[name].kind in ("w8a8", "f8a8") for name in formats)
-    return Buffers(model.D, wide, mixed, inner if eight else 0, model.V)
+    return Buffers(model.D, keys, wide, mixed, inner if eight else 0, model.V)
