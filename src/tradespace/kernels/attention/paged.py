@@ -77,8 +77,8 @@ def refusal(mixer: Attention, store: str) -> str | None:
 
 
 def decode_splits(sequences: int, num_kv: int, max_context: int, multiprocessors: int = 132) -> int:
-    """Splits for which a step of so many sequences fills the device twice over, each at least 128 keys of the longest context."""
-    wanted = round(2 * multiprocessors / max(1, sequences * num_kv))
+    """Splits for which a step of so many sequences fills the device four times over, each at least 128 keys of the longest context."""
+    wanted = round(4 * multiprocessors / max(1, sequences * num_kv))
     return max(1, min(wanted, -(-max_context // 128), 128))
 
 
