@@ -197,8 +197,10 @@ class DeviceRunner:
         arrays = self.inbox.next_arrays()
         tokens, rows, first = self._fill_mixed(arrays, sequences, known)
         self.inbox.send()
-        whole = all(item.start == 0 for item in sequences)
-        inputs = replace(self.inbox.inputs(tokens, count, rows), fresh=tuple(item.num_tokens for item in sequences) if whole else ())
+        singles = next((row for row, item in enumerate(sequences) if item.num_tokens > 1), count)
+        rest = sequences[singles:]
+        fresh = tuple(item.num_tokens for item in rest) if all(item.start == 0 for item in rest) else ()
+        inputs = replace(self.inbox.inputs(tokens, count, rows), singles=singles, fresh=fresh)
         self._resolve(inputs.tokens_T, self.inbox.tensors["sources"][:tokens])
         logits_RV = self.model.run(inputs, decodes=False)
         self.sampling.greedy(logits_RV[:, : self.num_tokens], self.chosen_R[:rows])

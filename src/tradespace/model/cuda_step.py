@@ -39,7 +39,8 @@ EIGHT_BIT = ("w8a8", "f8a8")  # kinds whose products take 8-bit activations
 @dataclass(frozen=True, slots=True)
 class Inputs:
     """What a step of T tokens of B sequences reads on the device: ids, positions and slots int64 (slot -1: a row of padding), the rest int32; `rows_R` int64,
-    the rows that logits are wanted of. `fresh`: the sequences' lengths, where the step holds all of their tokens; empty where it does not.
+    the rows that logits are wanted of. The first `singles` sequences bring one token each. `fresh`: the lengths of the others where the step holds all of
+    their tokens; empty where it does not.
     """
 
     tokens_T: Tensor
@@ -49,6 +50,7 @@ class Inputs:
     lengths_B: Tensor
     tables_BM: Tensor
     rows_R: Tensor
+    singles: int = 0
     fresh: tuple[int, ...] = ()
 
 
@@ -225,16 +227,21 @@ class DeviceStep:
         whole = self.device.type == "cuda" and fused_prefill(a, inputs.fresh, attn.sinks)
         k_TKH = self.k_TKH[: T * a.K * a.H].view(T, a.K, a.H) if whole else None
         rope_write(qkv_TR, table, inputs.positions_T, inputs.slots_T, planes, q_TNH, a, k_out_TKH=k_TKH, **norms, pdl=self.pdl)
+        first = T if decodes else inputs.singles
+        if first:
+            splits = self.splits[next(rows for rows in self.splits if rows >= first)]
+            paged_decode(
+                *(q_TNH[:first], planes, inputs.tables_BM[:first], inputs.lengths_B[:first], a, self.attention, out_TNH[:first]),
+                splits=splits,
+                sinks_N=attn.sinks,
+                pdl=self.pdl,
+            )
         if k_TKH is not None:
             v_TKH = qkv_TR[:, (a.N + a.K) * a.H :].view(T, a.K, a.Hv)
-            prefill(q_TNH, k_TKH, v_TKH, inputs.fresh, a, out_TNH)
-        elif decodes:
-            splits = self.splits.get(T) or self._splits(T)
-            paged_decode(
-                q_TNH, planes, inputs.tables_BM, inputs.lengths_B, a, self.attention, out_TNH, splits=splits, sinks_N=attn.sinks, pdl=self.pdl
-            )
-        else:
-            paged_prefill(q_TNH, planes, inputs.tables_BM, inputs.starts_B1, inputs.lengths_B, a, out_TNH, sinks_N=attn.sinks)
+            prefill(q_TNH[first:], k_TKH[first:], v_TKH[first:], inputs.fresh, a, out_TNH[first:])
+        elif first < T:
+            rest = inputs.tables_BM[first:], inputs.starts_B1[first:], inputs.lengths_B[first:]
+            paged_prefill(q_TNH, planes, *rest, a, out_TNH, sinks_N=attn.sinks)
         return out_TNH.view(T, a.N * a.Hv)
 
     # ------------------------------------------------------------------------------------------------ products

@@ -52,7 +52,7 @@ def run_of(x, t, column, num_tokens, num_columns, x_stride, EVEN: tl.constexpr):
     seen = (t < num_tokens)[:, None]
     if not EVEN:
         seen = seen & (column < num_columns)[None, :]
-    return tl.load(x + t[:, None] * x_stride + column[None, :], mask=seen, other=0)
+    return tl.load(x + t[:, None] * x_stride + column[None, :], mask=seen, other=0.0)
 
 
 @triton.jit
