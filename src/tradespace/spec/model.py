@@ -94,6 +94,7 @@ class ModelSpec:
     logit_scale: float = 1.0
     stored_dtype: str = "bf16"  # what the published checkpoint holds, before any quantization
     quantization: str | None = None  # the format that the published config names, e.g. "fp8-128x128", "nvfp4", "mxfp4"
+    published_bytes: int | None = None  # of the decoder in that format (`spec/published.py`); None: the config names none
     plan_only: str | None = None
     imposed: str = ""  # an attention pattern that is not the model's own (`attention_imposed.py`); '': none
     extra_parameters: tuple[tuple[str, int], ...] = field(default=())  # (what, count) outside of the decoder: vision towers, MTP heads
