@@ -118,6 +118,8 @@ class Frontier:
         """Plain values: the best plan with its ledger, the frontier, the rejections, the nearest plan."""
         return {
             "model": self.question.model.name,
+            "published_as": self.question.model.quantization,
+            "published_bytes": self.question.model.published_bytes,
             "device": self.question.device.name,
             "memory_bytes": self.question.memory_bytes,
             "num_candidates": len(self.candidates),

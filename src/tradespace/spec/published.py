@@ -51,11 +51,11 @@ _PREFIXES = ("model.", "model.language_model.", "language_model.model.")  # as p
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """One coded format, what each matrix carries besides, and which modules it takes (by published name)."""
+    """One coded format, what each matrix carries besides, and which modules it takes, by all the names that they may have."""
 
     held: WeightFormat
     matrix_bytes: int
-    takes: Callable[[str], bool]
+    takes: Callable[[tuple[str, ...]], bool]
 
 
 def published_bytes(config: Mapping[str, Any], model: ModelSpec) -> int | None:
@@ -84,7 +84,7 @@ def _nbytes(tensor: TensorSpec, model: ModelSpec, schemes: Iterable[Scheme]) -> 
         return plain
     names = module_names(tensor, model)
     for scheme in schemes:
-        if any(scheme.takes(name) for name in names):
+        if names and scheme.takes(names):
             matrices = prod(tensor.shape[:-2]) * (3 if tensor.name.endswith("attn.qkv.weight") else 2 if "gate_up" in tensor.name else 1)
             return scheme.held.nbytes(tensor.shape) + matrices * scheme.matrix_bytes
     return plain
@@ -101,8 +101,8 @@ def module_names(tensor: TensorSpec, model: ModelSpec) -> tuple[str, ...]:
     return tuple(f"{prefix}layers.{tensor.layer}.{_MODULES[within].format(**parts)}" for prefix in _PREFIXES)
 
 
-def _matcher(entries: Iterable[str]) -> Callable[[str], bool]:
-    """Whether one of a config's entries names a module: in full, as a pattern, by a part between dots, or by what it lies in."""
+def _matcher(entries: Iterable[str]) -> Callable[[tuple[str, ...]], bool]:
+    """Whether one of a config's entries names a module under one of its names: in full, as a pattern, by a part between dots, or by what it lies in."""
     found = []
     for entry in entries:
         if entry.startswith("re:"):
@@ -111,7 +111,7 @@ def _matcher(entries: Iterable[str]) -> Callable[[str], bool]:
             found.append(re.compile(f"{translate(entry)}|{translate(entry.rstrip('*').rstrip('.') + '.*')}"))
         else:
             found.append(re.compile(rf"(.*\.)?{re.escape(entry)}(\..*)?$"))
-    return lambda name: any(pattern.match(name) for pattern in found)
+    return lambda names: any(pattern.match(name) for pattern in found for name in names)
 
 
 def _left_out(settings: Mapping[str, Any]) -> list[str] | None:
@@ -133,10 +133,10 @@ def _schemes(settings: Mapping[str, Any], model: ModelSpec) -> tuple[Scheme, ...
     block = settings.get("weight_block_size")
     if method == "fp8" and isinstance(block, list) and len(block) == 2 and all(isinstance(side, int) and side > 0 for side in block):
         held = WeightFormat(name="fp8 in blocks", bits=8, group=block[1], scale_rows=block[0], scale_bytes=4)
-        return (Scheme(held, 0, lambda name: "lm_head" not in name and not kept(name)),)  # the head is never converted by this method
+        return (Scheme(held, 0, lambda names: "lm_head" not in names and not kept(names)),)  # the head is never converted by this method
     if method == "mxfp4":
         held = WeightFormat(name="mxfp4", bits=4, group=32, scale_bytes=1)
-        return (Scheme(held, 0, lambda name: ".experts." in name and not kept(name)),)  # the one module that it converts
+        return (Scheme(held, 0, lambda names: ".experts." in names[0] and not kept(names)),)  # the one module that it converts
     groups = settings.get("config_groups")
     if not isinstance(groups, Mapping) or not groups:
         return None
@@ -144,7 +144,7 @@ def _schemes(settings: Mapping[str, Any], model: ModelSpec) -> tuple[Scheme, ...
     return None if None in found else tuple(scheme for scheme in found if scheme is not None)
 
 
-def _grouped(group: Any, kept: Callable[[str], bool], modelopt: bool) -> Scheme | None:
+def _grouped(group: Any, kept: Callable[[tuple[str, ...]], bool], modelopt: bool) -> Scheme | None:
     """One of `config_groups`, as NVIDIA's ModelOpt and compressed-tensors write them."""
     weights, targets = (group.get("weights"), group.get("targets", ["Linear"])) if isinstance(group, Mapping) else (None, None)
     if not isinstance(weights, Mapping) or not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
@@ -158,5 +158,5 @@ def _grouped(group: Any, kept: Callable[[str], bool], modelopt: bool) -> Scheme 
         held, beside = WeightFormat(name="packed", bits=bits, group=size, scale_bytes=2), 2 * 8  # rows and columns
     else:
         return None
-    asked = (lambda name: True) if "Linear" in targets else _matcher(targets)
-    return Scheme(held, beside, lambda name: asked(name) and not kept(name))
+    asked = (lambda names: True) if "Linear" in targets else _matcher(targets)
+    return Scheme(held, beside, lambda names: asked(names) and not kept(names))
