@@ -89,7 +89,7 @@ def _held(cache: Any) -> tuple[int, int]:
     def nbytes(layer: Any, *names: str) -> int:
         held = [getattr(layer, name, None) for name in names]
         flat = [part for value in held for part in (value.values() if isinstance(value, dict) else (value,))]
-        return sum(part.numel() * part.element_size() for part in flat if isinstance(part, torch.Tensor))
+        return sum(part.numel() * part.element_size() for part in flat if part is not None and torch.is_tensor(part))
 
     return sum(nbytes(layer, "keys", "values") for layer in cache.layers), sum(nbytes(layer, "conv_states", "recurrent_states") for layer in cache.layers)
 
