@@ -11,8 +11,8 @@ from tradespace.api import plan
 from tradespace.errors import InputError
 from tradespace.planner.export import EXPORTERS, export
 
-# flags that the tools' own parsers know (vLLM 0.33.0, SGLang 0.5.23: run through them) or list (llama.cpp's common/arg.cpp of 2026-08-16: read); where the first two are
-# installed, tests/oracles/test_exports.py runs every export through the parsers themselves
+# flags that the tools' own parsers know (vLLM 0.33.0, SGLang 0.5.23: run through them) or list (llama.cpp's common/arg.cpp of 2026-08-16: read); where the
+# first two are installed, tests/oracles/test_exports.py runs every export through the parsers themselves
 FLAGS = {
     "vllm": {"--dtype", "--quantization", "--max-model-len", "--max-num-seqs", "--max-num-batched-tokens", "--kv-cache-dtype", "--block-size",
              "--num-gpu-blocks-override", "--enable-prefix-caching", "--no-enable-prefix-caching", "--tensor-parallel-size", "--cpu-offload-gb",
