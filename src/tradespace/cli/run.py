@@ -95,7 +95,9 @@ def run(
     import tradespace as ts
 
     texts = read_prompts(prompts or [], prompt_file or [])
+    wanted = None
     if beams > 1:
+        wanted = ts.BeamParams(num_beams=beams, max_tokens=max_tokens, length_penalty=length_penalty)
         refuse_sampling(n=n, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed, stop=stop)
     notes = console(stderr=True)
     with ts.open(
@@ -128,8 +130,8 @@ def run(
             n=n,
         )
         prepared = texts if raw else [llm.render(text, system=system) for text in texts]
-        if beams > 1:
-            found = [llm.beam_search(prompt, ts.BeamParams(num_beams=beams, max_tokens=max_tokens, length_penalty=length_penalty)) for prompt in prepared]
+        if wanted is not None:
+            found = [llm.beam_search(prompt, wanted) for prompt in prepared]
             show_beams(texts, found, model=model, llm=llm, json=json)
             if report and not json:
                 notes.print(report_table(llm.report()))
