@@ -146,6 +146,12 @@ class Scheduler:
             self._admit()
         return forked
 
+    def replace_last(self, request: Request, token: int) -> None:
+        """The last token of `request`, which has no key and value yet, becomes another: how a beam goes on otherwise than its request did."""
+        assert request.num_outputs > 0 and request.num_computed < request.num_tokens, f"request {request.id} has computed its last token"
+        request.token_ids[-1] = token
+        del request.block_names[(request.num_tokens - 1) // self.block_size :]  # a name that the token before had a part in
+
     @staticmethod
     def _shorter(room: int, otherwise: str) -> str:
         return f"Fits with max_tokens {room}, or {otherwise}" if room >= 1 else f"Shorten the prompt by at least {1 - room} tokens, or {otherwise}"

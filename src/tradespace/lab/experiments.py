@@ -84,6 +84,8 @@ EXPERIMENTS: dict[str, Experiment] = {
         Experiment(
             name="quantize_safety", question="does quantize keep its budget, survive SIGKILL, and does int4 run as int4?", minutes=12, module="quantizing"
         ),
+        Experiment(name="plan-speed", question="how long does the search over the whole space take?", minutes=1, module="plan_speed"),
+        Experiment(name="first-block", question="how long is it from a clone to the first table, without torch?", minutes=2, module="first_block"),
         Experiment(name="demo", question="what does make demo print here?", minutes=1, module="commands", runner="run_demo"),
         Experiment(name="tests", question="how do the tests end here, and in what time?", minutes=9, module="commands", runner="run_tests"),
     )

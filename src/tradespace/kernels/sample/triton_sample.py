@@ -47,6 +47,25 @@ def tempered(logits, place, inside, largest, temperature):
 
 
 @triton.jit
+def leave_best(values, place, found_max, found_at, row, chunk, chunks, V):
+    """A chunk's largest value and the first place that holds it, where the last chunk to finish finds them."""
+    most = tl.max(values, 0)
+    tl.store(found_max + row * chunks + chunk, most)
+    tl.store(found_at + row * chunks + chunk, tl.min(tl.where(values == most, place, V), 0))
+    tl.debug_barrier()
+
+
+@triton.jit
+def best_chunk(found_max, found_at, row, chunks, V, CHUNKS: tl.constexpr):
+    """(largest value, the first place that holds it) of what all chunks left."""
+    index = tl.arange(0, CHUNKS)
+    every = tl.load(found_max + row * chunks + index, mask=index < chunks, other=float("-inf"), cache_modifier=".cg")
+    at = tl.load(found_at + row * chunks + index, mask=index < chunks, other=V, cache_modifier=".cg")
+    most = tl.max(every, 0)
+    return most, tl.min(tl.where(every == most, at, V), 0)
+
+
+@triton.jit
 def best_kernel(logits, found_max, found_at, counters, largest, limits, tokens, V, row_stride, chunks, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
     """The first index of each row's largest logit, by chunks; a NaN counts as infinite. -1 where that is not finite."""
     row = tl.program_id(0).to(tl.int64)
@@ -54,16 +73,9 @@ def best_kernel(logits, found_max, found_at, counters, largest, limits, tokens, 
     place = chunk * CHUNK + tl.arange(0, CHUNK)
     x = tl.load(logits + row * row_stride + place, mask=place < V, other=float("-inf"))
     x = tl.where(x == x, x, float("inf"))
-    most = tl.max(x, 0)
-    tl.store(found_max + row * chunks + chunk, most)
-    tl.store(found_at + row * chunks + chunk, tl.min(tl.where(x == most, place, V), 0))
-    tl.debug_barrier()
+    leave_best(x, place, found_max, found_at, row, chunk, chunks, V)
     if tl.atomic_add(counters + row, 1, sem="acq_rel") == chunks - 1:
-        index = tl.arange(0, CHUNKS)
-        every = tl.load(found_max + row * chunks + index, mask=index < chunks, other=float("-inf"), cache_modifier=".cg")
-        at = tl.load(found_at + row * chunks + index, mask=index < chunks, other=V, cache_modifier=".cg")
-        most = tl.max(every, 0)
-        token = tl.min(tl.where(every == most, at, V), 0)
+        most, token = best_chunk(found_max, found_at, row, chunks, V, CHUNKS)
         finite = (most < float("inf")) & (most > float("-inf"))
         tl.store(largest + row, most)
         tl.store(limits + row, FINITE)
@@ -144,16 +156,9 @@ def draw_kernel(logits, largest, limits, temperatures, min_ps, keys, found_max, 
         kept = (place < V) & (tl.abs(z).to(tl.int32, bitcast=True) <= limit)
         key = tl.load(keys + row).to(tl.uint64, bitcast=True)
         score = tl.where(kept, gumbel_of(key, place.to(tl.int64)) + z.to(tl.float64), float("-inf"))
-        most = tl.max(score, 0)
-        tl.store(found_max + row * chunks + chunk, most)
-        tl.store(found_at + row * chunks + chunk, tl.min(tl.where(score == most, place, V), 0))
-        tl.debug_barrier()
+        leave_best(score, place, found_max, found_at, row, chunk, chunks, V)
         if tl.atomic_add(counters + row, 1, sem="acq_rel") == chunks - 1:
-            index = tl.arange(0, CHUNKS)
-            every = tl.load(found_max + row * chunks + index, mask=index < chunks, other=float("-inf"), cache_modifier=".cg")
-            at = tl.load(found_at + row * chunks + index, mask=index < chunks, other=V, cache_modifier=".cg")
-            most = tl.max(every, 0)
-            token = tl.min(tl.where(every == most, at, V), 0)
+            _, token = best_chunk(found_max, found_at, row, chunks, V, CHUNKS)
             if tl.load(tokens + row) >= 0:
                 tl.store(tokens + row, token.to(tl.int64))
             tl.store(counters + row, 0)
