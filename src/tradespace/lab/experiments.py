@@ -84,6 +84,13 @@ EXPERIMENTS: dict[str, Experiment] = {
         Experiment(
             name="quantize_safety", question="does quantize keep its budget, survive SIGKILL, and does int4 run as int4?", minutes=12, module="quantizing"
         ),
+        Experiment(
+            name="serve-constraints",
+            question="is constrained output valid, and what does it cost?",
+            minutes=8,
+            module="serving.constraints",
+            parts=("valid", "cost"),
+        ),
         Experiment(name="demo", question="what does make demo print here?", minutes=1, module="commands", runner="run_demo"),
         Experiment(name="tests", question="how do the tests end here, and in what time?", minutes=9, module="commands", runner="run_tests"),
     )
