@@ -34,25 +34,28 @@ KEPT = 32  # compiled grammars
 
 
 class GrammarState:
-    """One output's place in its grammar."""
+    """One output's place in its grammar. bitmask: (1, V/32), bits of the tokens that may come next; kept: bits (V/32) of those that ever may."""
 
-    def __init__(self, matcher: Any, bitmask: Tensor, apply: Any, barred: Tensor | None = None):
-        self._matcher, self._bitmask, self._apply, self._barred = matcher, bitmask, apply, barred
+    def __init__(self, matcher: Any, bitmask: Tensor, kept: np.ndarray | None = None):
+        self._matcher, self._bitmask, self._kept = matcher, bitmask, kept
+        self._bits = bitmask.numpy()[0]
 
     def allow_(self, logits_V: Tensor) -> None:
         """-inf for every token that may not come next, in place."""
         if self._matcher.is_terminated():
             return
         self._matcher.fill_next_token_bitmask(self._bitmask)
-        if self._barred is not None:
-            self._bitmask &= ~self._barred
-        self._apply(logits_V.unsqueeze(0), self._bitmask.to(logits_V.device), vocab_size=logits_V.shape[-1])
+        if self._kept is not None:
+            np.bitwise_and(self._bits, self._kept, out=self._bits)
+        # a pass over bytes: the library's own function goes over 32 integers for each word of the mask
+        forbidden_V = np.unpackbits(~self._bits.view(np.uint8), bitorder="little", count=logits_V.shape[-1])
+        logits_V.masked_fill_(torch.from_numpy(forbidden_V.view(np.bool_)).to(logits_V.device), -torch.inf)
 
     def accept(self, token: int) -> bool:
         return self._matcher.is_terminated() or self._matcher.accept_token(token)
 
     def copy(self) -> GrammarState:
-        return GrammarState(self._matcher.fork(), self._bitmask, self._apply, self._barred)
+        return GrammarState(self._matcher.fork(), self._bitmask, self._kept)
 
 
 class Compiler:
@@ -65,7 +68,7 @@ class Compiler:
         self._pending: set[int] = set()
         self._compiled: OrderedDict[Grammar, Any] = OrderedDict()
         self._library: Any = None
-        self._control: Tensor | None = None
+        self._printed: np.ndarray | None = None
         self._thread: threading.Thread | None = None
 
     @property
@@ -118,8 +121,8 @@ class Compiler:
                 self._compiled.popitem(last=False)
         self._compiled.move_to_end(grammar)
         bitmask = torch.empty(1, (self.vocab_size + 31) // 32, dtype=torch.int32)
-        barred = self._control if grammar.kind in ("json_object", "json_schema") else None
-        return GrammarState(xgrammar.GrammarMatcher(compiled), bitmask, xgrammar.apply_token_bitmask_inplace, barred)
+        kept = self._printed if grammar.kind in ("json_object", "json_schema") else None
+        return GrammarState(xgrammar.GrammarMatcher(compiled), bitmask, kept)
 
     def _load(self) -> tuple[Any, Any]:
         if self._library is None:
@@ -131,7 +134,7 @@ class Compiler:
                 raise UnsupportedError("this model names no end token: a constrained output could not end")
             words = [self.tokenizer.token_bytes(token) for token in range(self.vocab_size)]
             info = xgrammar.TokenizerInfo(words, xgrammar.VocabType.RAW, vocab_size=self.vocab_size, stop_token_ids=sorted(self.tokenizer.eos_ids))
-            self._library, self._control = (xgrammar, info), _control_tokens(words)
+            self._library, self._printed = (xgrammar, info), _printed_tokens(words)
         return self._library
 
     def _in_child(self, xgrammar: Any, info: Any, grammar: Grammar) -> str:
@@ -169,11 +172,11 @@ class Compiler:
         return text
 
 
-def _control_tokens(words: list[bytes]) -> Tensor:
-    """Bits (1, V/32) of the tokens with a control character: JSON takes none in a string unescaped (RFC 8259, section 7), and the library's automata do."""
+def _printed_tokens(words: list[bytes]) -> np.ndarray:
+    """Bits (V/32) of the tokens without a control character: JSON takes none in a string unescaped (RFC 8259, section 7), and the library's automata do."""
     bits = np.zeros(-(-len(words) // 32) * 32, np.uint8)
-    bits[: len(words)] = [any(byte < 0x20 for byte in word) for word in words]
-    return torch.from_numpy(np.packbits(bits, bitorder="little").view(np.int32).copy()).unsqueeze(0)
+    bits[: len(words)] = [all(byte >= 0x20 for byte in word) for word in words]
+    return np.packbits(bits, bitorder="little").view(np.int32).copy()
 
 
 def _compile_and_exit(xgrammar: Any, info: Any, grammar: Grammar, write: int) -> None:

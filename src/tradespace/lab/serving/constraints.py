@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tradespace.errors import UnsupportedError
+from tradespace.errors import EngineError, UnsupportedError
 from tradespace.lab.common import command_line, markdown_table
 from tradespace.lab.serving.asking import Ask, Target
 from tradespace.lab.serving.load import Run, closed_loop
@@ -20,17 +20,18 @@ from tradespace.measure.record import Figure, Record, new_record
 
 TEMPERATURE, BATCH, MOST_COST = 1.5, 8, 0.10
 WORDS = ("--memory", "1GiB", "--max-num-seqs", str(BATCH), "--context", "2048")
+
+
 # an array long enough that max_tokens ends it: both ways then make the same number of tokens
-ENDLESS = {
-    "type": "array", "minItems": 64,
-    "items": {
-        "type": "object", "required": ["name", "age", "tags"], "additionalProperties": False,
-        "properties": {
-            "name": {"type": "string", "minLength": 4, "maxLength": 24}, "age": {"type": "integer", "minimum": 0, "maximum": 150},
-            "tags": {"type": "array", "items": {"enum": ["red", "green", "blue"]}, "minItems": 1, "maxItems": 3},
-        },
-    },
-}  # fmt: skip
+def endless(string: dict[str, Any]) -> dict[str, Any]:
+    person = {"name": string, "age": {"type": "integer", "minimum": 0, "maximum": 150}, "tags": TAGS}
+    item = {"type": "object", "properties": person, "required": list(person), "additionalProperties": False}
+    return {"type": "array", "minItems": 64, "items": item}
+
+
+TAGS = {"type": "array", "items": {"enum": ["red", "green", "blue"]}, "minItems": 1, "maxItems": 3}
+# the library looks at most tokens anew in each state of a string whose length is bounded: that is told apart
+WAYS = {"schema": endless({"type": "string"}), "schema with bounded strings": endless({"type": "string", "minLength": 4, "maxLength": 24})}
 
 
 def response_format(schema: Any) -> dict[str, Any]:
@@ -88,23 +89,31 @@ def _keywords(value: Any) -> list[str]:
     return found
 
 
-def cost(server: Server, rounds: int, tokens: int, say: Callable[[str], None]) -> tuple[dict[str, Figure], dict[str, Any]]:
-    """Tokens a second of a batch of 8 with and without a schema, in turn; median of paired ratios."""
+def cost(server: Server, rounds: int, tokens: int, say: Callable[[str], None]) -> tuple[dict[str, Figure], list[dict[str, Any]]]:
+    """Tokens a second of a batch of 8 without a schema and with one of each kind, in turn; median of paired ratios."""
     target = server.target(endpoint="chat", stream=False)
-    plain, bound = {"temperature": 1.0}, {"temperature": 1.0, "ignore_eos": False, "response_format": response_format(ENDLESS)}
-    speeds: dict[str, list[float]] = {"free": [], "constrained": []}
-    first_s = batch(target, {**bound, "max_tokens": 1}, 1).answers[0].e2e_s  # the library is loaded and the grammar compiled here
+    bodies: dict[str, dict[str, Any]] = {"free": {"temperature": 1.0}}
+    bodies |= {name: {"temperature": 1.0, "ignore_eos": False, "response_format": response_format(schema)} for name, schema in WAYS.items()}
+    # the library is loaded and the grammars compiled here
+    first_s = {name: batch(target, {**bodies[name], "max_tokens": 1}, 1).answers[0].e2e_s for name in WAYS}
+    speeds: dict[str, list[float]] = {name: [] for name in bodies}
     for turn in range(rounds + 1):
-        for name in ("free", "constrained") if turn % 2 else ("constrained", "free"):
-            run = batch(target, {**(plain if name == "free" else bound), "seed": turn}, tokens)
+        order = [*bodies][turn % len(bodies) :] + [*bodies][: turn % len(bodies)]
+        for name in order:
+            run = batch(target, {**bodies[name], "seed": turn}, tokens)
             made = [answer.output_tokens for answer in run.answers]
-            assert made == [tokens] * BATCH, f"{name}: answers of {made} tokens, {tokens} wanted; {[answer.error for answer in run.answers]}"
+            if made != [tokens] * BATCH:
+                raise EngineError(f"{name}: answers of {made} tokens, {tokens} wanted each: {[answer.error for answer in run.answers]}")
             if turn:  # the first round warms up
                 speeds[name].append(sum(made) / run.wall_s)
-    ratios = [a / b for a, b in zip(speeds["constrained"], speeds["free"], strict=True)]
-    say(f"cost: constrained at {statistics.median(ratios):.3f} of the tokens a second without")
-    figures = {f"cost: {name}": Figure.of(values, "tok/s") for name, values in speeds.items()} | {"cost: constrained over free": Figure.of(ratios, "ratio")}
-    return figures, {"part": "cost", "batch": BATCH, "tokens": tokens, "rounds": rounds, "first_s": first_s, "allowed": MOST_COST}
+    figures = {f"cost: {name}": Figure.of(values, "tok/s") for name, values in speeds.items()}
+    rows = []
+    for name in WAYS:
+        ratios = [a / b for a, b in zip(speeds[name], speeds["free"], strict=True)]
+        figures[f"cost: {name} over free"] = Figure.of(ratios, "ratio")
+        rows.append({"part": "cost", "way": name, "batch": BATCH, "tokens": tokens, "rounds": rounds, "first_s": first_s[name], "allowed": MOST_COST})
+        say(f"cost, {name}: {statistics.median(ratios):.3f} of the tokens a second without")
+    return figures, rows
 
 
 def batch(target: Target, body: dict[str, Any], tokens: int) -> Run:
@@ -121,9 +130,8 @@ def run(*, quick: bool, say: Callable[[str], None], only: Sequence[str]) -> Reco
         if "valid" in only:
             rows.append(valid(server, 40 if quick else 500, say))
         if "cost" in only:
-            found, row = cost(server, 3 if quick else 11, 48 if quick else 128, say)
-            figures |= found
-            rows.append(row)
+            figures, found = cost(server, 3 if quick else 9, 48 if quick else 128, say)
+            rows += found
     notes = f"{MODEL} over HTTP, chat, not streamed; answers checked with jsonschema (draft 2020-12)"
     repeats = max(row.get("asked", 0) or row.get("rounds", 0) for row in rows)
     return new_record("serve-constraints", command=command_line(), device=this_machine(), repeats=repeats, figures=figures, rows=rows, notes=notes)
@@ -137,17 +145,11 @@ def markdown(record: Record) -> str:
             table.append((f"answers that keep their schema at temperature {row['temperature']:g}", f"{row['kept']} of {row['asked']}", "all", verdict))
             said.append(f"{len(row['keywords'])} keywords of JSON Schema occur in the {row['asked']} schemas.")
         else:
-            ratio = record.figures["cost: constrained over free"]
+            ratio = record.figures[f"cost: {row['way']} over free"]
             lost = 1 - ratio.median
             verdict = "kept" if lost <= row["allowed"] else "MISSED"
-            table.append(
-                (
-                    f"tokens/s lost to a schema, batch of {row['batch']}",
-                    f"{lost:.1%} [{1 - ratio.max:.1%}–{1 - ratio.min:.1%}]",
-                    f"{row['allowed']:.0%}",
-                    verdict,
-                )
-            )
-            free, bound = (record.figures[f"cost: {name}"].median for name in ("free", "constrained"))
-            said.append(f"{bound:,.0f} tokens/s against {free:,.0f}; the first request with a new schema took {row['first_s']:.2f} s, which compiles it.")
+            name = f"tokens/s lost to a {row['way']}, batch of {row['batch']}"
+            table.append((name, f"{lost:.1%} [{1 - ratio.max:.1%} – {1 - ratio.min:.1%}]", f"{row['allowed']:.0%}", verdict))
+            free, bound = record.figures["cost: free"].median, record.figures[f"cost: {row['way']}"].median
+            said.append(f"{row['way'].capitalize()}: {bound:,.0f} tokens/s against {free:,.0f}; the first request with it took {row['first_s']:.2f} s.")
     return markdown_table(("", "measured", "wanted", ""), table) + "\n\n" + " ".join(said)
