@@ -86,12 +86,11 @@ def run(*, quick: bool, say: Callable[[str], None]) -> Record:
             after = server.until_idle()
             time.sleep(2)
             after_bytes = server.memory_bytes()
-        resident_bytes = sum(meter.peak_rss_by_pid.values())
         state = {
-            "phase": "state", "budget_bytes": parse_bytes(MEMORY), "peak_bytes": meter.peak_bytes, "method": meter.method, "resident_peaks_bytes": resident_bytes,
-            "before_bytes": before_bytes, "after_bytes": after_bytes, "stated_peak_bytes": after["memory"]["peak_bytes"],
-            "blocks_before": blocks_kept(before), "blocks_after_burst": blocks_kept(after_burst), "blocks_after": blocks_kept(after),
-            "preemptions": after["load"]["preemptions"],
+            "phase": "state", "budget_bytes": parse_bytes(MEMORY), "peak_bytes": meter.peak_bytes, "method": meter.method,
+            "resident_peaks_bytes": sum(meter.peak_rss_by_pid.values()), "before_bytes": before_bytes, "after_bytes": after_bytes,
+            "stated_peak_bytes": after["memory"]["peak_bytes"], "preemptions": after["load"]["preemptions"], "blocks_before": blocks_kept(before),
+            "blocks_after_burst": blocks_kept(after_burst), "blocks_after": blocks_kept(after),
         }  # fmt: skip
         rows.append(state)
     say(f"memory: peak {format_bytes(state['peak_bytes'])} of {MEMORY}; {format_bytes(before_bytes)} before, {format_bytes(after_bytes)} after")
