@@ -24,13 +24,14 @@ from torch import Tensor
 
 from tradespace.errors import InputError, UnsupportedError
 from tradespace.loading.tokenizer import Tokenizer
+from tradespace.measure.memory import parse_kb_fields, return_freed_memory
 from tradespace.server.messages import Grammar, Submit
 from tradespace.units import MiB
 
 COMPILE_S = 10.0  # a grammar that takes longer is refused
-COMPILE_BYTES = 512 * MiB  # of address space beyond what the process has
-RESULT_BYTES = 16 * MiB
-KEPT = 32  # compiled grammars
+COMPILE_BYTES = 96 * MiB  # of data beyond what the process has
+RESULT_BYTES = 8 * MiB
+KEPT_BYTES = 24 * MiB  # of compiled grammars
 
 
 class GrammarState:
@@ -116,8 +117,9 @@ class Compiler:
         compiled = self._compiled.get(grammar)
         if compiled is None:
             compiled = xgrammar.CompiledGrammar.deserialize_json(self._in_child(xgrammar, info, grammar), info)
+            return_freed_memory()  # the text of the automaton takes several times its room on its way
             self._compiled[grammar] = compiled
-            if len(self._compiled) > KEPT:
+            while len(self._compiled) > 1 and sum(other.memory_size_bytes for other in self._compiled.values()) > KEPT_BYTES:
                 self._compiled.popitem(last=False)
         self._compiled.move_to_end(grammar)
         bitmask = torch.empty(1, (self.vocab_size + 31) // 32, dtype=torch.int32)
@@ -182,10 +184,9 @@ def _printed_tokens(words: list[bytes]) -> np.ndarray:
 def _compile_and_exit(xgrammar: Any, info: Any, grammar: Grammar, write: int) -> None:
     """In the child: writes "+" and the automaton, or "-" and what is wrong; never returns."""
     try:
-        with open("/proc/self/statm", encoding="ascii") as stream:
-            pages = int(stream.read().split()[0])
-        limit = pages * resource.getpagesize() + COMPILE_BYTES
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        with open("/proc/self/status", encoding="ascii", errors="replace") as stream:
+            limit = parse_kb_fields(stream.read())["VmData"] + COMPILE_BYTES
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_enabled=False)
         match grammar.kind:
@@ -200,7 +201,9 @@ def _compile_and_exit(xgrammar: Any, info: Any, grammar: Grammar, write: int) ->
                 compiled = compiler.compile_grammar(grammar.text)
         answer = b"+" + compiled.serialize_json().encode()
     except BaseException as error:
-        answer = b"-" + f"{type(error).__name__}: {error}"[:400].encode(errors="replace")
+        # nothing said is how the parent learns that memory ran out
+        short = isinstance(error, MemoryError) or "bad_alloc" in str(error)
+        answer = b"" if short else b"-" + f"{type(error).__name__}: {error}"[:400].encode(errors="replace")
     try:
         while answer:
             answer = answer[os.write(write, answer) :]

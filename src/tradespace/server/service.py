@@ -34,13 +34,20 @@ class Settings:
     names: tuple[str, ...]
     api_keys: tuple[str, ...] = ()
     max_queue: int = 1024
-    max_body_bytes: int = 4 << 20
+    max_body_bytes: int = 2 << 20
     max_depth: int = 64
     timeout_s: float | None = None
     grace_s: float = 30.0
     tool_style: str = "auto"
     metrics_prefix: str = "vllm"
+    grammars: bool = True
     front_bytes: int = 0
+    grammar_bytes: int = 0
+
+    @property
+    def outside_bytes(self) -> int:
+        """What of the budget is not the engine's own."""
+        return self.front_bytes + self.grammar_bytes
 
 
 class ClientGone(Exception):
@@ -90,6 +97,8 @@ class Service:
         _ = self.ready
         for one in wanted:
             SamplingParams(**one.params)  # says what is wrong
+            if one.grammar is not None and not self.settings.grammars:
+                raise InputError(f"this server binds no output to a {one.grammar.kind}: it was started with --no-grammars")
         jobs: list[Job] = []
         news: asyncio.Queue[News] = asyncio.Queue()
         key = self.key_of(request, user)
