@@ -61,10 +61,12 @@ def serve(
     """
     values: dict[str, Any] = {name: value for name, value in context_.params.items() if name not in ("context_", "json")}
     try:
+        from tradespace.server.log import protect_log
         from tradespace.server.running import serve as run
         from tradespace.server.service import Settings
     except ModuleNotFoundError as error:
         raise TradespaceError(f"serving needs {error.name}, which is not installed. Run: pip install 'tradespace[serve]'") from error
+    protect_log()
     keys = tuple(values["api_key"] or ())
     if any(not key for key in keys):
         raise InputError("--api-key is empty. Give a key, or leave the flag away")

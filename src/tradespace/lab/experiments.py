@@ -92,6 +92,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             parts=("valid", "cost"),
         ),
         Experiment(name="serve-overload", question="does the server stay whole when far too much arrives?", minutes=14, module="serving.overload"),
+        Experiment(name="serve-faults", question="does the server answer others whatever some clients do?", minutes=8, module="serving.faults"),
         Experiment(name="demo", question="what does make demo print here?", minutes=1, module="commands", runner="run_demo"),
         Experiment(name="tests", question="how do the tests end here, and in what time?", minutes=9, module="commands", runner="run_tests"),
     )

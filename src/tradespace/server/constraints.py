@@ -124,7 +124,11 @@ class Compiler:
         self._compiled.move_to_end(grammar)
         bitmask = torch.empty(1, (self.vocab_size + 31) // 32, dtype=torch.int32)
         kept = self._printed if grammar.kind in ("json_object", "json_schema") else None
-        return GrammarState(xgrammar.GrammarMatcher(compiled), bitmask, kept)
+        matcher = xgrammar.GrammarMatcher(compiled)
+        matcher.fill_next_token_bitmask(bitmask)
+        if not (bitmask.numpy()[0] & (-1 if kept is None else kept)).any():
+            raise InputError(f"the {grammar.kind} is not valid: nothing fits it, not even an empty answer")
+        return GrammarState(matcher, bitmask, kept)
 
     def _load(self) -> tuple[Any, Any]:
         if self._library is None:

@@ -108,6 +108,10 @@ class Limited:
             # at most so many openings can be so deep: most bodies need no look at each byte
             if body.count(b"[") + body.count(b"{") > self.max_depth and depth_of(body, self.max_depth) > self.max_depth:
                 raise _Refused(400, f"the body is nested more than {self.max_depth} deep", "too_deep", [])
+            try:
+                body.decode()
+            except UnicodeDecodeError as error:
+                raise _Refused(400, f"the body is not UTF-8 at byte {error.start}", "not_utf8", []) from None
             await self.app(scope, _replay(body, receive), send)
         except _Refused as refused:
             kind = "rate_limit_error" if refused.status == 429 else "invalid_request_error"

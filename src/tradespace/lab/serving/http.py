@@ -132,6 +132,13 @@ class Exchange:
         except asyncio.IncompleteReadError as error:
             raise BadAnswer("the connection was closed in the midst of an answer") from error
 
+    async def read_some(self, size: int) -> bytes:
+        """At most `size` bytes of the body as it lies on the wire."""
+        assert self._reader is not None
+        if part := await self._reader.read(size):
+            return part
+        raise BadAnswer("the connection was closed in the midst of an answer")
+
     async def read(self) -> bytes:
         """The whole body."""
         return b"".join([part async for part in self.chunks()])
