@@ -11,9 +11,9 @@ from starlette.responses import JSONResponse, Response
 
 from tradespace.errors import InputError
 from tradespace.server.answering import chat_logprobs, usage
-from tradespace.server.asking import chat_ids, check_model, fit_tokens, grammar_of, sampling_of, schema_grammar
+from tradespace.server.asking import chat_ids, check_model, fit_tokens, grammar_of, sampling_of, schema_grammar, text_of
 from tradespace.server.schema import ChatRequest
-from tradespace.server.service import Service, Waiting, Wanted, new_id, sse, streamed
+from tradespace.server.service import Service, Waiting, Wanted, new_id, off_loop, sse, streamed
 from tradespace.server.tools import Call, ToolText, forced_schema, style_of
 
 
@@ -31,7 +31,7 @@ async def chat(service: Service, request: Request, body: ChatRequest) -> Respons
         if grammar is not None:
             raise InputError("a forced call of a tool and a grammar exclude each other")
         grammar = schema_grammar(forced)
-    ids = chat_ids(service.tokenizer, body.messages, tools)
+    ids = await off_loop(sum(len(text_of(message.content)) for message in body.messages), chat_ids, service.tokenizer, body.messages, tools)
     most = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     params["max_tokens"] = fit_tokens(ready.limits, len(ids), most)
     waiting = service.submit(

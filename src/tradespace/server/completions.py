@@ -13,7 +13,7 @@ from tradespace.errors import InputError
 from tradespace.server.answering import Output, completion_logprobs, usage
 from tradespace.server.asking import check_model, fit_tokens, grammar_of, prompts_of, sampling_of
 from tradespace.server.schema import CompletionRequest
-from tradespace.server.service import Service, Waiting, Wanted, new_id, sse, streamed
+from tradespace.server.service import Service, Waiting, Wanted, new_id, off_loop, sse, streamed
 
 
 async def complete(service: Service, request: Request, body: CompletionRequest) -> Response:
@@ -28,7 +28,9 @@ async def complete(service: Service, request: Request, body: CompletionRequest) 
     params = sampling_of(body, ready, logprobs=body.logprobs)
     if body.echo and body.logprobs is not None:
         params["prompt_logprobs"] = body.logprobs
-    grammar, prompts = grammar_of(body), prompts_of(body, service.tokenizer, ready.limits)
+    grammar, several = grammar_of(body), [body.prompt] if isinstance(body.prompt, str) else body.prompt
+    size = sum(len(one) for one in several if isinstance(one, str))
+    prompts = await off_loop(size, prompts_of, body, service.tokenizer, ready.limits)
     wanted = [
         Wanted(ids, {**params, "max_tokens": fit_tokens(ready.limits, len(ids), max(1, body.max_tokens) if body.max_tokens is not None else None)}, grammar)
         for ids in prompts

@@ -6,10 +6,10 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -48,6 +48,15 @@ class Settings:
     def outside_bytes(self) -> int:
         """What of the budget is not the engine's own."""
         return self.front_bytes + self.grammar_bytes
+
+
+INLINE_CHARS = 4096  # shorter texts are encoded in less time than a thread takes to hand them back
+T = TypeVar("T")
+
+
+async def off_loop(size: int, work: Callable[..., T], *args: Any) -> T:
+    """`work(*args)`, in a thread where what it reads has more than INLINE_CHARS characters: nobody else's events wait for it."""
+    return work(*args) if size <= INLINE_CHARS else await asyncio.to_thread(work, *args)
 
 
 class ClientGone(Exception):

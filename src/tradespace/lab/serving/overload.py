@@ -21,7 +21,7 @@ from tradespace.units import format_bytes, parse_bytes
 
 MEMORY, BURST, TIMES, QUEUE = "1GiB", 1000, 3.0, 600
 WORDS = ("--memory", MEMORY, "--max-num-seqs", "16", "--context", "1024", "--max-queue", str(QUEUE))
-REFUSED = "429 queue_full"
+REFUSED = ("429 queue_full", "503 too_many_connections")  # the queue, or all connections that may be open
 HUNG_S = 1800.0  # far beyond what a full queue takes: who has no end by then has none
 MOST_DRIFT = 0.01
 
@@ -36,7 +36,7 @@ def ending(answer: Answer) -> str:
     """How a request ended: "tokens" (all that were asked for), the server's own error, or "LOST: …"."""
     if answer.error is None:
         return "tokens" if answer.output_tokens == answer.ask.output else f"LOST: {answer.output_tokens} of {answer.ask.output} tokens"
-    return answer.error if answer.error == REFUSED else f"LOST: {answer.error}"
+    return answer.error if answer.error in REFUSED else f"LOST: {answer.error}"
 
 
 def row_of(name: str, run: Run) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def row_of(name: str, run: Run) -> dict[str, Any]:
         "e2e_p99_s",
         "client_cpu_share",
     )
-    refused_s = [answer.e2e_s for answer in run.answers if answer.error == REFUSED]
+    refused_s = [answer.e2e_s for answer in run.answers if answer.error in REFUSED]
     endings = dict(Counter(map(ending, run.answers)))
     lost = sum(count for how, count in endings.items() if how.startswith("LOST"))
     return {"phase": name, **{key: summary[key] for key in keys}, "endings": endings, "lost": lost, "refusal_p99_s": percentile(refused_s, 99)}
@@ -66,11 +66,11 @@ def run(*, quick: bool, say: Callable[[str], None]) -> Record:
     rows: list[dict[str, Any]] = []
     with Server(*WORDS) as server:
         target = server.target(timeout_s=HUNG_S)
-        asyncio.run(closed_loop(target, draw_asks(32, seed=1), concurrency=16))  # what is allocated on first use is allocated
+        asyncio.run(closed_loop(target, draw_asks(64, seed=1), concurrency=16))  # what is allocated on first use is allocated
         before = server.until_idle()
         time.sleep(1)
         with MemoryMeter(root_pid=server.pid) as meter:
-            before_bytes = server.memory_bytes()
+            before_bytes = server.resident_bytes()
             calm = asyncio.run(closed_loop(target, draw_asks(60 if quick else 300, seed=2), concurrency=16))
             rows.append(row_of("capacity: 16 at once", calm) | {"peak_bytes": meter.mark("capacity")})
             rate = rows[0]["requests_per_s"]
@@ -85,7 +85,7 @@ def run(*, quick: bool, say: Callable[[str], None]) -> Record:
             say(f"flood: {rows[2]['endings']} in {rows[2]['wall_s']:.0f} s")
             after = server.until_idle()
             time.sleep(2)
-            after_bytes = server.memory_bytes()
+            after_bytes = server.resident_bytes()
         state = {
             "phase": "state", "budget_bytes": parse_bytes(MEMORY), "peak_bytes": meter.peak_bytes, "method": meter.method,
             "resident_peaks_bytes": sum(meter.peak_rss_by_pid.values()), "before_bytes": before_bytes, "after_bytes": after_bytes,
@@ -106,7 +106,7 @@ def markdown(record: Record) -> str:
     *phases, state = record.rows
     table = []
     for row in phases:
-        refused = sum(count for how, count in row["endings"].items() if how == REFUSED)
+        refused = sum(count for how, count in row["endings"].items() if how in REFUSED)
         peak = format_bytes(row["peak_bytes"])
         first = "–" if row["ttft_p50_s"] is None else f"{row['ttft_p50_s']:.2f} / {row['ttft_p99_s']:.2f} s"
         table.append(
@@ -121,14 +121,14 @@ def markdown(record: Record) -> str:
                 peak,
             )
         )
-    head = ("", "requests", "answered in full", "refused with 429", "lost or hung", "tokens/s", "first token, p50 / p99", "peak memory")
+    head = ("", "requests", "answered in full", "refused (429, 503)", "lost or hung", "tokens/s", "first token, p50 / p99", "peak memory")
     drift = state["after_bytes"] / state["before_bytes"] - 1
     blocks, kept = state["blocks_after"], state["peak_bytes"] <= state["budget_bytes"]
     whole = blocks["free"] + blocks["used"] == blocks["total"] and blocks["used"] == blocks["references"] == 0
     return (
         f"{markdown_table(head, table)}\n\nBudget {format_bytes(state['budget_bytes'])}, peak {format_bytes(state['peak_bytes'])} "
-        f"({'never above' if kept else 'ABOVE IT'}; the sum of both processes' own resident peaks, which counts shared pages twice, is "
-        f"{format_bytes(state['resident_peaks_bytes'])}). Memory before {format_bytes(state['before_bytes'])}, after {format_bytes(state['after_bytes'])}: "
+        f"({'never above' if kept else 'ABOVE IT'}; the sum of both processes' own resident peaks, which counts what both map twice, is "
+        f"{format_bytes(state['resident_peaks_bytes'])}). Resident before {format_bytes(state['before_bytes'])}, after {format_bytes(state['after_bytes'])}: "
         f"{drift:+.2%} ({'within' if abs(drift) <= MOST_DRIFT else 'NOT within'} {MOST_DRIFT:.0%}). Cache blocks at the end: {blocks['free']:,} free + "
         f"{blocks['used']:,} used of {blocks['total']:,} ({'none leaked' if whole else 'LEAKED'})."
     )

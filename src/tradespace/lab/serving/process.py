@@ -14,10 +14,12 @@ import time
 from pathlib import Path
 from typing import Any, Self
 
+import psutil
+
 from tradespace.errors import EngineError
 from tradespace.lab.serving.asking import Target
 from tradespace.lab.serving.http import Address, BadAnswer, call
-from tradespace.measure.memory import child_pids, process_bytes
+from tradespace.measure.memory import child_pids
 
 START_S = 600.0  # the native kernels may have to be compiled
 MODEL = "smollm2-135m"
@@ -108,9 +110,9 @@ class Server:
                 raise EngineError(f"not idle {within_s:g} s after the last request: {load}")
             time.sleep(0.1)
 
-    def memory_bytes(self) -> int:
-        """What the server and its children cost now: proportional set size, summed."""
-        return sum(process_bytes(pid) for pid in (self.pid, *child_pids(self.pid)))
+    def resident_bytes(self) -> int:
+        """Their resident sizes, summed: what both map counts twice, but nothing depends on what processes outside share with them."""
+        return sum(psutil.Process(pid).memory_info().rss for pid in (self.pid, *child_pids(self.pid)))
 
     def target(self, **more: Any) -> Target:
         return Target(address=self.address, model=self.model, **more)
