@@ -62,12 +62,14 @@ async def chat(service: Service, request: Request, body: ChatRequest) -> Respons
 
 
 async def _events(service: Service, body: ChatRequest, waiting: Waiting, head: dict[str, Any], splitters: list[ToolText | None]) -> AsyncIterator[bytes]:
-    with_usage = body.stream_options is not None and body.stream_options.include_usage
-    extra = {"usage": None} if with_usage else {}
+    options = body.stream_options
+    with_usage, continuous = (options is not None and options.include_usage), (options is not None and options.continuous_usage_stats)
     count = cached = 0
     begun, num_calls = set[int](), [0] * len(splitters)
 
     def event(index: int, delta: dict[str, Any], reason: str | None = None, logprobs: Any = None) -> bytes:
+        so_far = usage(len(waiting.jobs[0].prompt_ids), count, cached) if continuous else None
+        extra = {"usage": so_far} if with_usage or continuous else {}
         return sse({**head, "choices": [{"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}], **extra})
 
     async for _, piece in waiting:

@@ -79,7 +79,8 @@ def _choice(service: Service, body: CompletionRequest, index: int, echo: str, id
 async def _events(service: Service, body: CompletionRequest, waiting: Waiting, head: dict[str, Any], echoes: list[str]) -> AsyncIterator[bytes]:
     n, begun, counts, lengths = body.n or 1, set[int](), [0] * len(echoes), dict[int, int]()
     cached = [0] * len(echoes)
-    with_usage = body.stream_options is not None and body.stream_options.include_usage
+    options = body.stream_options
+    with_usage, continuous = (options is not None and options.include_usage), (options is not None and options.continuous_usage_stats)
     async for job, piece in waiting:
         index = job * n + piece.sample
         output = Output()
@@ -98,7 +99,8 @@ async def _events(service: Service, body: CompletionRequest, waiting: Waiting, h
             lengths[index] = start + sum(map(len, choice["logprobs"]["tokens"]))
         if body.max_tokens == 0 and piece.finish_reason is None:
             choice["finish_reason"] = None
-        yield sse({**head, "choices": [choice]} | ({"usage": None} if with_usage else {}))
+        so_far = usage(len(waiting.jobs[job].prompt_ids), counts[job], cached[job]) if continuous else None
+        yield sse({**head, "choices": [choice]} | ({"usage": so_far} if with_usage or continuous else {}))
     if with_usage:
         generated = 0 if body.max_tokens == 0 else sum(counts)
         yield sse({**head, "choices": [], "usage": usage(sum(len(job.prompt_ids) for job in waiting.jobs), generated, sum(cached))})
