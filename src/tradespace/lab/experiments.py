@@ -95,6 +95,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         Experiment(name="serve-faults", question="does the server answer others whatever some clients do?", minutes=8, module="serving.faults"),
         Experiment(name="serve-prefix", question="what does the prefix cache gain over HTTP?", minutes=6, module="serving.prefix"),
         Experiment(name="serve-throughput", question="what does HTTP cost of the engine's tokens a second?", minutes=3, module="serving.throughput"),
+        Experiment(name="serve-scores", question="does lm-eval over HTTP score as tradespace eval does?", minutes=5, module="serving.scores"),
         Experiment(name="demo", question="what does make demo print here?", minutes=1, module="commands", runner="run_demo"),
         Experiment(name="tests", question="how do the tests end here, and in what time?", minutes=9, module="commands", runner="run_tests"),
     )
