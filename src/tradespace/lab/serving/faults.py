@@ -52,7 +52,7 @@ async def beside(server: Server, work: Awaitable[kinds.Found]) -> tuple[kinds.Fo
 def row_of(name: str, found: kinds.Found, probes: list[Answer], seconds: float) -> Row:
     times = [probe.e2e_s for probe in probes]
     unanswered = dict(Counter(probe.error for probe in probes if probe.error is not None))
-    row = {"fault": name, "endings": found, "lost": sum(count for how, count in found.items() if how.startswith("LOST")), "seconds": seconds}
+    row: Row = {"fault": name, "endings": found, "lost": sum(count for how, count in found.items() if how.startswith("LOST")), "seconds": seconds}
     return row | {"probes": len(probes), "unanswered": unanswered, "probe_p50_s": percentile(times, 50), "probe_max_s": max(times, default=None)}
 
 
