@@ -16,6 +16,7 @@ from tradespace.choosing import check_plan, choose_plan, read_plan
 from tradespace.cost.memory import Ledger, ledger, measurable_lines
 from tradespace.cost.time import decode_time, prefill_time
 from tradespace.defaults import Defaults
+from tradespace.engine.beam import BeamOutput, BeamParams
 from tradespace.engine.engine import Engine, Prompt, TextStream
 from tradespace.engine.request import Completion, SamplingParams
 from tradespace.engine.scheduler import Policy
@@ -126,6 +127,16 @@ class LLM:
         done = self.engine.generate(several, self.sampling() if params is None else params)
         self._lengths = [(len(sample.prompt_ids), len(sample.output_ids)) for completion in done for sample in completion.samples]
         return done
+
+    def beam_search(self, prompt: Prompt, params: BeamParams | None = None) -> list[BeamOutput]:
+        """The likeliest answers to one prompt by beam search, best first; beams share the cache of what they have in common.
+
+        Raises InputError as `generate` does.
+        """
+        self._speeds = StepClock()
+        found = self.engine.beam_search(prompt, params)
+        self._lengths = [(len(self.engine.encode(prompt)), len(output.output_ids)) for output in found]
+        return found
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str]:
         """Pieces of one answer as they are generated. Leaving the loop early aborts the request and frees its cache."""

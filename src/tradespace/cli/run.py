@@ -34,6 +34,7 @@ from tradespace.cli.options import (
 from tradespace.errors import InputError, TradespaceError
 
 if TYPE_CHECKING:
+    from tradespace.engine.beam import BeamOutput
     from tradespace.engine.request import SamplingParams
     from tradespace.llm import LLM
     from tradespace.measure.report import Report
@@ -46,6 +47,8 @@ MinP = Annotated[float | None, typer.Option("--min-p", min=0.0, max=1.0, help="K
 RepetitionPenalty = Annotated[float | None, typer.Option("--repetition-penalty", "--repeat-penalty", help="Above 1: repeat less.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Same seed, same text.")]
 Samples = Annotated[int, typer.Option("--n", min=1, help="Answers to each prompt, each with a draw of its own; the prompt is computed once.")]
+Beams = Annotated[int, typer.Option("--beams", min=1, help="Search this many likeliest answers together (beam search) and print the best; 1: none.")]
+LengthPenalty = Annotated[float, typer.Option("--length-penalty", help="With --beams: above 0 favours longer answers.")]
 Stop = Annotated[list[str] | None, typer.Option("--stop", help="End the answer before this text; may be given several times.")]
 
 
@@ -60,6 +63,8 @@ def run(
     prompt_file: Annotated[list[Path] | None, typer.Option("--prompt-file", "-f", help="A file that is one prompt; may be given several times.")] = None,
     max_tokens: MaxTokens = 128,
     n: Samples = 1,
+    beams: Beams = 1,
+    length_penalty: LengthPenalty = 1.0,
     temperature: Temperature = None,
     top_k: TopK = None,
     top_p: TopP = None,
@@ -90,13 +95,17 @@ def run(
     import tradespace as ts
 
     texts = read_prompts(prompts or [], prompt_file or [])
+    wanted = None
+    if beams > 1:
+        wanted = ts.BeamParams(num_beams=beams, max_tokens=max_tokens, length_penalty=length_penalty)
+        refuse_sampling(n=n, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed, stop=stop)
     notes = console(stderr=True)
     with ts.open(
         model,
         memory=memory,
         plan=plan,
         context=context,
-        concurrency=len(texts) * n,
+        concurrency=beams if beams > 1 else len(texts) * n,
         weights=weights,
         attention=attention,
         pattern=attention_pattern,
@@ -121,6 +130,12 @@ def run(
             n=n,
         )
         prepared = texts if raw else [llm.render(text, system=system) for text in texts]
+        if wanted is not None:
+            found = [llm.beam_search(prompt, wanted) for prompt in prepared]
+            show_beams(texts, found, model=model, llm=llm, json=json)
+            if report and not json:
+                notes.print(report_table(llm.report()))
+            return
         if json:
             completions = llm.generate(prepared, params)
             print_json({"model": model, "completions": completions, "report": llm.report().to_dict()})
@@ -134,6 +149,22 @@ def run(
                     print(f"[{name}] {texts[number - 1].strip()[:80]}\n{sample.text}\n")
         if report:
             notes.print(report_table(llm.report()))
+
+
+def refuse_sampling(**settings: object) -> None:
+    """Raises InputError for a setting that draws tokens: a beam search takes the likeliest."""
+    given = next((name for name, value in settings.items() if value not in (None, [], 1 if name == "n" else None)), None)
+    if given is not None:
+        raise InputError(f"--{given.replace('_', '-')} and --beams: a beam search draws nothing, it keeps the likeliest answers. Leave one of the two away")
+
+
+def show_beams(texts: list[str], found: list[list[BeamOutput]], *, model: str, llm: LLM, json: bool) -> None:
+    """The best answer to each prompt; as JSON all of them with their scores."""
+    if json:
+        print_json({"model": model, "beams": found, "report": llm.report().to_dict()})
+        return
+    for number, (text, outputs) in enumerate(zip(texts, found, strict=True), 1):
+        print(f"[{number}] {text.strip()[:80]}\n{outputs[0].text}\n" if len(texts) > 1 else outputs[0].text)
 
 
 def stream_to_terminal(llm: LLM, prompt: str | list[int], params: SamplingParams) -> None:

@@ -40,6 +40,8 @@ STAGING_BYTES = Constant(16 * MiB, "set: build.py, the loader's one bounded buff
 RESERVE_BYTES = Constant(32 * MiB, "set: what sampling may miss and an allocator may keep under load; planner and builder leave it free on a CPU")
 # what is in no tensor: modules, file headers, and what the allocator keeps between steps of unlike shapes
 HEAP_BYTES = Constant(16 * MiB, "measured: peak of the process less all other lines, SmolLM2, 1 to 64 requests")
+GRAPH_BYTES = Constant(8 * MiB, "assumed: what one captured decode step takes on a CUDA device")
+DEVICE_SLACK_BYTES = Constant(96 * MiB, "assumed: kernels that a driver loads later, and what an allocator may keep under load, on a CUDA device")
 STREAM_BUFFERS = Constant(2, "assumed: one streamed layer computes while the next one arrives")
 
 REFERENCE_WEIGHT_ROWS = Constant(1024, "set: kernels/linear/reference.py: rows of a matrix that are widened to fp32 at a time")
@@ -67,6 +69,7 @@ KERNEL_OPS: dict[str, Constant] = {
     "sdpa": Constant(4, "assumed: mask and one fused call, per sequence"),
     "flash": Constant(1, "assumed: one launch for the whole batch"),
     "native": Constant(0, "set: one call runs all operations of all layers"),
+    "paged": Constant(1, "set: one launch for the whole batch"),
 }
 ALL_REDUCE_LATENCY_S = Constant(15e-6, "assumed: one small all-reduce over a peer link")
 

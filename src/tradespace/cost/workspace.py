@@ -99,6 +99,8 @@ def product_bytes(held: Iterable[WeightFormat], outputs: int, columns: int, rows
         elif scales_products(fmt) and shape.e < 4:
             whole = min(rows, fused_rows(fmt, columns)) * outputs if shape.linear == "torch" else 0
             extra = max(extra, SCALING_BYTES * max(rows * tile, whole))
+            if fmt.rounded:
+                extra += rows * columns * (4 + 1 + shape.e) + rows * outputs * 4
         elif fmt.group == 0:  # rotated inputs of a lattice
             extra += 2 * 4 * rows * columns
         most = max(most, extra)

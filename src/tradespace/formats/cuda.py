@@ -1,6 +1,7 @@
 """A weight in any format that the CUDA kernels read, laid out once for them (`kernels/linear/packed.py`) in place of the format's own layout.
 
-Bytes: `spec.cuda.packed_bytes`. Codes, scales and zero points are those of the format, unchanged: only where they lie differs. Few rows of activations meet the
+Bytes: `spec.cuda.packed_bytes`. Codes, scales and zero points are those of the format, unchanged: only where they lie differs.
+Triton is imported where a kernel runs: this module is there without it. Few rows of activations meet the
 codes in registers; many rows meet the matrix dequantized once into the shared workspace, or torch's own 8-bit product.
 """
 
@@ -16,10 +17,7 @@ from tradespace.formats.codes import Codes
 from tradespace.formats.nf4 import quantize_scales
 from tradespace.formats.workspace import Workspace
 from tradespace.kernels.linear import packed
-from tradespace.kernels.linear.large import large_linear
-from tradespace.kernels.linear.triton_codes import quantize_rows
-from tradespace.kernels.linear.triton_rows import Scratch, rows_linear
-from tradespace.kernels.linear.triton_unpack import unpack_into
+from tradespace.kernels.linear.scratch import Scratch
 from tradespace.spec import cuda
 
 
@@ -106,6 +104,10 @@ class CudaWeight(nn.Module):
 
     def linear(self, x_TC: Tensor, bias_R: Tensor | None = None, *, expert: int | None = None) -> Tensor:
         """y_TR = x @ W.T (+ bias) in x's dtype; of one matrix of the stack where `expert` names it."""
+        from tradespace.kernels.linear.large import large_linear
+        from tradespace.kernels.linear.triton_codes import quantize_rows
+        from tradespace.kernels.linear.triton_rows import rows_linear
+
         weight = self.packed if expert is None else self.packed.part(expert * self.shape[-2], (expert + 1) * self.shape[-2])
         if 0 < len(x_TC) <= cuda.FEW_ROWS:
             if self.scratch is None:
@@ -122,10 +124,14 @@ class CudaWeight(nn.Module):
 
     def rows(self, ids_T: Tensor) -> Tensor:
         """The rows of these ids (T, C) as bf16: an embedding's look-up."""
+        from tradespace.kernels.linear.triton_unpack import unpack_into
+
         out_TC = torch.empty((len(ids_T), self.shape[-1]), dtype=torch.bfloat16, device=self.packed.codes.device)
         return unpack_into(self.packed, out_TC, ids_T=ids_T)
 
     def dense_rows(self, start: int, stop: int) -> Tensor:
         """Rows start … stop - 1 as bf16."""
+        from tradespace.kernels.linear.triton_unpack import unpack_into
+
         out_RC = torch.empty((stop - start, self.shape[-1]), dtype=torch.bfloat16, device=self.packed.codes.device)
         return unpack_into(self.packed, out_RC, first=start)

@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from math import prod
 
 from tradespace.errors import InputError
-from tradespace.spec import native
+from tradespace.spec import cuda, native
 from tradespace.spec.formats import FORMATS, WeightFormat, find_format
 from tradespace.spec.model import ModelSpec
 from tradespace.spec.tensors import QUANTIZABLE_ROLES, TensorSpec, model_tensors
+
+LAYOUTS = ("stored", "native", "cuda")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +21,8 @@ class WeightPlan:
     """Which format holds which tensor: `default` for every quantizable role, exceptions by role ("lm_head") or "layer:role" ("0:down").
 
     Norms are held in fp32; biases, sinks, position tables and routers in `dense` (the dtype of the activations). `layout` is how the formats lie in memory:
-    "stored" as `formats/` has them, "native" packed for the CPU kernels (`spec/native.py`), whose activations are fp32.
+    "stored" as `formats/` has them, "native" packed for the CPU kernels (`spec/native.py`), whose activations are fp32, "cuda" packed for the CUDA kernels
+    (`spec/cuda.py`), whose activations are bf16.
     """
 
     default: str = "bf16"
@@ -28,10 +31,12 @@ class WeightPlan:
 
     def __post_init__(self):
         find_format(self.default)
-        if self.layout not in ("stored", "native"):
-            raise InputError(f"unknown weight layout '{self.layout}'. Known: stored, native")
+        if self.layout not in LAYOUTS:
+            raise InputError(f"unknown weight layout '{self.layout}'. Known: {', '.join(LAYOUTS)}")
         if self.layout == "native" and (strange := [name for name in (self.default, *self.exceptions.values()) if not native.runs(name)]):
             raise InputError(f"the native kernels do not read {', '.join(strange)}. They read {', '.join(native.FORMAT_KINDS)}")
+        if self.layout == "cuda" and (strange := [name for name in (self.default, *self.exceptions.values()) if not cuda.runs(name)]):
+            raise InputError(f"the CUDA kernels do not read {', '.join(strange)}. They read {', '.join(cuda.FORMATS)}")
         for key, name in self.exceptions.items():
             find_format(name)
             role = key.rsplit(":", 1)[-1]
@@ -44,7 +49,7 @@ class WeightPlan:
     @property
     def dense(self) -> str:
         """Dtype of activations and of what no format holds."""
-        return "fp32" if self.layout == "native" else FORMATS[self.default].compute
+        return {"native": "fp32", "cuda": "bf16"}.get(self.layout) or FORMATS[self.default].compute
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -62,6 +67,8 @@ class WeightPlan:
     def nbytes(self, tensor: TensorSpec) -> int:
         if self.layout == "native" and tensor.role in QUANTIZABLE_ROLES:
             return native.packed_bytes(self.format_of(tensor).name, prod(tensor.shape[:-1]), tensor.shape[-1])
+        if self.layout == "cuda" and tensor.role in QUANTIZABLE_ROLES:
+            return cuda.packed_bytes(self.format_of(tensor).name, tensor.shape)
         return self.format_of(tensor).nbytes(tensor.shape)
 
     def describe(self) -> str:
@@ -92,6 +99,12 @@ def workspace_shape(shapes: Iterable[tuple[int, ...]]) -> tuple[int, int]:
     """
     matrices = [shape[-2:] for shape in shapes]
     return max((tile_rows(R, C) * C for R, C in matrices), default=0), max((R for R, _ in matrices), default=0)
+
+
+def unpacked_elements(model: ModelSpec, plan: WeightPlan) -> int:
+    """Elements of the workspace that a CUDA step decodes coded matrices into for products of many rows: the largest of them, or a tile of it. 0 for none."""
+    found = [tensor.shape[-2:] for tensor in model_tensors(model) if tensor.role in QUANTIZABLE_ROLES and not cuda.FORMATS[plan.format_of(tensor).name].plain]
+    return max((max(cuda.CHUNK_ROWS * columns, min(rows * columns, cuda.UNPACK_ELEMENTS)) for rows, columns in found), default=0)
 
 
 def weight_bytes(model: ModelSpec, plan: WeightPlan) -> int:
