@@ -104,7 +104,11 @@ def build_on_device(
     torch.cuda.empty_cache()
     at = phase("weights", at)
     step = DeviceStep(
-        transformer, step_tokens=plan.step_tokens, logit_rows=plan.logit_rows, max_sequences=min(plan.max_sequences, plan.step_tokens), max_context=plan.max_context
+        transformer,
+        step_tokens=plan.step_tokens,
+        logit_rows=plan.logit_rows,
+        max_sequences=min(plan.max_sequences, plan.step_tokens),
+        max_context=plan.max_context,
     )
     num_tokens = spec.V if tokenizer is None else min(tokenizer.vocab_size, spec.V)
     small = _cache(spec, plan, 4, device)
@@ -174,4 +178,3 @@ def rehearse(runner: DeviceRunner, plan: Plan) -> None:
     for rows in (1, 16, 32, cuda.FEW_ROWS):  # each is a kernel of its own
         if rows <= min(runner.model.logit_rows, plan.step_tokens):
             runner.model.logits_of(torch.zeros(rows, dtype=torch.int64, device=runner.device))
-

@@ -235,6 +235,8 @@ def open(
     revision: str | None = None,
     offline: bool = False,
     progress: bool = False,
+    device: str | None = None,
+    random_weights: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> LLM:
     """Fetch `model` if need be, plan it for this machine within `memory`, build the best plan (or obey `plan`), and return it ready to generate.
@@ -248,22 +250,34 @@ def open(
                  native kernels for exact products
     prefix_sharing  prompts with equal first tokens share what the cache holds of them; default: where the plan allows it (paged, full retention, continuous)
     kv_store, kv_retain  fix how the cache holds keys and values ("int8", "k=int8,v=int4") and what it keeps ("sliding:1020,4", "h2o:1024", "recent:sqrt")
+    device       "cpu", "cuda", "cuda:1"; default: the first CUDA device that can be used, else the CPU
+    random_weights  draw the weights of a model of the zoo (or of a config.json) instead of reading any: for speed and memory, on a CUDA device
     say          receives one line per decision (the default is silent); progress shows bars on a terminal
 
     Raises BudgetError (need, have, and the nearest plan that fits) where the budget cannot be met, InputError for a model or flag that makes no sense.
     """
+    from tradespace.llm_cuda import find_place, open_on_device
+
+    sharing = None if prefix_sharing is None else "on" if prefix_sharing else "off"
+    fixed = {"weights": weights, "attention": attention, "activations": activations, "kv_store": kv_store, "kv_retain": kv_retain}
+    fixed |= {"prefix_sharing": sharing}
+    place = find_place(device)
+    if place is not None:
+        if scheduling != "continuous":
+            raise InputError("a CUDA device schedules continuously; fixed batches are for --device cpu")
+        same = {"memory": memory, "plan": plan, "context": context, "concurrency": concurrency, "goal": goal, "fixed": fixed, "pattern": pattern}
+        return open_on_device(place, str(model), **same, revision=revision, offline=offline, progress=progress, random_weights=random_weights, say=say)
+    if random_weights:
+        raise InputError("random weights are drawn on a CUDA device; there is none, or --device cpu was given. Give a checkpoint")
     # the first run on a machine measures it and compiles the kernels, in processes of their own that end before the budget begins to count
-    device = api.find_machine(None)
+    machine = api.find_machine(None)
     chosen = read_plan(plan) if plan is not None else None
-    budget = _budget(memory, chosen, device, say)
-    device = _with_kernels(device, say)
+    budget = _budget(memory, chosen, machine, say)
+    machine = _with_kernels(machine, say)
     limit_heap_growth()
     meter = MemoryMeter().__enter__()
     try:
-        sharing = None if prefix_sharing is None else "on" if prefix_sharing else "off"
-        fixed = {"weights": weights, "attention": attention, "activations": activations, "kv_store": kv_store, "kv_retain": kv_retain}
-        fixed |= {"prefix_sharing": sharing}
-        return _open(meter, device, str(model), budget, chosen, context, concurrency, goal, fixed, pattern, scheduling, revision, offline, progress, say)
+        return _open(meter, machine, str(model), budget, chosen, context, concurrency, goal, fixed, pattern, scheduling, revision, offline, progress, say)
     except BaseException:
         meter.__exit__(*sys.exc_info())
         raise

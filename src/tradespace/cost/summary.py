@@ -16,7 +16,7 @@ from tradespace.spec.mixers import Attention
 from tradespace.spec.model import LayerSpec, ModelSpec, RoutedFFN
 from tradespace.spec.products import dense_shapes, is_coded
 from tradespace.spec.tensors import TensorSpec, active_parameters, layer_tensors, model_tensors
-from tradespace.spec.weights import WeightPlan, workspace_shape
+from tradespace.spec.weights import WeightPlan, unpacked_elements, workspace_shape
 
 Product = tuple[int, int, int]  # outputs, columns, rows up to which another kernel takes it
 
@@ -196,6 +196,8 @@ def dequantize_elements(summary: Summary, weights: WeightPlan, degree: int = 1) 
     """Elements of the workspace that a device's coded matrices are decoded into: the largest tile, and a one per row. 0 where none is decoded."""
     if weights.layout == "native":
         return 0
+    if weights.layout == "cuda":
+        return unpacked_elements(summary.model, weights)
     outside = (tensor for tensor in model_tensors(summary.model) if tensor.layer < 0)
     inside = (tensor for group in summary.groups for tensor in layer_tensors(summary.model, group.first))
     quantized = (tensor for tensor in (*outside, *inside) if len(tensor.shape) >= 2 and is_coded(weights.format_of(tensor)))
@@ -205,7 +207,7 @@ def dequantize_elements(summary: Summary, weights: WeightPlan, degree: int = 1) 
 def product_shapes(summary: Summary, weights: WeightPlan, degree: int = 1) -> tuple[frozenset[Product], frozenset[Product]]:
     """The library's products of the layers and of the head; of a stack of experts none, as nothing is compiled ahead for them."""
     model = summary.model
-    if weights.layout == "native":
+    if weights.layout != "stored":
         return frozenset(), frozenset()
     if any(":" in key for key in weights.exceptions):
         inside = [tensor for index in range(model.L) for tensor in layer_tensors(model, index)]

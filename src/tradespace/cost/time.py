@@ -71,7 +71,7 @@ def _matmul_rate(device: DeviceSpec, dtype: str) -> tuple[Estimate, str]:
 def rates_for(device: DeviceSpec, weights: WeightPlan, phase: str, activations: str = "auto") -> Rates:
     """The device's rates for products with `weights`' default format in "decode" or "prefill"."""
     is_native, name = weights.layout == "native", weights.default
-    kind = "native" if is_native else device.kind
+    kind = {"native": "native", "cuda": "cuda step"}.get(weights.layout, device.kind)
     efficiency = calibration.find_calibration(kind, name, phase)
     bandwidth = calibration.find_calibration(kind, name, "decode")  # how well a format streams, whatever the phase
     compute = calibration.find_calibration(kind, name, "few rows" if phase == "decode" else "prefill")

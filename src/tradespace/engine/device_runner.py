@@ -226,9 +226,7 @@ class DeviceRunner:
         arrays["lengths"][count:bucket] = 0
         tables[count:bucket] = 0
 
-    def _fill_mixed(
-        self, arrays: dict[str, np.ndarray], sequences: tuple[ScheduledSequence, ...], known: Mapping[str, int]
-    ) -> tuple[int, int, dict[str, int]]:
+    def _fill_mixed(self, arrays: dict[str, np.ndarray], sequences: tuple[ScheduledSequence, ...], known: Mapping[str, int]) -> tuple[int, int, dict[str, int]]:
         """(tokens, rows of logits, first row of each request that has one)."""
         size, at, num_rows = self.block_size, 0, 0
         first: dict[str, int] = {}

@@ -1,7 +1,8 @@
 """How a weight is held: `FORMATS` maps every name of `spec.formats.FORMATS` that runs to what builds it, from (shape, dtype of the activations, device).
 
 A weight has `weight`, `nbytes` (== `spec.formats.FORMATS[name].nbytes(shape)`), `needs_workspace`, `set_rows`, `get_rows`, `linear`, `rows` and `dense_rows`.
-It is a `DenseWeight`, a `QuantizedWeight` with the codec of its format, a `NativeWeight` packed for the CPU kernels, or a `CudaWeight` for those of a GPU. Who fills it, and how the codes
+It is a `DenseWeight`, a `QuantizedWeight` with the codec of its format, a `NativeWeight` packed for the CPU kernels, or a `CudaWeight` for those of a GPU.
+Who fills it, and how the codes
 are chosen, is `quantize/`'s business.
 """
 
@@ -18,8 +19,8 @@ from tradespace.formats.codes import Codes
 from tradespace.formats.cuda import CudaWeight
 from tradespace.formats.dense import DenseWeight
 from tradespace.formats.e8 import E8Codec
-from tradespace.formats.ggml_blocks import BlockCodec
 from tradespace.formats.fp8_a8 import FP8A8Weight
+from tradespace.formats.ggml_blocks import BlockCodec
 from tradespace.formats.int8 import Int8Weight
 from tradespace.formats.native import NativeWeight
 from tradespace.formats.nf4 import NF4Codec, NF4Weight

@@ -16,7 +16,7 @@ from tradespace.errors import EngineError, UnsupportedError
 from tradespace.formats.cuda import CudaWeight
 from tradespace.kernels.activation import ACTIVATIONS, SOFTCAPS
 from tradespace.kernels.activation.triton_gated import gated
-from tradespace.kernels.attention.paged import DecodeScratch, Planes, decode_splits, paged_decode, paged_prefill
+from tradespace.kernels.attention.paged import DecodeScratch, Planes, paged_decode, paged_prefill
 from tradespace.kernels.attention.whole_prompts import fused_prefill, prefill
 from tradespace.kernels.linear.large import large_linear, quantized_linear
 from tradespace.kernels.linear.packed import PackedWeight
@@ -112,7 +112,7 @@ class DeviceStep:
 
     def _splits(self, rows: int) -> int:
         processors = torch.cuda.get_device_properties(self.device).multi_processor_count if self.device.type == "cuda" else 4
-        return decode_splits(rows, min(half.mixer.K for half in self.halves), self.max_context, processors)
+        return cuda.decode_splits(rows, min(half.mixer.K for half in self.halves), self.max_context, processors)
 
     @property
     def nbytes(self) -> int:

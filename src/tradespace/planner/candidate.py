@@ -151,7 +151,7 @@ class Candidate:
             kv=self.kv,
             attention=self.attention,
             pattern=question.model.imposed,
-            linear="native" if self.attention == "native" else question.linear,
+            linear={"native": "native", "paged": "cuda"}.get(self.attention, question.linear),
             activations=question.activations if self.attention == "native" else "auto",
             max_sequences=self.max_sequences,
             max_context=question.workload.context_tokens,

@@ -32,7 +32,7 @@ from tradespace.cost.traffic import Axes, StepWork, decode_beside, prefill_besid
 from tradespace.planner.candidate import Candidate, Question
 from tradespace.planner.parts import Cache, Part, Placements, Room, StepBytes
 from tradespace.planner.space import Space
-from tradespace.spec import native
+from tradespace.spec import cuda, native
 from tradespace.spec.estimate import Estimate
 from tradespace.spec.formats import ELEMENT_BYTES, FORMATS
 from tradespace.spec.kv import PLAIN, KVPlan, refusal
@@ -126,7 +126,8 @@ class Pricer:
     def _step_bytes(self, part: Part, cache: Cache, kernel: str, step_tokens: int, gathered: bool, sequences: int) -> StepBytes:
         """Attention's worst moment by kernel, cache and the layers' formats; the rest by the weights and the size of the step alone."""
         weights, summary, device = part.weights, self.summary, self.question.device
-        linear, dense, rebuilds = ("native" if kernel == "native" else self.question.linear), weights.dense, cache.kv.retain.rebuilds
+        linear = {"native": "native", "paged": "cuda"}.get(kernel, self.question.linear)
+        dense, rebuilds = weights.dense, cache.kv.retain.rebuilds
         shape = workspace.StepShape(
             T=step_tokens,
             S=self.question.workload.context_tokens,
@@ -145,6 +146,9 @@ class Pricer:
             found = workspace.dequantize_bytes(part.widened, dense)
             found += workspace.reference_tile_bytes(widest_columns(summary), dense) if linear == "reference" else 0
             found += workspace.native_buffers_bytes(summary, weights, shape) if weights.layout == "native" else 0
+            if weights.layout == "cuda":
+                found += workspace.cuda_buffers_bytes(summary, weights, shape, cache.block)
+                found += calibration.GRAPH_BYTES.value * len(cuda.graph_rows(min(shape.rows, shape.T)))
             return found + workspace.product_kernels_bytes(*part.products, shape, kind=device.kind, dense=dense)
 
         def once(name: str, key: tuple, compute: Callable[[], float]) -> float:
@@ -153,7 +157,7 @@ class Pricer:
             return self._moments[name, *key]
 
         layers = 0.0
-        if weights.layout != "native":
+        if weights.layout == "stored":
             mixing = once(
                 "mixing", (part.body, cache.number, kernel, step_tokens, gathered, sequences), lambda: workspace.mixing_bytes(summary, weights, shape)
             )
@@ -274,14 +278,14 @@ class Pricer:
         if key not in self._reasons:
             question = self.question
             slots = kv.block_size if kv.layout == "paged" else 1
-            linear = "native" if kernel == "native" else "torch"
+            linear = {"native": "native", "paged": "cuda"}.get(kernel, "torch")
             probe = Plan(model="", weights=weights, kv=kv, attention=kernel, linear=linear, placement=placement, tensor_parallel=degree, kv_tokens=slots)
             found = list(probe.cannot_run())
             if kernel in self.space.refused:
                 found.append(self.space.refused[kernel])
             if question.model.plan_only:
                 found.append(question.model.plan_only)
-            if question.device.kind != "cpu":
+            if question.device.kind != "cpu" and kernel != "paged":
                 found.append(f"device kind {question.device.kind}")
             self._reasons[key] = tuple(found)
         return self._reasons[key]
@@ -311,7 +315,9 @@ class Pricer:
     def kernels_for(self, weights: WeightPlan, kv: KVPlan) -> tuple[str, ...]:
         """The kernels that go with a layout of weights and a cache: native ones with packed weights and tiles of keys, the others with the rest."""
         if weights.layout == "stored":
-            return tuple(kernel for kernel in self.space.kernels if kernel != "native")
+            return tuple(kernel for kernel in self.space.kernels if kernel not in ("native", "paged"))
+        if weights.layout == "cuda":
+            return ("paged",) if "paged" in self.space.kernels and cuda.cache_refusal(kv) is None else ()
         untiled = kv.layout == "contiguous" and self.question.workload.context_tokens % native.LANES
         return ("native",) if "native" in self.space.kernels and not untiled and native.refusal(self.question.model, kv) is None else ()
 

@@ -24,6 +24,8 @@ SQUARES_COLUMNS = 32  # columns of the residual stream that share a partial sum 
 PARTIALS = 2**21  # fp32 numbers that products split along their columns leave for each other
 UNPACK_ELEMENTS = 2**26  # of a coded matrix that are decoded at once for a product of many rows
 KV_STORES = ("bf16", "fp16", "fp8", "int8")  # that attention reads and writes, keys and values alike
+MULTIPROCESSORS = 132  # of an H100
+SAMPLE_CHUNK = 2048  # logits of a row that one program of sampling looks at
 COUNTERS = 4096  # tiles of a split product, or (sequence, head) pairs of split attention, that count who is done
 
 
@@ -192,3 +194,38 @@ def buffers(model: ModelSpec, formats: Iterable[str]) -> Buffers:
         inner = max(inner, mixer.N * mixer.Hv, ffn.F)
     eight = any(FORMATS[name].kind in ("w8a8", "f8a8") for name in formats)
     return Buffers(model.D, keys, wide, mixed, inner if eight else 0, model.V)
+
+
+def decode_splits(sequences: int, num_kv: int, max_context: int, multiprocessors: int = MULTIPROCESSORS) -> int:
+    """Splits for which a step of so many sequences fills the device four times over, each at least 128 keys of the longest context; one where sequences and
+    heads alone give every multiprocessor something to do.
+
+    >>> decode_splits(1, 8, 32768), decode_splits(32, 8, 4096), decode_splits(1, 8, 100)
+    (66, 1, 1)
+    """
+    if sequences * num_kv >= multiprocessors:
+        return 1
+    wanted = round(4 * multiprocessors / max(1, sequences * num_kv))
+    return max(1, min(wanted, -(-max_context // 128), 128))
+
+
+def step_bytes(
+    model: ModelSpec, formats: Iterable[str], step_tokens: int, logit_rows: int, max_sequences: int, max_context: int, multiprocessors: int = MULTIPROCESSORS
+) -> int:
+    """Bytes of a step's buffers, with what products of few rows and split attention share; the workspace that matrices are decoded into is another line."""
+    mixers = [layer.mixer for layer in model.layers if isinstance(layer.mixer, Attention)]
+    least = min(mixer.K for mixer in mixers)
+    most = max(rows * decode_splits(rows, least, max_context, multiprocessors) for rows in graph_rows(max_sequences))
+    attention = attention_scratch_bytes(most, max(mixer.N for mixer in mixers), max(mixer.Hv for mixer in mixers), 1)
+    return buffers(model, formats).nbytes(step_tokens, logit_rows) + scratch_bytes() + attention
+
+
+def inbox_bytes(step_tokens: int, sequences: int, rows: int, blocks: int, V: int) -> int:
+    """Bytes on the device of what steps read (a decode step's own, and a mixed one's) and leave: tokens, and what sampling keeps for each row and chunk."""
+
+    def inbox(tokens: int, logits: int) -> int:
+        narrow = 4 * (sequences + 1 + sequences + sequences * blocks)
+        return ceil((8 * (4 * tokens + logits) + narrow) / 8) * 8
+
+    chunks = ceil(V / SAMPLE_CHUNK)
+    return inbox(sequences, sequences) + inbox(step_tokens, rows) + 8 * rows + rows * (chunks * (4 + 8 + 4 + 4 * 17) + 5 * 4)

@@ -76,16 +76,6 @@ def refusal(mixer: Attention, store: str) -> str | None:
     return mixer_refusal(mixer)
 
 
-def decode_splits(sequences: int, num_kv: int, max_context: int, multiprocessors: int = 132) -> int:
-    """Splits for which a step of so many sequences fills the device four times over, each at least 128 keys of the longest context; one where sequences and
-    heads alone give every multiprocessor something to do.
-    """
-    if sequences * num_kv >= multiprocessors:
-        return 1
-    wanted = round(4 * multiprocessors / max(1, sequences * num_kv))
-    return max(1, min(wanted, -(-max_context // 128), 128))
-
-
 def paged_decode(
     q_BNH: Tensor,
     planes: Planes,

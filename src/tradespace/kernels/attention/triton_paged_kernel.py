@@ -13,7 +13,7 @@ import triton.language as tl
 from tradespace.kernels.attention.triton_flash_forward import capped
 from tradespace.kernels.attention.triton_flash_mask import sees
 from tradespace.kernels.linear.triton_decode import two
-from tradespace.kernels.triton_launch import follow
+from tradespace.kernels.triton_launch import after, release
 
 LEAST = tl.constexpr(64)  # keys of a split
 
@@ -117,7 +117,7 @@ def decode_kernel(
     split = tl.program_id(1)
     sequence = pair // num_kv
     head = pair % num_kv
-    follow(PDL)
+    after(PDL)
     half = head % 2
     scale_head = head // 2 if PAIRED else head * s_head
     length = tl.load(lengths + sequence)
@@ -151,6 +151,7 @@ def decode_kernel(
             tables + sequence * table_stride, index * N, length, position_M1, scale * 1.4426950408889634, scale, cap, window, prefix, k_slot, v_slot,
             s_slot, half, CODE, PAIRED, N, P, H, HV, HP, HVP, WINDOW, False, SOFTCAP, True, FAST, PRECISION,
         )  # fmt: skip
+    release(PDL)
     if SPLIT == 1:
         if SINKS:
             sink = tl.load(sinks + head * G + g, mask=there, other=0.0).to(tl.float32) * 1.4426950408889634

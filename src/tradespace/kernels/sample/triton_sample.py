@@ -13,8 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from tradespace.kernels.triton_launch import ceil_div, launch, padded
+from tradespace.spec.cuda import SAMPLE_CHUNK
 
-CHUNK = 2048
+CHUNK = SAMPLE_CHUNK
 LANES = 256
 SHIFTS = (27, 23, 19, 15, 11, 7, 3, 0)  # of the passes: 31 bits, from the top
 GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)
@@ -211,7 +212,8 @@ class DeviceSampling:
         with_top_k: bool = True,
         with_top_p: bool = True,
     ) -> Tensor:
-        """tokens_R: a draw from what each row's parameters leave (fp32; top_k int32; keys, those of `noise.noise_key`, int64 bit patterns); the best where temperature is 0.
+        """tokens_R: a draw from what each row's parameters leave (fp32; top_k int32; keys, those of `noise.noise_key`, int64 bit patterns); the best where
+        temperature is 0.
 
         `with_top_k` and `with_top_p` False promise that no row has such: known to the host, so that a captured step need not look for limits.
         """
