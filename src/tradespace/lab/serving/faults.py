@@ -71,7 +71,7 @@ def client_faults(server: Server, quick: bool, say: Callable[[str], None]) -> li
     for name, fault in faults.items():
         start_s = time.perf_counter()
         found, probes = asyncio.run(beside(server, fault()))
-        row = row_of(name, found, probes, time.perf_counter() - start_s) | {"blocks": blocks_kept(server.until_idle())}
+        row: Row = row_of(name, found, probes, time.perf_counter() - start_s) | {"blocks": blocks_kept(server.until_idle())}
         rows.append(row)
         say(f"{name}: {found}; probe answered {row['probes'] - sum(row['unanswered'].values())} of {row['probes']}, at most {row['probe_max_s'] or 0:.1f} s")
     return rows
