@@ -20,7 +20,7 @@ from tradespace.spec.formats import ELEMENT_BYTES, FORMATS
 from tradespace.spec.mixers import Attention
 from tradespace.spec.model import DenseFFN, LayerSpec, ModelSpec
 from tradespace.spec.tensors import model_tensors
-from tradespace.spec.training import OPTIMIZERS, Kind, Segment, TrainPlan, trained
+from tradespace.spec.training import BY_LAYER, KINDS, OPTIMIZERS, Kind, Segment, TrainPlan, trained
 from tradespace.spec.weights import weight_bytes, workspace_shape
 
 CALLS_PER_LAYER = 90  # operations that Python starts, forward and backward
@@ -41,7 +41,7 @@ def layer_kept(layer: LayerSpec, D: int, tokens: int, e: int, kind: Kind = "none
     """Bytes that a layer keeps for the backward pass, its input included.
 
     none: the stream twice (before attention and before the feed-forward), both norms, rotated queries and keys, values, attention's output and its sums, the
-    wide product, its activation; selective: the stream twice, the product of q, k and v, the wide product; full: the input.
+    wide product, its activation; norms: the same without the results of both norms; selective: the stream twice, the product of q, k and v, the wide product; full: the input.
     """
     attn, ffn = _parts(layer)
     wide = (2 if ffn.gated else 1) * ffn.F
@@ -49,7 +49,7 @@ def layer_kept(layer: LayerSpec, D: int, tokens: int, e: int, kind: Kind = "none
         return tokens * D * e
     if kind == "selective":
         return tokens * e * (2 * D + (attn.N + attn.K) * attn.H + attn.K * attn.Hv + wide)
-    streams = 4 + (2 if layer.arrangement == "sandwich" else 0)
+    streams = (2 if kind == "norms" else 4) + (2 if layer.arrangement == "sandwich" else 0)
     heads = (attn.N + attn.K) * attn.H + attn.K * attn.Hv + attn.N * attn.Hv
     if attn.qk_norm != "none":  # what the norms of queries and keys came from: views of the whole product
         heads += (attn.N + attn.K) * attn.H + attn.K * attn.Hv
@@ -69,6 +69,8 @@ def layer_transient(layer: LayerSpec, D: int, tokens: int, e: int, largest_gradi
     if kind == "selective":
         activation += tokens * e * ffn.F  # what was computed again lives as long as its section
         heads += tokens * (e * ((attn.N + attn.K) * attn.H + attn.K * attn.Hv + attn.N * attn.Hv) + 4 * attn.N)
+    if kind == "norms":  # the norm's result is there again for the product that takes it
+        product += stream
     norm = 2 * stream + 4 * 4 * tokens * D + (tokens * D * 4 if e < 4 else 0)
     return max(activation, product, stream + heads, norm)
 
@@ -109,9 +111,9 @@ def _largest_gradient(spec: ModelSpec, plan: TrainPlan) -> int:
 def terms(spec: ModelSpec, plan: TrainPlan) -> Terms:
     """All terms of the plan's activations."""
     e, T, D = element_bytes(plan), plan.tokens, spec.D
-    kept = tuple({kind: layer_kept(layer, D, T, e, kind) for kind in ("none", "selective", "full", "offload")} for layer in spec.layers)
+    kept = tuple({kind: layer_kept(layer, D, T, e, kind) for kind in KINDS} for layer in spec.layers)
     grad = _largest_gradient(spec, plan)
-    transient = tuple({kind: layer_transient(layer, D, T, e, grad, kind) for kind in ("none", "selective")} for layer in spec.layers)
+    transient = tuple({kind: layer_transient(layer, D, T, e, grad, kind) for kind in BY_LAYER} for layer in spec.layers)
     tied = spec.V * D * e if plan.method == "full" and spec.tied else 0
     return Terms(kept, transient, loss_moment(spec, plan), tied + rope_rows(spec, T, e))
 
@@ -124,7 +126,7 @@ def activation_peak(spec: ModelSpec, plan: TrainPlan, segments: Sequence[Segment
     on_host = 0
     for segment in segments:
         which = range(start, start + segment.layers)
-        if segment.kind in ("none", "selective"):
+        if segment.kind in BY_LAYER:
             for index in which:
                 kept += found.kept[index][segment.kind]
                 peak = max(peak, kept + found.transient[index][segment.kind])
@@ -227,6 +229,12 @@ def layer_forward_flops(layer: LayerSpec, D: int, plan: TrainPlan) -> tuple[floa
     return 2.0 * matrices * plan.tokens, 2.0 * plan.tokens * plan.context * attn.N * attn.H
 
 
+def _after_norms_flops(layer: LayerSpec, D: int, plan: TrainPlan) -> float:
+    """Of the two products that take a norm's result."""
+    attn, ffn = _parts(layer)
+    return 2.0 * plan.tokens * D * (attn.N * attn.H + attn.K * (attn.H + attn.Hv) + ffn.F * (2 if ffn.gated else 1))
+
+
 def again_seconds(spec: ModelSpec, plan: TrainPlan, device: DeviceSpec, index: int, kind: Kind) -> float:
     """What checkpointing a layer in this way costs in time."""
     if kind == "none":
@@ -235,6 +243,9 @@ def again_seconds(spec: ModelSpec, plan: TrainPlan, device: DeviceSpec, index: i
     products, attention = layer_forward_flops(layer, spec.D, plan)
     rate = device.flops_per_s(plan.weights.dense).require() * EFFICIENCY
     touched = layer_kept(layer, spec.D, plan.tokens, element_bytes(plan)) / device.read_bytes_per_s.require()
+    if kind == "norms":
+        passes = 2 * (2 * plan.tokens * spec.D * element_bytes(plan)) / device.read_bytes_per_s.require()  # two norms, read and written
+        return passes + (_after_norms_flops(layer, spec.D, plan) / rate if plan.method != "full" else 0.0)
     if kind == "selective":
         # the last product of a section is not run again, but beside an adapter it is
         return attention / rate + touched + (products / rate if plan.method != "full" else 0.0)

@@ -18,7 +18,7 @@ from tradespace.errors import BudgetError, UnsupportedError
 from tradespace.spec.device import DeviceSpec
 from tradespace.spec.estimate import Estimate
 from tradespace.spec.model import ModelSpec
-from tradespace.spec.training import Segment, TrainPlan, best_k, every, qlora_weights, refusal, selective_refusal
+from tradespace.spec.training import BY_LAYER, KINDS, Segment, TrainPlan, best_k, every, qlora_weights, refusal, selective_refusal
 from tradespace.spec.weights import WeightPlan
 from tradespace.units import format_bytes
 
@@ -42,7 +42,7 @@ def plan_checkpointing(spec: ModelSpec, plan: TrainPlan, device: DeviceSpec, roo
     L = spec.L
     offload = compute_pool(device) == "device" and device.host_link_bytes_per_s is not None
     longest = max(1, ceil(2 * best_k(L, found.kept[0]["full"], found.kept[0]["none"])))
-    seconds = [{kind: again_seconds(spec, plan, device, index, kind) for kind in ("none", "selective", "full", "offload")} for index in range(L)]
+    seconds = [{kind: again_seconds(spec, plan, device, index, kind) for kind in KINDS} for index in range(L)]
     room = room_bytes - found.after_loss
     # by layers done: (kept, seconds, segments) with kept ascending and seconds descending
     states: list[list[tuple[int, float, tuple[Segment, ...]]]] = [[] for _ in range(L + 1)]
@@ -62,14 +62,14 @@ def plan_checkpointing(spec: ModelSpec, plan: TrainPlan, device: DeviceSpec, roo
 def _choices(spec: ModelSpec, index: int, L: int, longest: int, offload: bool) -> list[Segment]:
     found = [Segment("none", 1)]
     if selective_refusal(spec.layers[index]) is None:
-        found.append(Segment("selective", 1))
+        found += [Segment("norms", 1), Segment("selective", 1)]
     found += [Segment("full", k) for k in range(1, min(longest, L - index) + 1)]
     return [*found, Segment("offload", 1)] if offload else found
 
 
 def _moment(found: Terms, segment: Segment, index: int, kept: int) -> tuple[int, int]:
     """(kept with this segment, its own moment's bytes)."""
-    if segment.kind in ("none", "selective"):
+    if segment.kind in BY_LAYER:
         held = kept + found.kept[index][segment.kind]
         return held, held + found.transient[index][segment.kind]
     which = range(index, index + segment.layers)
