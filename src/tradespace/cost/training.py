@@ -20,10 +20,13 @@ from tradespace.spec.formats import ELEMENT_BYTES, FORMATS
 from tradespace.spec.mixers import Attention
 from tradespace.spec.model import DenseFFN, LayerSpec, ModelSpec
 from tradespace.spec.tensors import model_tensors
-from tradespace.spec.training import BY_LAYER, KINDS, OPTIMIZERS, Kind, Segment, TrainPlan, trained
+from tradespace.spec.training import ADAPTED_ROLES, BY_LAYER, KINDS, OPTIMIZERS, Kind, Segment, TrainPlan, adapters, trained
 from tradespace.spec.weights import weight_bytes, workspace_shape
+from tradespace.units import KiB
 
 CALLS_PER_LAYER = 90  # operations that Python starts, forward and backward
+# the CPU's product library keeps compiled code and packing memory for every shape that it meets: seen with torch 2.13
+PRODUCT_BYTES = {"bf16": 680 * KiB, "fp32": 150 * KiB}
 EFFICIENCY = 0.7  # of the machine's product rate, over a whole step: assumed until the speed is measured
 
 
@@ -184,8 +187,19 @@ class TrainLedger:
         return {"pool": self.pool, "total_bytes": self.total_bytes, "host_bytes": self.host_bytes, "lines": [line.to_dict() for line in self.lines]}
 
 
-def fixed_lines(spec: ModelSpec, plan: TrainPlan, device: DeviceSpec | None = None, *, data_bytes: int = 0) -> tuple[TrainLine, ...]:
-    """What does not depend on tokens. Without a device: the tensors alone."""
+def num_products(spec: ModelSpec, plan: TrainPlan) -> int:
+    """Distinct shapes of a step's matrix products: each matrix forward and by its input, by itself where it learns, and six for a pair of adapters."""
+    shapes = {tensor.shape[-2:] for tensor in model_tensors(spec) if tensor.role in ADAPTED_ROLES} | {(spec.V, spec.D)}
+    if plan.method == "full":
+        return 3 * len(shapes)
+    return 2 * len(shapes) + 6 * len({(each.rows, each.columns) for each in adapters(spec, plan.targets)})
+
+
+def fixed_lines(
+    spec: ModelSpec, plan: TrainPlan, device: DeviceSpec | None = None, *, data_bytes: int = 0, here_bytes: int | None = None
+) -> tuple[TrainLine, ...]:
+    """What does not depend on tokens. Without a device: the tensors alone. here_bytes: what the process was measured at with its tokenizer and its data, in
+    place of their estimates."""
     learns = trained(spec, plan)
     sizes = sum(prod(shape) * ELEMENT_BYTES[dtype] for _, shape, dtype in learns)
     optimizer = OPTIMIZERS[plan.optimizer]
@@ -202,16 +216,21 @@ def fixed_lines(spec: ModelSpec, plan: TrainPlan, device: DeviceSpec | None = No
     ropes = {layer.mixer.rope for layer in spec.layers if isinstance(layer.mixer, Attention) and layer.mixer.rope is not None}
     lines.append(TrainLine("rotary tables", Estimate(sum(4 * plan.context * rope.dims for rope in ropes), "exact"), "context · dims · 4"))
     if device is not None:
-        lines.append(TrainLine("runtime", runtime_estimate(device), "interpreter, libraries, context"))
+        runtime = runtime_estimate(device) if here_bytes is None else Estimate(here_bytes, "measured")
+        lines.append(TrainLine("runtime", runtime, "interpreter, libraries, context"))
         if compute_pool(device) == "host":
-            lines += [TrainLine("tokenizer", tokenizer_estimate(spec.V, None), ""), TrainLine("data", Estimate(data_bytes, "exact"), "8 bytes a token")]
+            lines.append(
+                TrainLine("products", Estimate(num_products(spec, plan) * PRODUCT_BYTES[plan.weights.dense], "modelled"), "code for each shape of a product")
+            )
+            if here_bytes is None:
+                lines += [TrainLine("tokenizer", tokenizer_estimate(spec.V, None), ""), TrainLine("data", Estimate(data_bytes, "exact"), "8 bytes a token")]
     return tuple(lines)
 
 
-def train_ledger(spec: ModelSpec, plan: TrainPlan, device: DeviceSpec | None = None, *, data_bytes: int = 0) -> TrainLedger:
+def train_ledger(spec: ModelSpec, plan: TrainPlan, device: DeviceSpec | None = None, *, data_bytes: int = 0, here_bytes: int | None = None) -> TrainLedger:
     """Every line of `plan`. Without a device: of the tensors alone, as an allocator counts them."""
     kept, peak = activation_peak(spec, plan)
-    lines = [*fixed_lines(spec, plan, device, data_bytes=data_bytes)]
+    lines = [*fixed_lines(spec, plan, device, data_bytes=data_bytes, here_bytes=here_bytes)]
     lines.append(TrainLine("activations", Estimate(kept, "exact"), "what layers keep, by their checkpointing"))
     lines.append(TrainLine("step", Estimate(peak - kept, "modelled: the worst moment of loss and backward pass"), "recomputed, temporaries, a chunk of logits"))
     pool = "device" if device is not None and compute_pool(device) == "device" else "host"

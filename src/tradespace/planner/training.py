@@ -124,6 +124,7 @@ class Question:
     fused: bool | None = None
     attention: str = "sdpa"
     data_bytes: int = 0
+    here_bytes: int | None = None  # what this process was measured at, tokenizer and data in it
     spare_bytes: int = 0  # what is taken beside the plan: a teacher, for instance
 
 
@@ -174,14 +175,14 @@ def _loss_tokens(spec: ModelSpec, tokens: int) -> int:
 
 def _candidate(question: Question, plan: TrainPlan) -> TrainCandidate:
     spec, device = question.spec, question.device
-    bare = train_ledger(spec, with_segments(plan, every(1, spec.L, "none")), device, data_bytes=question.data_bytes)
+    bare = train_ledger(spec, with_segments(plan, every(1, spec.L, "none")), device, data_bytes=question.data_bytes, here_bytes=question.here_bytes)
     fixed = sum(line.bytes.require() for line in bare.lines if line.name not in ("activations", "step"))
     room = int(question.memory_bytes - question.spare_bytes - fixed)
     segments = question.checkpointing
     if segments is None:
         segments = plan_checkpointing(spec, plan, device, room)
     shown = with_segments(plan, segments or every(1, spec.L))
-    ledger = train_ledger(spec, shown, device, data_bytes=question.data_bytes)
+    ledger = train_ledger(spec, shown, device, data_bytes=question.data_bytes, here_bytes=question.here_bytes)
     return TrainCandidate(
         shown, ledger, step_seconds(spec, shown, device), segments is not None and ledger.total_bytes + question.spare_bytes <= question.memory_bytes
     )
