@@ -19,14 +19,15 @@ from tradespace.loading.tokenizer import Tokenizer
 from tradespace.loading.weights import Source
 from tradespace.measure.record import write_atomically
 from tradespace.quantize.source import with_halves
+from tradespace.spec.formats import ELEMENT_BYTES
 from tradespace.spec.model import ModelSpec
 from tradespace.spec.weights import WeightPlan, weight_bytes
 from tradespace.train.data import Packed
-from tradespace.train.distill import Distillation, begin_as_teacher, distillation, dropped, kept_layers
+from tradespace.train.distill import LOGIT_COPIES, Distillation, begin_as_teacher, distillation, dropped, kept_layers
 from tradespace.train.initialise import init
 from tradespace.train.loop import next_token
 from tradespace.train.reading import is_chat, read_documents
-from tradespace.tuning_job import TOKENIZER, Job, Progress, Run, Say, Settings
+from tradespace.tuning_job import TOKENIZER, Beside, Job, Progress, Run, Say, Settings
 from tradespace.tuning_models import copy_tokenizer, find_shape, parse_shape, read_tokenizer, train_tokenizer
 
 
@@ -123,8 +124,9 @@ def distill(
         if spec.V != master_spec.V:
             raise InputError(f"{teacher} knows {master_spec.V} tokens, the student {spec.V}. Give a student of the same tokenizer, or a shape")
         teaching = WeightPlan(default="fp32" if settings.weights == "fp32" or settings.weights is None else settings.weights)
-        spare = weight_bytes(master_spec, teaching) + 4 * settings.context * master_spec.D * 32
-        plan = job.plan(spec, packed, method="full", spare_bytes=spare)
+        held = weight_bytes(master_spec, teaching)
+        stream = master_spec.D * ELEMENT_BYTES[teaching.dense]
+        plan = job.plan(spec, packed, method="full", beside=Beside(spare_bytes=held, spare_token_bytes=stream, logit_copies=LOGIT_COPIES))
         copy_tokenizer(files, out / TOKENIZER)
         master = build_model(master_spec, teaching, context=settings.context).eval()
         fill(master, source, stored)
@@ -136,7 +138,7 @@ def distill(
         else:
             init(net, settings.seed)
         objective = distillation(master, choice, plan.loss_tokens)
-        return job.run(net, plan, packed, objective, default_lr=5e-4, name=student, extra={"teacher": teacher, **asdict(choice)}, spare_bytes=spare)
+        return job.run(net, plan, packed, objective, default_lr=5e-4, name=student, extra={"teacher": teacher, **asdict(choice)})
 
 
 def write_with_teacher(

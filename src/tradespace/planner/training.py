@@ -126,6 +126,12 @@ class Question:
     data_bytes: int = 0
     here_bytes: int | None = None  # what this process was measured at, tokenizer and data in it
     spare_bytes: int = 0  # what is taken beside the plan: a teacher, for instance
+    spare_token_bytes: int = 0  # and of each token of a micro-batch: its teacher's last stream
+    logit_copies: int = 2
+
+    def spare(self, plan: TrainPlan) -> int:
+        """Bytes beside the plan."""
+        return self.spare_bytes + plan.tokens * self.spare_token_bytes
 
 
 def rungs(question: Question) -> list[tuple[str, str, str]]:
@@ -161,7 +167,7 @@ def candidates(question: Question) -> list[TrainCandidate]:
             plan = TrainPlan(
                 model=question.spec.name, method=method, weights=weights, rank=question.rank, alpha=question.alpha, optimizer=optimizer, context=question.context,  # noqa: E501
                 micro_batch=micro, accumulation=accumulation, fused=fused, attention=question.attention, device=question.device.name,
-                memory_bytes=question.memory_bytes, loss_tokens=_loss_tokens(question.spec, question.context * micro),
+                memory_bytes=question.memory_bytes, loss_tokens=_loss_tokens(question.spec, question.context * micro), logit_copies=question.logit_copies,
             )  # fmt: skip
             found.append((number, _candidate(question, plan)))
     found.sort(key=lambda each: (not each[1].fits, each[0], each[1].seconds.value or 0.0))
@@ -177,14 +183,14 @@ def _candidate(question: Question, plan: TrainPlan) -> TrainCandidate:
     spec, device = question.spec, question.device
     bare = train_ledger(spec, with_segments(plan, every(1, spec.L, "none")), device, data_bytes=question.data_bytes, here_bytes=question.here_bytes)
     fixed = sum(line.bytes.require() for line in bare.lines if line.name not in ("activations", "step"))
-    room = int(question.memory_bytes - question.spare_bytes - fixed)
+    room = int(question.memory_bytes - question.spare(plan) - fixed)
     segments = question.checkpointing
     if segments is None:
         segments = plan_checkpointing(spec, plan, device, room)
     shown = with_segments(plan, segments or every(1, spec.L))
     ledger = train_ledger(spec, shown, device, data_bytes=question.data_bytes, here_bytes=question.here_bytes)
     return TrainCandidate(
-        shown, ledger, step_seconds(spec, shown, device), segments is not None and ledger.total_bytes + question.spare_bytes <= question.memory_bytes
+        shown, ledger, step_seconds(spec, shown, device), segments is not None and ledger.total_bytes + question.spare(plan) <= question.memory_bytes
     )
 
 
@@ -203,7 +209,7 @@ def no_fit(question: Question, found: Sequence[TrainCandidate]) -> Exception:
             "these choices exclude each other: no method takes this base format. qlora takes nf4, int8, int4 …; full and lora bf16 and fp32"
         )
     least = min(found, key=lambda each: each.ledger.total_bytes)
-    need = least.ledger.total_bytes + question.spare_bytes
+    need = least.ledger.total_bytes + question.spare(least.plan)
     remedies = []
     context = question.context
     while context > 64:
