@@ -21,7 +21,7 @@ from tradespace.spec.mixers import Attention
 from tradespace.spec.model import DenseFFN, LayerSpec, ModelSpec
 from tradespace.spec.tensors import model_tensors
 from tradespace.spec.training import ADAPTED_ROLES, BY_LAYER, KINDS, OPTIMIZERS, Kind, Segment, TrainPlan, adapters, trained
-from tradespace.spec.weights import weight_bytes, workspace_shape
+from tradespace.spec.weights import tile_elements, weight_bytes, workspace_shape
 from tradespace.units import KiB
 
 CALLS_PER_LAYER = 90  # operations that Python starts, forward and backward
@@ -44,7 +44,8 @@ def layer_kept(layer: LayerSpec, D: int, tokens: int, e: int, kind: Kind = "none
     """Bytes that a layer keeps for the backward pass, its input included.
 
     none: the stream twice (before attention and before the feed-forward), both norms, rotated queries and keys, values, attention's output and its sums, the
-    wide product, its activation; norms: the same without the results of both norms; selective: the stream twice, the product of q, k and v, the wide product; full: the input.
+    wide product, its activation; norms: the same without the results of both norms; selective: the stream twice, the product of q, k and v, the wide product;
+    full: the input.
     """
     attn, ffn = _parts(layer)
     wide = (2 if ffn.gated else 1) * ffn.F
@@ -211,7 +212,7 @@ def fixed_lines(
     lines.append(TrainLine("optimizer", Estimate(states, "exact"), optimizer.idea))
     shapes = [tensor.shape for tensor in model_tensors(spec) if plan.weights.format_of(tensor).name not in ("fp32", "bf16", "fp16")]
     if shapes:
-        elements, rows = workspace_shape(shapes)
+        elements, rows = workspace_shape(shapes, tile_elements(plan.weights))
         lines.append(TrainLine("dequantizing", Estimate((elements + rows) * element_bytes(plan), "exact"), "largest tile + most rows"))
     ropes = {layer.mixer.rope for layer in spec.layers if isinstance(layer.mixer, Attention) and layer.mixer.rope is not None}
     lines.append(TrainLine("rotary tables", Estimate(sum(4 * plan.context * rope.dims for rope in ropes), "exact"), "context · dims · 4"))

@@ -16,7 +16,7 @@ from tradespace.formats.codes import Codes
 from tradespace.formats.nf4 import quantize_scales
 from tradespace.formats.workspace import Workspace
 from tradespace.kernels.linear import packed
-from tradespace.kernels.linear.large import large_linear
+from tradespace.kernels.linear.large import large_linear, transposed_linear
 from tradespace.kernels.linear.triton_codes import quantize_rows
 from tradespace.kernels.linear.triton_rows import Scratch, rows_linear
 from tradespace.kernels.linear.triton_unpack import unpack_into
@@ -119,6 +119,12 @@ class CudaWeight(nn.Module):
         if self.workspace is None and self.needs_workspace:
             raise EngineError(f"a product of many rows in {self.format_name} needs a workspace to decode into; give the weight one")
         return large_linear(x_TC, weight, x_TC if self.workspace is None else self.workspace.flat, bias_R)
+
+    def transposed(self, dy_TR: Tensor) -> Tensor:
+        """dx_TC = dy @ W, for gradients: as many rows of W at once as the workspace has room for."""
+        if self.workspace is None:
+            raise EngineError(f"a product in {self.format_name} needs a workspace to decode into; give the weight one")
+        return transposed_linear(dy_TR, self.packed, self.workspace.flat)
 
     def rows(self, ids_T: Tensor) -> Tensor:
         """The rows of these ids (T, C) as bf16: an embedding's look-up."""

@@ -15,6 +15,7 @@ from math import ceil
 from tradespace.cost.memory import compute_pool
 from tradespace.cost.training import Terms, TrainLedger, again_seconds, step_seconds, terms, train_ledger, with_segments
 from tradespace.errors import BudgetError, UnsupportedError
+from tradespace.spec import cuda
 from tradespace.spec.device import DeviceSpec
 from tradespace.spec.estimate import Estimate
 from tradespace.spec.model import ModelSpec
@@ -156,7 +157,11 @@ def candidates(question: Question) -> list[TrainCandidate]:
         raise UnsupportedError(f"{question.spec.name} cannot be trained yet: {reason}")
     found: list[tuple[int, TrainCandidate]] = []
     for number, (method, fmt, optimizer) in enumerate(rungs(question)):
-        weights = qlora_weights(fmt, "bf16") if method == "qlora" else WeightPlan(default=fmt)
+        weights = (
+            qlora_weights(fmt, "bf16", "cuda" if question.device.kind == "cuda" and cuda.runs(fmt) else "stored")
+            if method == "qlora"
+            else WeightPlan(default=fmt)
+        )
         for micro in MICRO_BATCHES:
             if micro > question.batch or question.batch % micro:
                 continue
@@ -167,16 +172,17 @@ def candidates(question: Question) -> list[TrainCandidate]:
             plan = TrainPlan(
                 model=question.spec.name, method=method, weights=weights, rank=question.rank, alpha=question.alpha, optimizer=optimizer, context=question.context,  # noqa: E501
                 micro_batch=micro, accumulation=accumulation, fused=fused, attention=question.attention, device=question.device.name,
-                memory_bytes=question.memory_bytes, loss_tokens=_loss_tokens(question.spec, question.context * micro), logit_copies=question.logit_copies,
+                memory_bytes=question.memory_bytes, loss_tokens=_loss_tokens(question.spec, question.context * micro, question.device),
+                logit_copies=question.logit_copies,
             )  # fmt: skip
             found.append((number, _candidate(question, plan)))
     found.sort(key=lambda each: (not each[1].fits, each[0], each[1].seconds.value or 0.0))
     return [candidate for _, candidate in found]
 
 
-def _loss_tokens(spec: ModelSpec, tokens: int) -> int:
-    """As many as make 64 MiB of fp32 logits, at least 64."""
-    return max(64, min(tokens, 2**26 // (4 * spec.V)))
+def _loss_tokens(spec: ModelSpec, tokens: int, device: DeviceSpec) -> int:
+    """As many as make 64 MiB of fp32 logits, at least 64; on a device at least 512, for the product's sake."""
+    return max(512 if device.kind == "cuda" else 64, min(tokens, 2**26 // (4 * spec.V)))
 
 
 def _candidate(question: Question, plan: TrainPlan) -> TrainCandidate:

@@ -225,9 +225,9 @@ def selective_refusal(layer: LayerSpec) -> str | None:
     return None if layer.arrangement in ("pre", "sandwich", "post") else f"a layer of the arrangement {layer.arrangement} is computed in one piece"
 
 
-def qlora_weights(fmt: str, dense: str = "bf16") -> WeightPlan:
+def qlora_weights(fmt: str, dense: str = "bf16", layout: str = "stored") -> WeightPlan:
     """A base whose linears are coded, with embedding and head as floats."""
-    return WeightPlan(default=fmt, exceptions=dict.fromkeys(("embed", "lm_head"), dense))
+    return WeightPlan(default=fmt, exceptions=dict.fromkeys(("embed", "lm_head"), dense), layout=layout)
 
 
 @dataclass(frozen=True, slots=True)

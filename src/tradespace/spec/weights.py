@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from math import prod
 
 from tradespace.errors import InputError
-from tradespace.spec import native
+from tradespace.spec import cuda, native
 from tradespace.spec.formats import FORMATS, WeightFormat, find_format
 from tradespace.spec.model import ModelSpec
 from tradespace.spec.tensors import QUANTIZABLE_ROLES, TensorSpec, model_tensors
+
+FLOATS = ("fp32", "bf16", "fp16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +21,8 @@ class WeightPlan:
     """Which format holds which tensor: `default` for every quantizable role, exceptions by role ("lm_head") or "layer:role" ("0:down").
 
     Norms are held in fp32; biases, sinks, position tables and routers in `dense` (the dtype of the activations). `layout` is how the formats lie in memory:
-    "stored" as `formats/` has them, "native" packed for the CPU kernels (`spec/native.py`), whose activations are fp32.
+    "stored" as `formats/` has them, "native" packed for the CPU kernels (`spec/native.py`), whose activations are fp32, "cuda" with codes packed for the CUDA
+    kernels (`spec/cuda.py`; floats lie as they are), whose activations are bf16.
     """
 
     default: str = "bf16"
@@ -28,10 +31,12 @@ class WeightPlan:
 
     def __post_init__(self):
         find_format(self.default)
-        if self.layout not in ("stored", "native"):
-            raise InputError(f"unknown weight layout '{self.layout}'. Known: stored, native")
+        if self.layout not in ("stored", "native", "cuda"):
+            raise InputError(f"unknown weight layout '{self.layout}'. Known: stored, native, cuda")
         if self.layout == "native" and (strange := [name for name in (self.default, *self.exceptions.values()) if not native.runs(name)]):
             raise InputError(f"the native kernels do not read {', '.join(strange)}. They read {', '.join(native.FORMAT_KINDS)}")
+        if self.layout == "cuda" and (strange := [name for name in (self.default, *self.exceptions.values()) if name not in FLOATS and not cuda.runs(name)]):
+            raise InputError(f"the CUDA kernels do not read {', '.join(strange)}. They read {', '.join(cuda.FORMATS)}")
         for key, name in self.exceptions.items():
             find_format(name)
             role = key.rsplit(":", 1)[-1]
@@ -62,6 +67,8 @@ class WeightPlan:
     def nbytes(self, tensor: TensorSpec) -> int:
         if self.layout == "native" and tensor.role in QUANTIZABLE_ROLES:
             return native.packed_bytes(self.format_of(tensor).name, prod(tensor.shape[:-1]), tensor.shape[-1])
+        if self.layout == "cuda" and tensor.role in QUANTIZABLE_ROLES and self.format_of(tensor).name not in FLOATS:
+            return cuda.packed_bytes(self.format_of(tensor).name, tensor.shape)
         return self.format_of(tensor).nbytes(tensor.shape)
 
     def describe(self) -> str:
@@ -73,25 +80,31 @@ class WeightPlan:
 
 # a quantized matrix is dequantized in tiles of rows of about this many elements: a tile stays in the cache between dequantizing and multiplying
 TILE_ELEMENTS = 2**21
+CUDA_TILE_ELEMENTS = 2**27  # on a device it is the product that wants to be large
 
 
-def tile_rows(rows: int, columns: int) -> int:
-    """Rows of the tile in which a (rows, columns) matrix is dequantized: at most TILE_ELEMENTS elements, at least one row.
+def tile_rows(rows: int, columns: int, elements: int = TILE_ELEMENTS) -> int:
+    """Rows of the tile in which a (rows, columns) matrix is dequantized: at most `elements` elements, at least one row.
 
     >>> tile_rows(960, 576), tile_rows(49152, 576), tile_rows(2, 2**22)
     (960, 3640, 1)
     """
-    return min(rows, max(1, TILE_ELEMENTS // columns))
+    return min(rows, max(1, elements // columns))
 
 
-def workspace_shape(shapes: Iterable[tuple[int, ...]]) -> tuple[int, int]:
+def tile_elements(plan: WeightPlan) -> int:
+    """Of the tile that a plan's matrices are dequantized in."""
+    return CUDA_TILE_ELEMENTS if plan.layout == "cuda" else TILE_ELEMENTS
+
+
+def workspace_shape(shapes: Iterable[tuple[int, ...]], elements: int = TILE_ELEMENTS) -> tuple[int, int]:
     """(elements of the largest tile, most rows) over the shapes of all quantized matrices: what `formats.Workspace` holds. (0, 0) for none.
 
     >>> workspace_shape([(960, 576), (49152, 576)])
     (2096640, 49152)
     """
     matrices = [shape[-2:] for shape in shapes]
-    return max((tile_rows(R, C) * C for R, C in matrices), default=0), max((R for R, _ in matrices), default=0)
+    return max((tile_rows(R, C, elements) * C for R, C in matrices), default=0), max((R for R, _ in matrices), default=0)
 
 
 def weight_bytes(model: ModelSpec, plan: WeightPlan) -> int:

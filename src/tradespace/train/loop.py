@@ -116,10 +116,13 @@ class Trainer:
         total, norm = 0.0, None
         for number, micro in enumerate(micros):
             loss = self.objective(self.model, micro, 1.0 / max(1, targets))
-            value = float(loss.detach())
+            # a fused step changes parameters on the way: it must know first. Otherwise a device is not waited for
+            value = float(loss.detach()) if self.fused else None
+            if value is None or math.isfinite(value):
+                loss.backward()
+            value = float(loss.detach()) if value is None else value
             if not math.isfinite(value):
                 raise EngineError(self._where(f"the loss is {value}", micro, number))
-            loss.backward()
             total += value
         if not self.fused:
             norm = self._clip()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tradespace.errors import UnsupportedError
-from tradespace.kernels.attention import chunked, native, reference, sdpa, triton_flash
+from tradespace.kernels.attention import chunked, native, packed, reference, sdpa, triton_flash
 from tradespace.kernels.view import KVView, StepBatch
 from tradespace.spec.attention import find_kernel, weights_refusal
 from tradespace.spec.mixers import Attention
@@ -29,9 +29,17 @@ KERNELS: dict[str, Callable[[], Attend]] = {
     "chunked": lambda: chunked.attend,
     "sdpa": sdpa.Sdpa,
     "native": lambda: native.attend,
+    "documents": lambda: packed.attend,
     "flash": lambda: triton_flash.attend,
 }
-_SUPPORTS = {"reference": reference.supports, "chunked": chunked.supports, "sdpa": sdpa.supports, "native": native.supports, "flash": triton_flash.supports}
+_SUPPORTS = {
+    "reference": reference.supports,
+    "chunked": chunked.supports,
+    "sdpa": sdpa.supports,
+    "native": native.supports,
+    "documents": packed.supports,
+    "flash": triton_flash.supports,
+}
 # tried in this order where the requested kernel cannot take a layer; under the interpreter flash is for tests alone
 _INSTEAD = {"cuda": ("flash", "chunked", "reference"), "cpu": ("sdpa", "chunked", "reference")}
 

@@ -49,6 +49,21 @@ def large_linear(x_TC: Tensor, weight: PackedWeight, room: Tensor, bias_R: Tenso
     return out if bias_R is None else out.add_(bias_R)
 
 
+def transposed_linear(dy_TR: Tensor, weight: PackedWeight, room: Tensor) -> Tensor:
+    """dx_TC = dy @ W, tile by tile as `large_linear`."""
+    C = weight.columns
+    step = min(weight.rows, room.numel() // C // CHUNK_ROWS * CHUNK_ROWS or room.numel() // C)
+    assert step > 0, f"a row of {C} columns needs as many elements of room; there are {room.numel()}"
+    dx_TC: Tensor | None = None
+    for start in range(0, weight.rows, step):
+        rows = min(step, weight.rows - start)
+        tile_RC = unpack_into(weight, room[: rows * C].view(rows, C), first=start)
+        part_TR = dy_TR[:, start : start + rows]
+        dx_TC = part_TR @ tile_RC if dx_TC is None else dx_TC.addmm_(part_TR, tile_RC)
+    assert dx_TC is not None, "a matrix without rows"
+    return dx_TC
+
+
 def scaled_linear(codes_TC: Tensor, scale_T: Tensor, weight_RC: Tensor, weight_scale_R: Tensor, dtype: torch.dtype, bias_R: Tensor | None = None) -> Tensor:
     """e4m3 activations (a scale per token) times an e4m3 matrix (a scale per row, row-major), on fp8 tensor cores: torch's scaled product."""
     out = torch.ops.aten._scaled_mm(codes_TC, weight_RC.T, scale_T[:, None], weight_scale_R[None, :], out_dtype=dtype, use_fast_accum=True)
