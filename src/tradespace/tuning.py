@@ -23,7 +23,7 @@ from tradespace.spec.formats import ELEMENT_BYTES
 from tradespace.spec.model import ModelSpec
 from tradespace.spec.weights import WeightPlan, weight_bytes
 from tradespace.train.data import Packed
-from tradespace.train.distill import LOGIT_COPIES, Distillation, begin_as_teacher, distillation, dropped, kept_layers
+from tradespace.train.distill import LOGIT_BYTES, Distillation, begin_as_teacher, distillation, dropped, kept_layers
 from tradespace.train.initialise import init
 from tradespace.train.loop import next_token
 from tradespace.train.reading import is_chat, read_documents
@@ -126,7 +126,7 @@ def distill(
         teaching = WeightPlan(default="fp32" if settings.weights == "fp32" or settings.weights is None else settings.weights)
         held = weight_bytes(master_spec, teaching)
         stream = master_spec.D * ELEMENT_BYTES[teaching.dense]
-        plan = job.plan(spec, packed, method="full", beside=Beside(spare_bytes=held, spare_token_bytes=stream, logit_copies=LOGIT_COPIES))
+        plan = job.plan(spec, packed, method="full", beside=Beside(spare_bytes=held, spare_token_bytes=stream, logit_bytes=LOGIT_BYTES))
         copy_tokenizer(files, out / TOKENIZER)
         master = build_model(master_spec, teaching, context=settings.context).eval()
         fill(master, source, stored)

@@ -106,11 +106,11 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Beside:
-    """What a run takes beside its plan: bytes, bytes of each token of a micro-batch, fp32 copies of a chunk of logits. See `planner.training.Question`."""
+    """What a run takes beside its plan: bytes, bytes of each token of a micro-batch, bytes of a logit. See `planner.training.Question`."""
 
     spare_bytes: int = 0
     spare_token_bytes: int = 0
-    logit_copies: int = 2
+    logit_bytes: int | None = None
 
 
 class Job:

@@ -86,11 +86,11 @@ def rope_rows(spec: ModelSpec, tokens: int, e: int) -> int:
 
 
 def loss_moment(spec: ModelSpec, plan: TrainPlan) -> int:
-    """Beside what the layers keep: the last stream, its norm and its gradient, some fp32 copies of a chunk's logits, and the head's gradient."""
+    """Beside what the layers keep: the last stream, its norm and its gradient, a chunk's logits, and the head's gradient."""
     e, T = element_bytes(plan), plan.tokens
     chunk = min(plan.loss_tokens, T)
     head = spec.V * spec.D * e if plan.method == "full" else 0
-    return rope_rows(spec, T, e) + T * spec.D * e * 3 + 4 * plan.logit_copies * chunk * spec.V + chunk * spec.D * e + head
+    return rope_rows(spec, T, e) + T * spec.D * e * 3 + plan.logit_bytes * chunk * spec.V + chunk * spec.D * e + head
 
 
 @dataclass(frozen=True)

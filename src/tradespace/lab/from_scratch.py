@@ -1,4 +1,4 @@
-"""Experiment from-scratch: a small Llama learns books from random weights, here and by transformers' Trainer, from the same weights and data in the same order."""
+"""Experiment from-scratch: a small Llama learns books, here and by transformers' Trainer, from the same random weights and the same data in the same order."""
 
 from __future__ import annotations
 
@@ -62,10 +62,10 @@ def run(*, quick: bool, say: Callable[[str], None]) -> Record:
     }
     held = float(apart[:EARLY].max()) <= EARLY_BAR and float(off.max()) <= MEAN_BAR
     notes = (
-        f"{count:,} parameters, {steps} steps of {BATCH} × {CONTEXT} tokens in fp32, AdamW {LR}, decay {DECAY}, clip {CLIP}, cosine after {steps // 20} steps, seed "
-        f"{SEED}, tokens {digest(train)}. First {EARLY} losses within {apart[:EARLY].max():.1e} (bar {EARLY_BAR:g}), {WINDOW}-step means within {off.max():.3%} "
-        f"(bar {MEAN_BAR:.0%}): {'held' if held else 'NOT held'}. Held-out perplexity {exp(loss):.1f}; a bigram of the same tokens {exp(bigram):.1f}. "
-        "Seconds are of a machine that others used, too"
+        f"{count:,} parameters, {steps} steps of {BATCH} × {CONTEXT} tokens in fp32, AdamW {LR}, decay {DECAY}, clip {CLIP}, cosine after {steps // 20} steps, "
+        f"seed {SEED}, tokens {digest(train)}. First {EARLY} losses within {apart[:EARLY].max():.1e} (bar {EARLY_BAR:g}), {WINDOW}-step means within "
+        f"{off.max():.3%} (bar {MEAN_BAR:.0%}): {'held' if held else 'NOT held'}. Held-out perplexity {exp(loss):.1f}; "
+        f"a bigram of the same tokens {exp(bigram):.1f}. Seconds are of a machine that others used, too"
     )
     say(notes)
     rows = [
@@ -91,7 +91,7 @@ def trainer_losses(folder: Path, data: Packed, order: Sequence[Sequence[int]], s
     class Noting(transformers.Trainer):
         def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
             found = super().compute_loss(*args, **kwargs)
-            losses.append(float(found.detach()))
+            losses.append(float(found))  # pyright: ignore[reportArgumentType] - outputs are not asked for
             return found
 
         def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:

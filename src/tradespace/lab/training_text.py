@@ -51,8 +51,8 @@ def shaped(text: str) -> ModelSpec:
 
 
 def scratch_trainer(
-    spec: ModelSpec, data: Packed, *, steps: int, batch: int, lr: float, seed: int, warmup: int = 0, decay: float = 0.0, clip: float = 0.0, shape: str = "cosine",
-    device: torch.device | str = "cpu",
+    spec: ModelSpec, data: Packed, *, steps: int, batch: int, lr: float, seed: int, warmup: int = 0, decay: float = 0.0, clip: float = 0.0,
+    shape: str = "cosine", device: torch.device | str = "cpu",
 ) -> Trainer:  # fmt: skip
     """A model in fp32 with random weights of this seed, and all of it learning by AdamW, everything kept."""
     plan = TrainPlan(model=spec.name, weights=WeightPlan(default="fp32"), context=data.context, micro_batch=batch, checkpointing=every(1, spec.L, "none"))

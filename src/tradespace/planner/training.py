@@ -128,7 +128,7 @@ class Question:
     here_bytes: int | None = None  # what this process was measured at, tokenizer and data in it
     spare_bytes: int = 0  # what is taken beside the plan: a teacher, for instance
     spare_token_bytes: int = 0  # and of each token of a micro-batch: its teacher's last stream
-    logit_copies: int = 2
+    logit_bytes: int | None = None  # while the loss is computed; None: those of plain cross entropy
 
     def spare(self, plan: TrainPlan) -> int:
         """Bytes beside the plan."""
@@ -173,16 +173,26 @@ def candidates(question: Question) -> list[TrainCandidate]:
                 model=question.spec.name, method=method, weights=weights, rank=question.rank, alpha=question.alpha, optimizer=optimizer, context=question.context,  # noqa: E501
                 micro_batch=micro, accumulation=accumulation, fused=fused, attention=question.attention, device=question.device.name,
                 memory_bytes=question.memory_bytes, loss_tokens=_loss_tokens(question.spec, question.context * micro, question.device),
-                logit_copies=question.logit_copies,
+                logit_bytes=_logit_bytes(question),
             )  # fmt: skip
             found.append((number, _candidate(question, plan)))
     found.sort(key=lambda each: (not each[1].fits, each[0], each[1].seconds.value or 0.0))
     return [candidate for _, candidate in found]
 
 
+def _logit_bytes(question: Question) -> int:
+    """On a device plain cross entropy turns 16-bit logits into their gradient where they lie."""
+    if question.logit_bytes is not None:
+        return question.logit_bytes
+    spec = question.spec
+    return 2 if question.device.kind == "cuda" and spec.logit_softcap is None and spec.logit_scale == 1.0 else 8
+
+
 def _loss_tokens(spec: ModelSpec, tokens: int, device: DeviceSpec) -> int:
-    """As many as make 64 MiB of fp32 logits, at least 64; on a device at least 512, for the product's sake."""
-    return max(512 if device.kind == "cuda" else 64, min(tokens, 2**26 // (4 * spec.V)))
+    """As many as make 64 MiB of fp32 logits, at least 64; on a device 256 MiB of 16-bit ones, at least 512, for the product's sake."""
+    if device.kind == "cuda":
+        return min(tokens, max(512, 2**28 // (2 * spec.V)))
+    return max(64, min(tokens, 2**26 // (4 * spec.V)))
 
 
 def _candidate(question: Question, plan: TrainPlan) -> TrainCandidate:

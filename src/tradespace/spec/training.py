@@ -143,7 +143,7 @@ class TrainPlan:
     weights       how the base is held: bf16 or fp32; for qlora its linears in nf4 (or int8, int4 …)
     context       tokens of a packed sequence; micro_batch sequences are computed at once, accumulation of them make a step
     fused         each parameter is updated as soon as its gradient is there, and the gradient forgotten: no gradients are held; needs accumulation 1
-    loss_tokens   tokens whose logits exist at once, in logit_copies fp32 copies (a teacher's are there, too)
+    loss_tokens   tokens whose logits exist at once, each logit in logit_bytes (two fp32 copies; on a device one in bf16; beside a teacher's more)
     """
 
     model: str
@@ -159,7 +159,7 @@ class TrainPlan:
     checkpointing: tuple[Segment, ...] = ()
     fused: bool = False
     loss_tokens: int = 512
-    logit_copies: int = 2
+    logit_bytes: int = 8
     attention: str = "sdpa"
     device: str = "cpu"
     memory_bytes: int = 0

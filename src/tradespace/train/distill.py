@@ -18,7 +18,7 @@ from tradespace.train.data import IGNORED, MicroBatch
 from tradespace.train.loop import Objective
 from tradespace.train.loss import ChunkLoss, chunked_loss, cross_entropy
 
-LOGIT_COPIES = 4  # in fp32 at once: the student's, both at their temperature, and a distribution
+LOGIT_BYTES = 4 * 4  # four in fp32 at once: the student's, both at their temperature, and a distribution
 DIRECTIONS = ("forward", "reverse")
 
 
