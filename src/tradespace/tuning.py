@@ -119,7 +119,7 @@ def distill(
         elif (shaped := parse_shape(student, vocab=master_spec.V)) is not None:
             spec = shaped
         else:
-            student_stored, student_source = _opened(resolve(student, offline=settings.offline))
+            student_stored, student_source = opened(resolve(student, offline=settings.offline))
             spec, theirs = with_halves(student_stored), (student_source, student_stored)
         if spec.V != master_spec.V:
             raise InputError(f"{teacher} knows {master_spec.V} tokens, the student {spec.V}. Give a student of the same tokenizer, or a shape")
@@ -162,14 +162,15 @@ def _paths(data: Sequence[str | os.PathLike[str]]) -> list[Path]:
     return [Path(path) for path in data]
 
 
-def _opened(files: ModelFiles) -> tuple[ModelSpec, Source]:
+def opened(files: ModelFiles) -> tuple[ModelSpec, Source]:
+    """A model that is there: its spec as stored, and its weights."""
     source = read_gguf(files.weights[0]) if files.kind == "gguf" else read_sharded(files.folder)
     return api.spec_of_files(files), source
 
 
 def _read(job: Job, files: ModelFiles, paths: Sequence[Path], say: Say) -> tuple[ModelSpec, Source, Packed]:
     """A model that is there: its spec, its weights, and the data in its own tokens."""
-    stored, source = _opened(files)
+    stored, source = opened(files)
     tokenizer = Tokenizer.from_files(files)
     return stored, source, job.pack(read_documents(paths, tokenizer, end=_end(tokenizer), say=say), chat=is_chat(paths))
 
