@@ -20,7 +20,7 @@ from typing import Any
 
 from tradespace.errors import EngineError, UnsupportedError
 from tradespace.lab.common import markdown_table
-from tradespace.lab.train_gpu_ours import ours
+from tradespace.lab.train_gpu_ours import checked, ours
 from tradespace.lab.train_gpu_peers import peer
 from tradespace.measure.record import Record, commit_of, read_record
 from tradespace.units import GiB
@@ -104,7 +104,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--tiny", action="store_true", help="shapes of a few thousand parameters, on any device: to see that it works")
     parser.add_argument("--commit", default="unknown: no repository on this machine")
     parser.add_argument("--case", help="this one alone, in this process, as JSON on standard output")
+    parser.add_argument("--check", action="store_true", help="gradients on the device against the CPU's, and no more")
     options = parser.parse_args(arguments)
+    if options.check:
+        print("CHECK " + json.dumps(checked()), flush=True)
+        return 0
     if options.case:
         print("RESULT " + json.dumps(one(CASES[options.case], options.tiny)), flush=True)
         return 0

@@ -19,6 +19,7 @@ from tradespace.spec.training import TrainPlan, flops_per_token, parse_checkpoin
 from tradespace.spec.weights import WeightPlan
 from tradespace.spec.zoo import find_model
 from tradespace.train.data import Document, Order, pack
+from tradespace.train.initialise import init
 from tradespace.train.loop import Limits, Trainer, next_token
 from tradespace.train.optimizer import Hyper, Optimizer
 from tradespace.train.schedule import Schedule
@@ -63,6 +64,25 @@ def ours(case: Any, T: int, tiny: bool) -> dict[str, Any]:
         "seconds": seconds, "plan": plan.describe(), "predicted_bytes": ledger.total_bytes, "ledger": ledger.to_dict()["lines"], "loss": trainer.losses[-1],
         "budget_bytes": case.memory_bytes, "flops_per_token": flops_per_token(spec, T), **device_bytes(),
     }  # fmt: skip
+
+
+def checked() -> dict[str, Any]:
+    """Gradients of a small model in fp32 on the device against the CPU's: the largest relative difference of a tensor, under every kind of checkpointing."""
+    spec = parse_shape("layers=3,width=128,heads=4,kv-heads=2,ffn=320,vocab=640,context=96")
+    assert spec is not None, "a shape"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    plan = TrainPlan(model=spec.name, weights=WeightPlan(default="fp32"), context=96, micro_batch=3, checkpointing=parse_checkpointing("none", 3))
+    data = pack([Document(torch.randint(0, spec.V, (length,)).tolist()) for length in (150, 96, 42)], 96)
+    slopes: dict[str, dict[str, torch.Tensor]] = {}
+    for kind, where in (("cpu", torch.device("cpu")), ("none", device), ("norms", device), ("selective", device), ("full", device), ("offload", device)):
+        model = build_model(spec, plan.weights, context=96, device=where)
+        init(model, 3)
+        parameters = prepare(model, replace(plan, checkpointing=parse_checkpointing("none" if kind == "cpu" else kind, 3)), 0)
+        micro = data.micro_batch([0, 1, 2], where)
+        next_token(100)(model, micro, 1 / micro.num_targets).backward()
+        slopes[kind] = {name: parameter.grad.cpu() for name, parameter in parameters.items() if parameter.grad is not None}
+    want = slopes.pop("cpu")
+    return {kind: max(float((found[name] - want[name]).norm() / want[name].norm()) for name in want) for kind, found in slopes.items()}
 
 
 def device_bytes() -> dict[str, int]:
