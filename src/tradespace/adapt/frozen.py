@@ -19,8 +19,6 @@ from tradespace.spec.weights import tile_rows
 class Transposable(Protocol):
     """A weight that multiplies by its transpose in its own way."""
 
-    bias: torch.nn.Parameter | None
-
     def linear(self, x_TC: Tensor, bias_R: Tensor | None = None) -> Tensor: ...
     def transposed(self, dy_TR: Tensor) -> Tensor: ...
 
@@ -38,7 +36,7 @@ class _ThroughCodes(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TC: Tensor, weight: QuantizedWeight | Transposable) -> Tensor:
         ctx.weight = weight
-        return weight.linear(x_TC.detach(), weight.bias)
+        return weight.linear(x_TC.detach(), weight.bias)  # pyright: ignore[reportAttributeAccessIssue]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:

@@ -30,6 +30,9 @@ class StepRunner(Protocol):
     @property
     def vocab_size(self) -> int: ...
 
+    @property
+    def adapters(self) -> tuple[str, ...]: ...
+
     def execute(self, step: Step) -> Tensor: ...
 
 
@@ -81,6 +84,9 @@ class Engine:
         With params.n > 1 the other outputs are the request's `siblings`, queued right behind it. `constraint`: what the output must obey, in its first state.
         """
         params = params or SamplingParams()
+        if params.adapter is not None and params.adapter not in self.runner.adapters:
+            known = ", ".join(self.runner.adapters) or "none: open the model with adapters={'NAME': folder}"
+            raise InputError(f"no adapter '{params.adapter}'. This engine has {known}")
         prompt_ids = self._encode(prompt)
         for what, ids in (("the prompt", prompt_ids), ("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
             strange = next((token for token in ids if not 0 <= token < self.runner.vocab_size), None)
