@@ -11,12 +11,15 @@ After that nothing large is allocated any more: the peak has been seen before th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 
+from tradespace.adapt.lora import LoraWeight, adapter_names
+from tradespace.adapt.peft_files import load_adapter
 from tradespace.cost import calibration
 from tradespace.engine.engine import Engine
 from tradespace.engine.request import Request, SamplingParams
@@ -43,6 +46,7 @@ from tradespace.quantize.rtn import fill_rtn
 from tradespace.spec.buckets import buckets_up_to
 from tradespace.spec.device import DeviceSpec
 from tradespace.spec.kv import model_refusal, pointless, state_bytes, token_bytes
+from tradespace.spec.kv_stores import STORES
 from tradespace.spec.model import ModelSpec
 from tradespace.spec.plan import Plan
 from tradespace.spec.tensors import model_tensors
@@ -81,6 +85,7 @@ def build_engine(
     on_load: Callable[[int, int], None] | None = None,
     on_step: Callable[[Step, float], None] | None = None,
     scheduling: Policy = "continuous",
+    adapters: Mapping[str, Path] | None = None,
 ) -> Built:
     """Assembles the engine for `plan` inside plan.memory_bytes.
 
@@ -88,6 +93,7 @@ def build_engine(
     peak_bytes(name)  ends a phase and returns its peak
     on_load(done, of) progress of loading, in stored bytes
     on_step           called after each step with it and its seconds
+    adapters          folders of LoRA adapters in PEFT's format by name, held in fp32 beside the weights and chosen by each request
 
     Raises UnsupportedError for a plan with parts that nothing implements, BudgetError (need, have, remedy) where the measured process leaves too little.
     """
@@ -103,6 +109,12 @@ def build_engine(
         spec, plan.weights, attention=kernels, linear=plan.linear, activations=plan.activations, max_context=plan.max_context, device="cpu"
     )
     notes = list(load_files(transformer, files, spec, on_load))
+    if adapters:
+        check_adapters(plan)
+        before = now_bytes()
+        for name, folder in adapters.items():
+            load_adapter(transformer, folder, name=name)
+        measured["adapters"] = max(0, now_bytes() - before)
     after_load = now_bytes()
     measured["weights"] = sum(weight_bytes(transformer).values())
     measured["staging"] = max(0, peak_bytes("loading") - after_load)
@@ -132,7 +144,9 @@ def build_engine(
     if isinstance(model, Recorded):
         model.record(cache)
     peak_bytes("build")
-    engine = Engine(Runner(model, cache, plan), Scheduler.from_plan(plan, policy=scheduling), sampler, tokenizer, on_step=on_step)
+    engine = Engine(
+        Runner(model, cache, plan, adapters=adapter_names(transformer)), Scheduler.from_plan(plan, policy=scheduling), sampler, tokenizer, on_step=on_step
+    )
     return Built(engine, tokenizer, transformer, cache, spec, plan, kernels, measured, notes, threads_before)
 
 
@@ -171,6 +185,14 @@ def check_runs(plan: Plan, spec: ModelSpec) -> None:
         raise UnsupportedError(f"this plan is priced but cannot run yet: {'; '.join(reasons)}. Run: tradespace plan {spec.name} --runnable")
 
 
+def check_adapters(plan: Plan) -> None:
+    """Raises UnsupportedError for a plan whose steps pass adapters by."""
+    if plan.linear == "native":
+        raise UnsupportedError("the native step multiplies packed weights and takes no adapters. Plan with linear torch, or merge the adapter into the model")
+    if plan.kv.retain.rebuilds or STORES[plan.kv.store].of_input:
+        raise UnsupportedError(f"a cache of {plan.kv.describe()} computes keys and values again, without adapters. Plan another --kv-store and --kv-retain")
+
+
 def weight_bytes(transformer: Transformer) -> dict[str, int]:
     """Bytes per role that the built module really holds."""
     found: dict[str, int] = {}
@@ -178,8 +200,8 @@ def weight_bytes(transformer: Transformer) -> dict[str, int]:
         stem, kind = tensor.name.rsplit(".", 1)
         module = transformer.get_submodule(stem)
         # a format's module counts its codes and scales itself; norms and biases are plain tensors
-        held = module if kind == "weight" and isinstance(module, Weight) else module.get_parameter(kind)
-        found[tensor.role] = found.get(tensor.role, 0) + held.nbytes
+        held = module if kind == "weight" and isinstance(module, Weight | LoraWeight) else module.get_parameter(kind)
+        found[tensor.role] = found.get(tensor.role, 0) + int(held.nbytes)  # pyright: ignore[reportArgumentType]
     return found
 
 

@@ -23,10 +23,12 @@ from tradespace.spec.weights import WeightPlan
 FILL_ELEMENTS = 2**21  # of a matrix, on their way into their format at once
 
 
-def build_model(spec: ModelSpec, weights: WeightPlan, *, context: int, attention: str = "sdpa", device: torch.device | str = "cpu") -> Transformer:
-    """Uninitialised, for training or as a teacher. Raises UnsupportedError for what cannot be trained."""
+def build_model(spec: ModelSpec, weights: WeightPlan, *, context: int, attention: str | None = None, device: torch.device | str = "cpu") -> Transformer:
+    """Uninitialised, for training or as a teacher; `attention` by default the library's fused kernel. Raises UnsupportedError for what cannot be trained."""
     if (reason := refusal(spec)) is not None:
         raise UnsupportedError(f"{spec.name} cannot be trained yet: {reason}")
+    if attention is None:
+        attention = "documents" if torch.device(device).type == "cuda" else "sdpa"
     return Transformer(spec, weights, attention=attention, max_context=context, device=device)
 
 

@@ -35,11 +35,12 @@ def choose_plan(
     kv_store: str | None = None,
     kv_retain: str | None = None,
     prefix_sharing: str | None = None,
+    linear: str | None = None,
     stored: WeightPlan | None = None,
 ) -> Plan:
     """The planner's best plan that runs; BudgetError with the nearest one where nothing fits. `stored` is how the checkpoint holds its weights."""
     asked = {"weights": weights, "attention": attention, "activations": activations, "kv_store": kv_store, "kv_retain": kv_retain}
-    pins = {axis: value for axis, value in (asked | {"prefix_sharing": prefix_sharing}).items() if value}
+    pins = {axis: value for axis, value in (asked | {"prefix_sharing": prefix_sharing, "linear": linear}).items() if value}
     frontier = api.plan(
         spec,
         memory=budget,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from tradespace import api
+from tradespace.adapt.peft_files import held_bytes
 from tradespace.build import STAGING_BYTES, Built, build_engine, weight_bytes
 from tradespace.choosing import check_plan, choose_plan, read_plan
 from tradespace.cost.memory import Ledger, ledger, measurable_lines
@@ -231,6 +232,7 @@ def open(
     prefix_sharing: bool | None = None,
     kv_store: str | None = None,
     kv_retain: str | None = None,
+    adapters: Mapping[str, str | Path] | None = None,
     scheduling: Policy = "continuous",
     revision: str | None = None,
     offline: bool = False,
@@ -252,6 +254,7 @@ def open(
     kv_store, kv_retain  fix how the cache holds keys and values ("int8", "k=int8,v=int4") and what it keeps ("sliding:1020,4", "h2o:1024", "recent:sqrt")
     device       "cpu", "cuda", "cuda:1"; default: the first CUDA device that can be used, else the CPU
     random_weights  draw the weights of a model of the zoo (or of a config.json) instead of reading any: for speed and memory, on a CUDA device
+    adapters     LoRA adapters in PEFT's format, folders by name: nothing is merged, and each request names its own (`SamplingParams.adapter`)
     say          receives one line per decision (the default is silent); progress shows bars on a terminal
 
     Raises BudgetError (need, have, and the nearest plan that fits) where the budget cannot be met, InputError for a model or flag that makes no sense.
@@ -277,7 +280,11 @@ def open(
     limit_heap_growth()
     meter = MemoryMeter().__enter__()
     try:
-        return _open(meter, machine, str(model), budget, chosen, context, concurrency, goal, fixed, pattern, scheduling, revision, offline, progress, say)
+        folders = {name: Path(folder) for name, folder in (adapters or {}).items()}
+        fixed |= {"linear": "torch" if folders and chosen is None else None}
+        return _open(
+            meter, machine, str(model), budget, chosen, context, concurrency, goal, fixed, pattern, scheduling, revision, offline, progress, say, folders
+        )
     except BaseException:
         meter.__exit__(*sys.exc_info())
         raise
@@ -324,6 +331,7 @@ def _open(
     offline: bool,
     progress: bool,
     say: Callable[[str], None],
+    adapters: Mapping[str, Path],
 ) -> LLM:
     files = resolve(model, revision=revision, offline=offline, progress=progress)
     with held_headers():
@@ -332,12 +340,12 @@ def _open(
     if chosen is None:
         if scheduling == "fixed" and fixed["prefix_sharing"] is None:
             fixed = {**fixed, "prefix_sharing": "off"}  # a fixed batch reserves its blocks beforehand
-        chosen = choose_plan(spec, device, budget, context, concurrency, goal, **fixed, stored=stored)
+        chosen = choose_plan(spec, device, budget - adapter_bytes(adapters), context, concurrency, goal, **fixed, stored=stored)
     else:
         check_plan(chosen, spec, {"context": context, "attention_pattern": pattern, **fixed})
     chosen = replace(chosen, memory_bytes=budget)
     predicted = ledger(spec, chosen, device, staging_bytes=STAGING_BYTES)
-    need = round(predicted.total_bytes().require())
+    need = round(predicted.total_bytes().require()) + adapter_bytes(adapters)
     if need > budget:
         raise BudgetError(
             f"this plan needs {format_bytes(need)}; the budget is {format_bytes(budget)}. Let the planner choose (leave --plan away), or give --memory "
@@ -352,11 +360,17 @@ def _open(
     measured["tokenizer"] = max(0, settled_bytes() - measured["runtime"])
     with loading_bar(show=progress) as on_load:
         built = build_engine(
-            spec, files, chosen, device, tokenizer=tokenizer, now_bytes=settled_bytes, peak_bytes=meter.mark, on_load=on_load, scheduling=scheduling
-        )
+            spec, files, chosen, device, tokenizer=tokenizer, now_bytes=settled_bytes, peak_bytes=meter.mark, on_load=on_load, scheduling=scheduling,
+            adapters=adapters,
+        )  # fmt: skip
     for note in built.notes:
         say(f"note: {note}")
     return LLM(built, device, ledger(spec, built.plan, device, staging_bytes=STAGING_BYTES), meter, measured, defaults)
+
+
+def adapter_bytes(adapters: Mapping[str, Path]) -> int:
+    """Of these folders' matrices in fp32. Raises InputError for a folder that holds none."""
+    return sum(held_bytes(folder) for folder in adapters.values())
 
 
 def settled_bytes() -> int:

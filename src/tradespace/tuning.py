@@ -19,14 +19,15 @@ from tradespace.loading.tokenizer import Tokenizer
 from tradespace.loading.weights import Source
 from tradespace.measure.record import write_atomically
 from tradespace.quantize.source import with_halves
+from tradespace.spec.formats import ELEMENT_BYTES
 from tradespace.spec.model import ModelSpec
 from tradespace.spec.weights import WeightPlan, weight_bytes
 from tradespace.train.data import Packed
-from tradespace.train.distill import Distillation, begin_as_teacher, distillation, dropped, kept_layers
+from tradespace.train.distill import LOGIT_BYTES, Distillation, begin_as_teacher, distillation, dropped, kept_layers
 from tradespace.train.initialise import init
 from tradespace.train.loop import next_token
 from tradespace.train.reading import is_chat, read_documents
-from tradespace.tuning_job import TOKENIZER, Job, Progress, Run, Say, Settings
+from tradespace.tuning_job import TOKENIZER, Beside, Job, Progress, Run, Say, Settings
 from tradespace.tuning_models import copy_tokenizer, find_shape, parse_shape, read_tokenizer, train_tokenizer
 
 
@@ -118,13 +119,14 @@ def distill(
         elif (shaped := parse_shape(student, vocab=master_spec.V)) is not None:
             spec = shaped
         else:
-            student_stored, student_source = _opened(resolve(student, offline=settings.offline))
+            student_stored, student_source = opened(resolve(student, offline=settings.offline))
             spec, theirs = with_halves(student_stored), (student_source, student_stored)
         if spec.V != master_spec.V:
             raise InputError(f"{teacher} knows {master_spec.V} tokens, the student {spec.V}. Give a student of the same tokenizer, or a shape")
         teaching = WeightPlan(default="fp32" if settings.weights == "fp32" or settings.weights is None else settings.weights)
-        spare = weight_bytes(master_spec, teaching) + 4 * settings.context * master_spec.D * 32
-        plan = job.plan(spec, packed, method="full", spare_bytes=spare)
+        held = weight_bytes(master_spec, teaching)
+        stream = master_spec.D * ELEMENT_BYTES[teaching.dense]
+        plan = job.plan(spec, packed, method="full", beside=Beside(spare_bytes=held, spare_token_bytes=stream, logit_bytes=LOGIT_BYTES))
         copy_tokenizer(files, out / TOKENIZER)
         master = build_model(master_spec, teaching, context=settings.context).eval()
         fill(master, source, stored)
@@ -136,7 +138,7 @@ def distill(
         else:
             init(net, settings.seed)
         objective = distillation(master, choice, plan.loss_tokens)
-        return job.run(net, plan, packed, objective, default_lr=5e-4, name=student, extra={"teacher": teacher, **asdict(choice)}, spare_bytes=spare)
+        return job.run(net, plan, packed, objective, default_lr=5e-4, name=student, extra={"teacher": teacher, **asdict(choice)})
 
 
 def write_with_teacher(
@@ -160,14 +162,15 @@ def _paths(data: Sequence[str | os.PathLike[str]]) -> list[Path]:
     return [Path(path) for path in data]
 
 
-def _opened(files: ModelFiles) -> tuple[ModelSpec, Source]:
+def opened(files: ModelFiles) -> tuple[ModelSpec, Source]:
+    """A model that is there: its spec as stored, and its weights."""
     source = read_gguf(files.weights[0]) if files.kind == "gguf" else read_sharded(files.folder)
     return api.spec_of_files(files), source
 
 
 def _read(job: Job, files: ModelFiles, paths: Sequence[Path], say: Say) -> tuple[ModelSpec, Source, Packed]:
     """A model that is there: its spec, its weights, and the data in its own tokens."""
-    stored, source = _opened(files)
+    stored, source = opened(files)
     tokenizer = Tokenizer.from_files(files)
     return stored, source, job.pack(read_documents(paths, tokenizer, end=_end(tokenizer), say=say), chat=is_chat(paths))
 

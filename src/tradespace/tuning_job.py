@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from tradespace.train.loop import Limits, Objective, StepReport, Trainer, next_t
 from tradespace.train.optimizer import Hyper, Optimizer
 from tradespace.train.schedule import Schedule
 from tradespace.tuning_models import parse_shape, save_model
-from tradespace.units import MiB, format_bytes, parse_bytes
+from tradespace.units import KiB, format_bytes, parse_bytes
 
 Say = Callable[[str], None]
 MERGED, ADAPTER, TOKENIZER = "model", "adapter", "tokenizer"
@@ -104,6 +104,15 @@ class Settings:
     offline: bool = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class Beside:
+    """What a run takes beside its plan: bytes, bytes of each token of a micro-batch, bytes of a logit. See `planner.training.Question`."""
+
+    spare_bytes: int = 0
+    spare_token_bytes: int = 0
+    logit_bytes: int | None = None
+
+
 class Job:
     """One run's folder, budget and settings."""
 
@@ -120,32 +129,34 @@ class Job:
         self.meter = MemoryMeter()
 
     def metered(self) -> MemoryMeter:
-        limit_heap_growth(MiB)
+        # a step's tensors come and go in another order than a stack's: in the heap they leave holes of 20 to 50 MiB, as mappings of their own none
+        limit_heap_growth(128 * KiB)
         self.out.mkdir(parents=True, exist_ok=True)
         return self.meter
 
     def pack(self, documents: Sequence[Document], *, chat: bool) -> Packed:
         return pack(documents, self.settings.context, source="the data", split=not chat)
 
-    def plan(self, spec: ModelSpec, data: Packed, *, method: str | None, rank: int = 16, alpha: float = 32.0, spare_bytes: int = 0) -> TrainPlan:
+    def plan(self, spec: ModelSpec, data: Packed, *, method: str | None, rank: int = 16, alpha: float = 32.0, beside: Beside | None = None) -> TrainPlan:
+        """The plan to run. Raises BudgetError with what would fit."""
         settings = self.settings
         if settings.context > spec.max_context:
             raise InputError(f"--context {settings.context}: {spec.name} takes at most {spec.max_context} tokens")
         # what the process costs by now is measured: it takes the place of the runtime, the tokenizer and the data
         rehearse()
         here = process_bytes()
-        device = replace(self.device, runtime_bytes=replace(self.device.runtime_bytes, value=here, source="measured"))
         segments = None if settings.checkpointing is None else parse_checkpointing(settings.checkpointing, spec.L)
         question = Question(
-            spec=spec, device=device, memory_bytes=self.budget, context=settings.context, batch=settings.batch, method=method, weights=settings.weights,
+            spec=spec, device=self.device, memory_bytes=self.budget, context=settings.context, batch=settings.batch, method=method, weights=settings.weights,
             optimizer=settings.optimizer, checkpointing=segments, rank=rank, alpha=alpha, fused=settings.fused if not settings.clip else False,
-            spare_bytes=spare_bytes,
+            here_bytes=here, **asdict(beside or Beside()),
         )  # fmt: skip
         if len(data) < 1:
             raise InputError("the data make no block")
         found = best_plan(question)
         self.ledger, self.spec = found.ledger, spec
-        self.say(f"plan: {found.plan.describe()}; predicted {format_bytes(found.ledger.total_bytes + spare_bytes)} of {format_bytes(self.budget)}")
+        self.predicted = found.ledger.total_bytes + question.spare(found.plan)
+        self.say(f"plan: {found.plan.describe()}; predicted {format_bytes(self.predicted)} of {format_bytes(self.budget)}")
         return found.plan
 
     def run(
@@ -158,7 +169,6 @@ class Job:
         default_lr: float,
         name: str,
         extra: dict[str, Any] | None = None,
-        spare_bytes: int = 0,
     ) -> Run:
         settings = self.settings
         order = Order(len(data), plan.micro_batch, plan.accumulation, settings.seed, settings.shuffle)
@@ -186,7 +196,7 @@ class Job:
         speed = sorted(speeds)[len(speeds) // 2] if speeds else 0.0
         return Run(
             model=name, output=str(self.out), result=str(result), plan=plan.to_dict(), ledger=self.ledger.to_dict(), steps=trainer.step, ended=ended,
-            losses=trainer.losses, tokens_per_s=speed, mfu=self._mfu(plan, speed), predicted_bytes=self.ledger.total_bytes + spare_bytes,
+            losses=trainer.losses, tokens_per_s=speed, mfu=self._mfu(plan, speed), predicted_bytes=self.predicted,
             peak_bytes=peak, budget_bytes=self.budget, seconds=time.monotonic() - self.began,
             resumed_from=self.last.step if settings.resume and self.last else None,
         )  # fmt: skip
@@ -210,7 +220,7 @@ class Job:
         if peak > self.budget:
             trainer.save(self.out)
             raise BudgetError(
-                f"the run took {format_bytes(peak)}; {format_bytes(self.budget)} were stated, and {format_bytes(self.ledger.total_bytes)} predicted. It was stopped "  # noqa: E501
+                f"the run took {format_bytes(peak)}; {format_bytes(self.budget)} were stated, and {format_bytes(self.predicted)} predicted. It was stopped "
                 f"at step {report.step} with a checkpoint. Go on with --resume --memory {format_bytes(peak * 1.05).replace(' ', '')}",
                 need_bytes=peak,
                 have_bytes=self.budget,

@@ -33,7 +33,7 @@ def test_checkpointing_changes_no_bit(fmt):
         parameter.requires_grad_()
     micro = small_data().micro_batch([0, 5, 3])
     loss, want = _gradients(model, micro)
-    for policy in ("selective", "full", "every-2", "offload", "full:2,selective:1,none:1,offload:1"):
+    for policy in ("norms", "selective", "full", "every-2", "offload", "full:2,selective:1,none:1,offload:1"):
         recompute(model, parse_checkpointing(policy, 5))
         again, found = _gradients(model, micro)
         assert torch.equal(loss, again), policy
@@ -44,7 +44,7 @@ def test_policies_that_make_no_sense():
     model = small_model(small_spec(L=3))
     with pytest.raises(InputError, match="covers 2 layers; the model has 3"):
         parse_checkpointing("full:2", 3)
-    with pytest.raises(InputError, match="write none, selective"):
+    with pytest.raises(InputError, match="write none, norms, selective"):
         parse_checkpointing("some", 3)
     with pytest.raises(InputError, match="segments of 2 layers"):
         recompute(model, parse_checkpointing("full", 2))

@@ -23,7 +23,7 @@ SHAPES = ((128, 384, 500, 192, 2), (128, 320, 3000, 96, 4), (192, 512, 700, 256,
 
 
 @pytest.mark.parametrize("fmt", ["fp32", "bf16"])
-@pytest.mark.parametrize("policy", ["none", "selective", "full", "every-2"])
+@pytest.mark.parametrize("policy", ["none", "norms", "selective", "full", "every-2"])
 def test_predicted_is_measured(policy, fmt):
     """Within 5%, for models whose peak is the loss and models whose peak is a layer's backward pass."""
     for (D, F, vocab, context, micro), fused in zip(SHAPES, (False, True, True), strict=True):
@@ -53,7 +53,7 @@ def test_checkpointing_is_the_best_of_all():
     """Every way to cut five layers into segments of every kind, against the dynamic program, over budgets."""
     spec, device = replace(small_spec(L=5), max_context=1024), find_device("h100-80gb")
     plan = TrainPlan(model="small", context=256, micro_batch=2, loss_tokens=64)
-    everything = [Segment(kind, k) for kind, k in (("none", 1), ("selective", 1), ("full", 1), ("full", 2), ("full", 3), ("offload", 1))]
+    everything = [Segment(kind, k) for kind, k in (("none", 1), ("norms", 1), ("selective", 1), ("full", 1), ("full", 2), ("full", 3), ("offload", 1))]
     ways = [way for n in range(1, 6) for way in product(everything, repeat=n) if sum(segment.layers for segment in way) == 5]
     peaks = {way: activation_peak(spec, plan, way)[1] for way in ways}
 

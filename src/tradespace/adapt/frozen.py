@@ -5,7 +5,7 @@ Nothing is kept for the backward pass but the codes that are there anyway. arXiv
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -13,6 +13,14 @@ from torch import Tensor
 from tradespace.errors import UnsupportedError
 from tradespace.formats import DenseWeight, NativeWeight, QuantizedWeight, Weight
 from tradespace.spec.weights import tile_rows
+
+
+@runtime_checkable
+class Transposable(Protocol):
+    """A weight that multiplies by its transpose in its own way."""
+
+    def linear(self, x_TC: Tensor, bias_R: Tensor | None = None) -> Tensor: ...
+    def transposed(self, dy_TR: Tensor) -> Tensor: ...
 
 
 def frozen_product(weight: Weight, x_TC: Tensor) -> Tensor:
@@ -26,17 +34,19 @@ def frozen_product(weight: Weight, x_TC: Tensor) -> Tensor:
 
 class _ThroughCodes(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TC: Tensor, weight: QuantizedWeight) -> Tensor:
+    def forward(ctx: Any, x_TC: Tensor, weight: QuantizedWeight | Transposable) -> Tensor:
         ctx.weight = weight
-        return weight.linear(x_TC.detach(), weight.bias)
+        return weight.linear(x_TC.detach(), weight.bias)  # pyright: ignore[reportAttributeAccessIssue]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         return transposed_product(ctx.weight, gradients[0]), None
 
 
-def transposed_product(weight: QuantizedWeight, dy_TR: Tensor) -> Tensor:
+def transposed_product(weight: QuantizedWeight | Transposable, dy_TR: Tensor) -> Tensor:
     """dx_TC = dy @ W."""
+    if isinstance(weight, Transposable):
+        return weight.transposed(dy_TR)
     assert weight.workspace is not None, "a weight that was multiplied has a workspace"
     num_rows, num_columns = weight.shape[-2:]
     dx_TC: Tensor | None = None

@@ -94,9 +94,11 @@ class _LowRank(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y_TR: Tensor, x_TC: Tensor, layout: tuple[tuple[int, int], ...], scale: float, *matrices: Tensor) -> Tensor:
-        for (start, rows), A, B in zip(layout, matrices[::2], matrices[1::2], strict=True):
-            u_TK = x_TC @ A.to(x_TC.dtype).T
-            y_TR[:, start : start + rows].addmm_(u_TK, B.to(x_TC.dtype).T, alpha=scale)
+        u_TK, at = x_TC @ _joined(matrices[::2], x_TC.dtype).T, 0
+        for (start, rows), B in zip(layout, matrices[1::2], strict=True):
+            rank = B.shape[1]
+            y_TR[:, start : start + rows].addmm_(u_TK[:, at : at + rank], B.to(x_TC.dtype).T, alpha=scale)
+            at += rank
         ctx.mark_dirty(y_TR)
         ctx.save_for_backward(x_TC, *matrices)
         ctx.layout, ctx.scale = layout, scale
@@ -105,16 +107,24 @@ class _LowRank(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x_TC, *matrices = ctx.saved_tensors
-        dy_TR, dx_TC = gradients[0], None
-        found: list[Tensor] = []
-        for (start, rows), A, B in zip(ctx.layout, matrices[::2], matrices[1::2], strict=True):
-            narrow_A, part_TR = A.to(x_TC.dtype), dy_TR[:, start : start + rows]
-            du_TK = (part_TR @ B.to(x_TC.dtype)).mul_(ctx.scale)
-            u_TK = x_TC @ narrow_A.T
-            found += [(du_TK.T @ x_TC).to(A.dtype), (part_TR.T @ u_TK).mul_(ctx.scale).to(B.dtype)]
-            if ctx.needs_input_grad[1]:
-                dx_TC = du_TK @ narrow_A if dx_TC is None else dx_TC.addmm_(du_TK, narrow_A)
-        return dy_TR, dx_TC, None, None, *found
+        dy_TR, joined_KC = gradients[0], _joined(matrices[::2], x_TC.dtype)
+        u_TK, at = x_TC @ joined_KC.T, 0
+        du_TK = torch.empty_like(u_TK)
+        slopes_B: list[Tensor] = []
+        for (start, rows), B in zip(ctx.layout, matrices[1::2], strict=True):
+            part_TR, here = dy_TR[:, start : start + rows], slice(at, at + B.shape[1])
+            du_TK[:, here] = part_TR @ B.to(x_TC.dtype)
+            slopes_B.append((part_TR.T @ u_TK[:, here]).mul_(ctx.scale).to(B.dtype))
+            at += B.shape[1]
+        du_TK.mul_(ctx.scale)
+        slopes_A = (du_TK.T @ x_TC).to(matrices[0].dtype).split([A.shape[0] for A in matrices[::2]])
+        dx_TC = du_TK @ joined_KC if ctx.needs_input_grad[1] else None
+        return dy_TR, dx_TC, None, None, *(slope for pair in zip(slopes_A, slopes_B, strict=True) for slope in pair)
+
+
+def _joined(matrices: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """The A of all parts, one under the other: they read the same x."""
+    return (matrices[0] if len(matrices) == 1 else torch.cat(list(matrices))).to(dtype)
 
 
 @dataclass(frozen=True, kw_only=True)

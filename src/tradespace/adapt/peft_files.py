@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,13 @@ def save_adapter(model: Transformer, folder: Path, shape: Shape, *, base: str, n
     folder.mkdir(parents=True, exist_ok=True)
     write_shard(folder / WEIGHTS, tensors)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def held_bytes(folder: Path) -> int:
+    """What an adapter takes once it is loaded: 4 bytes a number. Raises InputError for a folder without one."""
+    if not (folder / WEIGHTS).is_file():
+        raise InputError(f"{folder} holds no {WEIGHTS}. Give a folder that `tradespace finetune` or PEFT wrote")
+    return sum(4 * prod(tensor.shape) for tensor in read_safetensors_header(folder / WEIGHTS).tensors.values())
 
 
 def load_adapter(model: Transformer, folder: Path, *, name: str, learn: bool = False) -> Shape:

@@ -1,6 +1,7 @@
 """Activation checkpointing: what the backward pass needs is kept, or computed again from less. Gradients are the same bits either way. arXiv:1604.06174
 
 none        everything is kept
+norms       norms are computed again from the stream; everything else is kept
 selective   outputs of matrix products are kept; what lies between them is computed again, attention included
 full        k layers together keep their input
 offload     the same, with the input in host memory
@@ -21,7 +22,7 @@ from tradespace.kernels.view import StepBatch
 from tradespace.model.layer import Layer, run
 from tradespace.model.transformer import Transformer
 from tradespace.spec.mixers import Rope
-from tradespace.spec.training import Segment, selective_refusal
+from tradespace.spec.training import BY_LAYER, Segment, selective_refusal
 
 
 def recompute(model: Transformer, segments: Sequence[Segment]) -> Transformer:
@@ -33,11 +34,12 @@ def recompute(model: Transformer, segments: Sequence[Segment]) -> Transformer:
         for index in range(start, start + segment.layers):
             layer = model.layers[index]
             assert isinstance(layer, Layer), "layers are checkpointed as they were built"
-            if segment.kind == "selective" and (reason := selective_refusal(model.spec.layers[index])) is not None:
-                raise UnsupportedError(f"selective checkpointing of layer {index}: {reason}. Use full")
-            layer.section = again if segment.kind == "selective" else run
+            if segment.kind in ("norms", "selective") and (reason := selective_refusal(model.spec.layers[index])) is not None:
+                raise UnsupportedError(f"{segment.kind} checkpointing of layer {index}: {reason}. Use full")
+            layer.around_norms = again if segment.kind in ("norms", "selective") else run
+            layer.around_rest = again if segment.kind == "selective" else run
         start += segment.layers
-    model.recompute = None if all(segment.kind in ("none", "selective") for segment in segments) else Segmented(tuple(segments))
+    model.recompute = None if all(segment.kind in BY_LAYER for segment in segments) else Segmented(tuple(segments))
     return model
 
 
@@ -56,7 +58,7 @@ class Segmented:
         start = 0
         for segment in self.segments:
             which = range(start, start + segment.layers)
-            if segment.kind in ("none", "selective"):
+            if segment.kind in BY_LAYER:
                 h_TD = model.run_layers(h_TD, which, ropes, batch)
             else:
                 with _inputs_on_host(h_TD) if segment.kind == "offload" else nullcontext():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -50,6 +51,10 @@ Seed = Annotated[int | None, typer.Option("--seed", help="Same seed, same text."
 Samples = Annotated[int, typer.Option("--n", min=1, help="Answers to each prompt, each with a draw of its own; the prompt is computed once.")]
 Beams = Annotated[int, typer.Option("--beams", min=1, help="Search this many likeliest answers together (beam search) and print the best; 1: none.")]
 LengthPenalty = Annotated[float, typer.Option("--length-penalty", help="With --beams: above 0 favours longer answers.")]
+Adapters = Annotated[
+    list[str] | None,
+    typer.Option("--adapter", help="A LoRA adapter as NAME=DIR, beside the weights and never merged; one for all prompts, or one for each in their order."),
+]
 Stop = Annotated[list[str] | None, typer.Option("--stop", help="End the answer before this text; may be given several times.")]
 
 
@@ -85,6 +90,7 @@ def run(
     prefix_sharing: PrefixSharing = None,
     kv_store: KVStore = None,
     kv_retain: KVRetain = None,
+    adapter: Adapters = None,
     report: Annotated[bool, typer.Option("--report", help="End with the table predicted | measured.")] = False,
     revision: Revision = None,
     offline: Offline = False,
@@ -101,6 +107,7 @@ def run(
     if beams > 1:
         wanted = ts.BeamParams(num_beams=beams, max_tokens=max_tokens, length_penalty=length_penalty)
         refuse_sampling(n=n, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed, stop=stop)
+    adapters = parse_adapters(adapter or [], len(texts))
     notes = console(stderr=True)
     with ts.open(
         model,
@@ -116,6 +123,7 @@ def run(
         prefix_sharing=prefix_sharing,
         kv_store=kv_store,
         kv_retain=kv_retain,
+        adapters=adapters,
         revision=revision,
         offline=offline,
         progress=not json,
@@ -132,6 +140,8 @@ def run(
             stop=tuple(stop or ()),
             n=n,
         )
+        names = list(adapters)
+        each = [replace(params, adapter=names[number % len(names)] if names else None) for number in range(len(texts))]
         prepared = texts if raw else [llm.render(text, system=system) for text in texts]
         if wanted is not None:
             found = [llm.beam_search(prompt, wanted) for prompt in prepared]
@@ -140,13 +150,13 @@ def run(
                 notes.print(report_table(llm.report()))
             return
         if json:
-            completions = llm.generate(prepared, params)
+            completions = llm.generate(prepared, each)
             print_json({"model": model, "completions": completions, "report": llm.report().to_dict()})
             return
         if len(prepared) == n == 1:
-            stream_to_terminal(llm, prepared[0], params)
+            stream_to_terminal(llm, prepared[0], each[0])
         else:
-            for number, completion in enumerate(llm.generate(prepared, params), 1):
+            for number, completion in enumerate(llm.generate(prepared, each), 1):
                 for sample in completion.samples:
                     name = f"{number}.{sample.sample + 1}" if n > 1 else f"{number}"
                     print(f"[{name}] {texts[number - 1].strip()[:80]}\n{sample.text}\n")
@@ -168,6 +178,19 @@ def show_beams(texts: list[str], found: list[list[BeamOutput]], *, model: str, l
         return
     for number, (text, outputs) in enumerate(zip(texts, found, strict=True), 1):
         print(f"[{number}] {text.strip()[:80]}\n{outputs[0].text}\n" if len(texts) > 1 else outputs[0].text)
+
+
+def parse_adapters(given: list[str], num_prompts: int) -> dict[str, Path]:
+    """Folders by name of NAME=DIR words. Raises InputError for other words, and for a number of adapters that is neither one nor one a prompt."""
+    found: dict[str, Path] = {}
+    for word in given:
+        name, equals, folder = word.partition("=")
+        if not equals or not name or not folder or name in found:
+            raise InputError(f"--adapter {word}: write NAME=DIR, each name once, such as --adapter tidy=run/adapter")
+        found[name] = Path(folder)
+    if len(found) > 1 and len(found) != num_prompts:
+        raise InputError(f"{len(found)} adapters for {num_prompts} prompts. Give one adapter for all prompts, or one for each, in their order")
+    return found
 
 
 def stream_to_terminal(llm: LLM, prompt: str | list[int], params: SamplingParams) -> None:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from tradespace.cli.options import Json, Memory, Model, Offline, console, print_json
+from tradespace.cli.options import Json, Model, console, print_json
+from tradespace.cli.training_options import with_settings
 from tradespace.errors import InputError
 from tradespace.units import format_bytes, format_seconds
 
@@ -22,31 +22,12 @@ if TYPE_CHECKING:
 
 Data = Annotated[list[Path], typer.Option("--data", "-d", help="A UTF-8 text, or a .jsonl file of conversations; may be repeated.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder of the run: checkpoints, log.jsonl, loss.png and the result.")]
-Context = Annotated[int, typer.Option("--context", "-c", min=2, help="Tokens of a sequence.")]
-Batch = Annotated[int, typer.Option("--batch", "-b", min=1, help="Sequences of a step; micro-batches are planned.")]
-Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Steps to take. Default: --epochs.")]
-Epochs = Annotated[float, typer.Option("--epochs", min=0.0, help="Passes over the data, where --steps is not given.")]
-Rate = Annotated[float | None, typer.Option("--lr", help="Learning rate.")]
-Schedule = Annotated[str, typer.Option("--schedule", help="constant, linear or cosine.")]
-Warmup = Annotated[int, typer.Option("--warmup", min=0, help="Steps over which the rate rises.")]
-Decay = Annotated[float, typer.Option("--weight-decay", min=0.0, help="Decoupled, of matrices alone.")]
-Clip = Annotated[float, typer.Option("--clip", min=0.0, help="Most the gradients' norm may be; 0: anything. Needs gradients in memory.")]
-OptimizerName = Annotated[str | None, typer.Option("--optimizer", help="adamw, adamw8bit, adafactor or sgd. Default: the planner's choice.")]
-Weights = Annotated[str | None, typer.Option("--weights", help="How the base is held: fp32, bf16; with qlora nf4, int8, int4. Default: the planner's choice.")]
-Checkpointing = Annotated[
-    str | None, typer.Option("--checkpointing", help="none, selective, full, every-K, offload, or full:4,none:26. Default: planned to the byte.")
-]
-Fused = Annotated[bool | None, typer.Option("--fused/--no-fused", help="Update each parameter within the backward pass. Default: where it can be.")]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Of weights and of the data's order.")]
-SaveEvery = Annotated[int, typer.Option("--save-every", min=1, help="Steps between checkpoints; the last two are kept.")]
-TimeLimit = Annotated[str | None, typer.Option("--time-limit", help="Such as 90s, 30m or 2h: a checkpoint is written and the run ends.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --output, bit for bit.")]
 
 
 def register(app: typer.Typer) -> None:
-    app.command("train")(train)
-    app.command("finetune")(finetune)
-    app.command("distill")(distill)
+    app.command("train")(with_settings(train))
+    app.command("finetune")(with_settings(finetune))
+    app.command("distill")(with_settings(distill))
 
 
 def train(
@@ -54,25 +35,8 @@ def train(
     data: Data,
     output: Output,
     tokenizer: Annotated[str | None, typer.Option("--tokenizer", help="The model whose tokenizer to use. Default: one is trained on the data.")] = None,
-    context: Context = 512,
-    batch: Batch = 8,
-    steps: Steps = None,
-    epochs: Epochs = 1.0,
-    lr: Rate = None,
-    schedule: Schedule = "cosine",
-    warmup: Warmup = 0,
-    decay: Decay = 0.0,
-    clip: Clip = 0.0,
-    optimizer: OptimizerName = None,
-    weights: Weights = None,
-    checkpointing: Checkpointing = None,
-    fused: Fused = None,
-    seed: Seed = 0,
-    save_every: SaveEvery = 100,
-    time_limit: TimeLimit = None,
-    memory: Memory = None,
-    resume: Resume = False,
-    offline: Offline = False,
+    *,
+    settings: Settings,
     json: Json = False,
 ) -> None:
     """Train a model from random weights.
@@ -81,7 +45,6 @@ def train(
     """
     import tradespace as ts
 
-    settings = _settings(locals())
     with _live(json) as (on_progress, say):
         found = ts.train(model, data, output, tokenizer=tokenizer, settings=settings, on_progress=on_progress, say=say)
     _show(found, json)
@@ -94,25 +57,8 @@ def finetune(
     method: Annotated[str | None, typer.Option("--method", help="full, lora or qlora. Default: as much as the memory allows.")] = None,
     rank: Annotated[int, typer.Option("--rank", "-r", min=1, help="Of adapters.")] = 16,
     alpha: Annotated[float | None, typer.Option("--alpha", help="Adapters count alpha/rank times. Default: 2 · rank.")] = None,
-    context: Context = 512,
-    batch: Batch = 8,
-    steps: Steps = None,
-    epochs: Epochs = 1.0,
-    lr: Rate = None,
-    schedule: Schedule = "cosine",
-    warmup: Warmup = 0,
-    decay: Decay = 0.0,
-    clip: Clip = 0.0,
-    optimizer: OptimizerName = None,
-    weights: Weights = None,
-    checkpointing: Checkpointing = None,
-    fused: Fused = None,
-    seed: Seed = 0,
-    save_every: SaveEvery = 100,
-    time_limit: TimeLimit = None,
-    memory: Memory = None,
-    resume: Resume = False,
-    offline: Offline = False,
+    *,
+    settings: Settings,
     json: Json = False,
 ) -> None:
     """Train MODEL's weights, or adapters beside them, on your text or conversations.
@@ -121,7 +67,6 @@ def finetune(
     """
     import tradespace as ts
 
-    settings = _settings(locals())
     with _live(json) as (on_progress, say):
         found = ts.finetune(model, data, output, method=method, rank=rank, alpha=alpha, settings=settings, on_progress=on_progress, say=say)
     _show(found, json)
@@ -136,25 +81,8 @@ def distill(
     temperature: Annotated[float, typer.Option("--temperature", help="Of both distributions.")] = 2.0,
     share: Annotated[float, typer.Option("--share", min=0.0, max=1.0, help="Of the divergence in the loss; the rest is plain cross entropy.")] = 0.7,
     written: Annotated[int, typer.Option("--written", min=0, help="Sequence level: the teacher first writes so many texts from the data's beginnings.")] = 0,
-    context: Context = 512,
-    batch: Batch = 8,
-    steps: Steps = None,
-    epochs: Epochs = 1.0,
-    lr: Rate = None,
-    schedule: Schedule = "cosine",
-    warmup: Warmup = 0,
-    decay: Decay = 0.0,
-    clip: Clip = 0.0,
-    optimizer: OptimizerName = None,
-    weights: Weights = None,
-    checkpointing: Checkpointing = None,
-    fused: Fused = None,
-    seed: Seed = 0,
-    save_every: SaveEvery = 100,
-    time_limit: TimeLimit = None,
-    memory: Memory = None,
-    resume: Resume = False,
-    offline: Offline = False,
+    *,
+    settings: Settings,
     json: Json = False,
 ) -> None:
     """Train a smaller model on TEACHER's distributions.
@@ -164,15 +92,14 @@ def distill(
     import tradespace as ts
     from tradespace.train.distill import Distillation
 
-    settings = _settings(locals())
     choice = Distillation(direction=kl, temperature=temperature, share=share)
     with _live(json) as (on_progress, say):
-        sources = [_written(teacher, data, output, written, context, memory, offline, seed)] if written else data
+        sources = [_written(teacher, data, output, written, settings)] if written else data
         found = ts.distill(teacher, student, sources, output, choice=choice, settings=settings, on_progress=on_progress, say=say)
     _show(found, json)
 
 
-def _written(teacher: str, data: list[Path], output: Path, count: int, context: int, memory: str | None, offline: bool, seed: int) -> Path:
+def _written(teacher: str, data: list[Path], output: Path, count: int, settings: Settings) -> Path:
     """Beside the run's folder, so that a resumed run finds it."""
     from tradespace.train.reading import read_text
     from tradespace.tuning import write_with_teacher
@@ -185,29 +112,7 @@ def _written(teacher: str, data: list[Path], output: Path, count: int, context: 
         raise InputError(f"--written {count}: the data have {len(paragraphs)} paragraphs to begin from. Give at most that many")
     step = len(paragraphs) // count
     prompts = [paragraphs[number * step][:200] for number in range(count)]
-    return write_with_teacher(teacher, prompts, path, tokens=context // 2, memory=memory, offline=offline, seed=seed)
-
-
-def _settings(given: dict[str, Any]) -> Settings:
-    from tradespace.tuning import Settings
-
-    names = ("context", "batch", "steps", "epochs", "lr", "schedule", "warmup", "decay", "clip", "optimizer", "weights", "checkpointing", "fused", "seed")
-    values = {name: given[name] for name in (*names, "save_every", "memory", "resume", "offline")}
-    return Settings(**values, time_limit_s=parse_duration(given["time_limit"]))
-
-
-def parse_duration(text: str | None) -> float | None:
-    """Seconds of 90s, 30m, 2h or 45.
-
-    >>> parse_duration("30m"), parse_duration("45"), parse_duration(None)
-    (1800.0, 45.0, None)
-    """
-    if text is None:
-        return None
-    matched = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smh]?)\s*", text)
-    if matched is None or float(matched[1]) <= 0:
-        raise InputError(f"--time-limit '{text}': write for example 90s, 30m or 2h")
-    return float(matched[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[matched[2]]
+    return write_with_teacher(teacher, prompts, path, tokens=settings.context // 2, memory=settings.memory, offline=settings.offline, seed=settings.seed)
 
 
 @contextmanager

@@ -20,10 +20,13 @@ from tradespace.spec.formats import ELEMENT_BYTES, FORMATS
 from tradespace.spec.mixers import Attention
 from tradespace.spec.model import DenseFFN, LayerSpec, ModelSpec
 from tradespace.spec.tensors import model_tensors
-from tradespace.spec.training import OPTIMIZERS, Kind, Segment, TrainPlan, trained
-from tradespace.spec.weights import weight_bytes, workspace_shape
+from tradespace.spec.training import ADAPTED_ROLES, BY_LAYER, KINDS, OPTIMIZERS, Kind, Segment, TrainPlan, adapters, trained
+from tradespace.spec.weights import tile_elements, weight_bytes, workspace_shape
+from tradespace.units import KiB
 
 CALLS_PER_LAYER = 90  # operations that Python starts, forward and backward
+# the CPU's product library keeps compiled code and packing memory for every shape that it meets: seen with torch 2.13
+PRODUCT_BYTES = {"bf16": 680 * KiB, "fp32": 150 * KiB}
 EFFICIENCY = 0.7  # of the machine's product rate, over a whole step: assumed until the speed is measured
 
 
@@ -41,7 +44,8 @@ def layer_kept(layer: LayerSpec, D: int, tokens: int, e: int, kind: Kind = "none
     """Bytes that a layer keeps for the backward pass, its input included.
 
     none: the stream twice (before attention and before the feed-forward), both norms, rotated queries and keys, values, attention's output and its sums, the
-    wide product, its activation; selective: the stream twice, the product of q, k and v, the wide product; full: the input.
+    wide product, its activation; norms: the same without the results of both norms; selective: the stream twice, the product of q, k and v, the wide product;
+    full: the input.
     """
     attn, ffn = _parts(layer)
     wide = (2 if ffn.gated else 1) * ffn.F
@@ -49,7 +53,7 @@ def layer_kept(layer: LayerSpec, D: int, tokens: int, e: int, kind: Kind = "none
         return tokens * D * e
     if kind == "selective":
         return tokens * e * (2 * D + (attn.N + attn.K) * attn.H + attn.K * attn.Hv + wide)
-    streams = 4 + (2 if layer.arrangement == "sandwich" else 0)
+    streams = (2 if kind == "norms" else 4) + (2 if layer.arrangement == "sandwich" else 0)
     heads = (attn.N + attn.K) * attn.H + attn.K * attn.Hv + attn.N * attn.Hv
     if attn.qk_norm != "none":  # what the norms of queries and keys came from: views of the whole product
         heads += (attn.N + attn.K) * attn.H + attn.K * attn.Hv
@@ -69,6 +73,8 @@ def layer_transient(layer: LayerSpec, D: int, tokens: int, e: int, largest_gradi
     if kind == "selective":
         activation += tokens * e * ffn.F  # what was computed again lives as long as its section
         heads += tokens * (e * ((attn.N + attn.K) * attn.H + attn.K * attn.Hv + attn.N * attn.Hv) + 4 * attn.N)
+    if kind == "norms":  # the norm's result is there again for the product that takes it
+        product += stream
     norm = 2 * stream + 4 * 4 * tokens * D + (tokens * D * 4 if e < 4 else 0)
     return max(activation, product, stream + heads, norm)
 
@@ -80,11 +86,11 @@ def rope_rows(spec: ModelSpec, tokens: int, e: int) -> int:
 
 
 def loss_moment(spec: ModelSpec, plan: TrainPlan) -> int:
-    """Beside what the layers keep: the last stream, its norm and its gradient, two fp32 copies of a chunk's logits, and the head's gradient."""
+    """Beside what the layers keep: the last stream, its norm and its gradient, a chunk's logits, and the head's gradient."""
     e, T = element_bytes(plan), plan.tokens
     chunk = min(plan.loss_tokens, T)
     head = spec.V * spec.D * e if plan.method == "full" else 0
-    return rope_rows(spec, T, e) + T * spec.D * e * 3 + chunk * spec.V * 8 + chunk * spec.D * e + head
+    return rope_rows(spec, T, e) + T * spec.D * e * 3 + plan.logit_bytes * chunk * spec.V + chunk * spec.D * e + head
 
 
 @dataclass(frozen=True)
@@ -109,9 +115,9 @@ def _largest_gradient(spec: ModelSpec, plan: TrainPlan) -> int:
 def terms(spec: ModelSpec, plan: TrainPlan) -> Terms:
     """All terms of the plan's activations."""
     e, T, D = element_bytes(plan), plan.tokens, spec.D
-    kept = tuple({kind: layer_kept(layer, D, T, e, kind) for kind in ("none", "selective", "full", "offload")} for layer in spec.layers)
+    kept = tuple({kind: layer_kept(layer, D, T, e, kind) for kind in KINDS} for layer in spec.layers)
     grad = _largest_gradient(spec, plan)
-    transient = tuple({kind: layer_transient(layer, D, T, e, grad, kind) for kind in ("none", "selective")} for layer in spec.layers)
+    transient = tuple({kind: layer_transient(layer, D, T, e, grad, kind) for kind in BY_LAYER} for layer in spec.layers)
     tied = spec.V * D * e if plan.method == "full" and spec.tied else 0
     return Terms(kept, transient, loss_moment(spec, plan), tied + rope_rows(spec, T, e))
 
@@ -124,7 +130,7 @@ def activation_peak(spec: ModelSpec, plan: TrainPlan, segments: Sequence[Segment
     on_host = 0
     for segment in segments:
         which = range(start, start + segment.layers)
-        if segment.kind in ("none", "selective"):
+        if segment.kind in BY_LAYER:
             for index in which:
                 kept += found.kept[index][segment.kind]
                 peak = max(peak, kept + found.transient[index][segment.kind])
@@ -182,8 +188,19 @@ class TrainLedger:
         return {"pool": self.pool, "total_bytes": self.total_bytes, "host_bytes": self.host_bytes, "lines": [line.to_dict() for line in self.lines]}
 
 
-def fixed_lines(spec: ModelSpec, plan: TrainPlan, device: DeviceSpec | None = None, *, data_bytes: int = 0) -> tuple[TrainLine, ...]:
-    """What does not depend on tokens. Without a device: the tensors alone."""
+def num_products(spec: ModelSpec, plan: TrainPlan) -> int:
+    """Distinct shapes of a step's matrix products: each matrix forward and by its input, by itself where it learns, and six for a pair of adapters."""
+    shapes = {tensor.shape[-2:] for tensor in model_tensors(spec) if tensor.role in ADAPTED_ROLES} | {(spec.V, spec.D)}
+    if plan.method == "full":
+        return 3 * len(shapes)
+    return 2 * len(shapes) + 6 * len({(each.rows, each.columns) for each in adapters(spec, plan.targets)})
+
+
+def fixed_lines(
+    spec: ModelSpec, plan: TrainPlan, device: DeviceSpec | None = None, *, data_bytes: int = 0, here_bytes: int | None = None
+) -> tuple[TrainLine, ...]:
+    """What does not depend on tokens. Without a device: the tensors alone. here_bytes: what the process was measured at with its tokenizer and its data, in
+    place of their estimates."""
     learns = trained(spec, plan)
     sizes = sum(prod(shape) * ELEMENT_BYTES[dtype] for _, shape, dtype in learns)
     optimizer = OPTIMIZERS[plan.optimizer]
@@ -195,21 +212,26 @@ def fixed_lines(spec: ModelSpec, plan: TrainPlan, device: DeviceSpec | None = No
     lines.append(TrainLine("optimizer", Estimate(states, "exact"), optimizer.idea))
     shapes = [tensor.shape for tensor in model_tensors(spec) if plan.weights.format_of(tensor).name not in ("fp32", "bf16", "fp16")]
     if shapes:
-        elements, rows = workspace_shape(shapes)
+        elements, rows = workspace_shape(shapes, tile_elements(plan.weights))
         lines.append(TrainLine("dequantizing", Estimate((elements + rows) * element_bytes(plan), "exact"), "largest tile + most rows"))
     ropes = {layer.mixer.rope for layer in spec.layers if isinstance(layer.mixer, Attention) and layer.mixer.rope is not None}
     lines.append(TrainLine("rotary tables", Estimate(sum(4 * plan.context * rope.dims for rope in ropes), "exact"), "context · dims · 4"))
     if device is not None:
-        lines.append(TrainLine("runtime", runtime_estimate(device), "interpreter, libraries, context"))
+        runtime = runtime_estimate(device) if here_bytes is None else Estimate(here_bytes, "measured")
+        lines.append(TrainLine("runtime", runtime, "interpreter, libraries, context"))
         if compute_pool(device) == "host":
-            lines += [TrainLine("tokenizer", tokenizer_estimate(spec.V, None), ""), TrainLine("data", Estimate(data_bytes, "exact"), "8 bytes a token")]
+            lines.append(
+                TrainLine("products", Estimate(num_products(spec, plan) * PRODUCT_BYTES[plan.weights.dense], "modelled"), "code for each shape of a product")
+            )
+            if here_bytes is None:
+                lines += [TrainLine("tokenizer", tokenizer_estimate(spec.V, None), ""), TrainLine("data", Estimate(data_bytes, "exact"), "8 bytes a token")]
     return tuple(lines)
 
 
-def train_ledger(spec: ModelSpec, plan: TrainPlan, device: DeviceSpec | None = None, *, data_bytes: int = 0) -> TrainLedger:
+def train_ledger(spec: ModelSpec, plan: TrainPlan, device: DeviceSpec | None = None, *, data_bytes: int = 0, here_bytes: int | None = None) -> TrainLedger:
     """Every line of `plan`. Without a device: of the tensors alone, as an allocator counts them."""
     kept, peak = activation_peak(spec, plan)
-    lines = [*fixed_lines(spec, plan, device, data_bytes=data_bytes)]
+    lines = [*fixed_lines(spec, plan, device, data_bytes=data_bytes, here_bytes=here_bytes)]
     lines.append(TrainLine("activations", Estimate(kept, "exact"), "what layers keep, by their checkpointing"))
     lines.append(TrainLine("step", Estimate(peak - kept, "modelled: the worst moment of loss and backward pass"), "recomputed, temporaries, a chunk of logits"))
     pool = "device" if device is not None and compute_pool(device) == "device" else "host"
@@ -227,6 +249,12 @@ def layer_forward_flops(layer: LayerSpec, D: int, plan: TrainPlan) -> tuple[floa
     return 2.0 * matrices * plan.tokens, 2.0 * plan.tokens * plan.context * attn.N * attn.H
 
 
+def _after_norms_flops(layer: LayerSpec, D: int, plan: TrainPlan) -> float:
+    """Of the two products that take a norm's result."""
+    attn, ffn = _parts(layer)
+    return 2.0 * plan.tokens * D * (attn.N * attn.H + attn.K * (attn.H + attn.Hv) + ffn.F * (2 if ffn.gated else 1))
+
+
 def again_seconds(spec: ModelSpec, plan: TrainPlan, device: DeviceSpec, index: int, kind: Kind) -> float:
     """What checkpointing a layer in this way costs in time."""
     if kind == "none":
@@ -235,6 +263,9 @@ def again_seconds(spec: ModelSpec, plan: TrainPlan, device: DeviceSpec, index: i
     products, attention = layer_forward_flops(layer, spec.D, plan)
     rate = device.flops_per_s(plan.weights.dense).require() * EFFICIENCY
     touched = layer_kept(layer, spec.D, plan.tokens, element_bytes(plan)) / device.read_bytes_per_s.require()
+    if kind == "norms":
+        passes = 2 * (2 * plan.tokens * spec.D * element_bytes(plan)) / device.read_bytes_per_s.require()  # two norms, read and written
+        return passes + (_after_norms_flops(layer, spec.D, plan) / rate if plan.method != "full" else 0.0)
     if kind == "selective":
         # the last product of a section is not run again, but beside an adapter it is
         return attention / rate + touched + (products / rate if plan.method != "full" else 0.0)

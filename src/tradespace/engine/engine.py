@@ -31,6 +31,9 @@ class StepRunner(Protocol):
     @property
     def vocab_size(self) -> int: ...
 
+    @property
+    def adapters(self) -> tuple[str, ...]: ...
+
     def execute(self, step: Step) -> Tensor: ...
 
 
@@ -82,6 +85,9 @@ class Engine:
         With params.n > 1 the other outputs are the request's `siblings`, queued right behind it. `constraint`: what the output must obey, in its first state.
         """
         params = params or SamplingParams()
+        if params.adapter is not None and params.adapter not in self.runner.adapters:
+            known = ", ".join(self.runner.adapters) or "none: open the model with adapters={'NAME': folder}"
+            raise InputError(f"no adapter '{params.adapter}'. This engine has {known}")
         prompt_ids = self.encode(prompt)
         self._check_ids("logit_bias", params.logit_bias)
         self._check_ids("stop_token_ids", params.stop_token_ids)

@@ -39,6 +39,7 @@ class SamplingParams:
     min_tokens            no stop token is chosen before so many tokens; stop strings are ignored until then
     logprobs              log-probabilities of the chosen token and of so many best ones, from the unmodified logits
     prompt_logprobs       the same for each token of the prompt but the first (row by row, so it costs time and no memory); its blocks are then computed anew
+    adapter               name of the adapter that its tokens pass through, beside the model's weights; None: the model alone
     n                     outputs of one prompt, each with noise of its own; the prompt is computed once where prefixes are shared
     """
 
@@ -59,6 +60,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     n: int = 1
+    adapter: str | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -52,7 +53,9 @@ class Rows:
 class Runner:
     """Runs steps of one model over one cache, laid out as the plan says."""
 
-    def __init__(self, transformer: TokenModel, cache: Any, plan: Plan, *, device: torch.device | str = "cpu"):
+    def __init__(self, transformer: TokenModel, cache: Any, plan: Plan, *, device: torch.device | str = "cpu", adapters: Sequence[str] = ()):
+        """`adapters`: the names of the model's, by number."""
+        self.adapters = tuple(adapters)
         self.transformer = transformer
         self.cache = cache
         self.device = torch.device(device)
@@ -78,7 +81,9 @@ class Runner:
         rows: list[int] = []
         self._rows.release()
         for item in step.sequences:
-            spans.append(Span(len(tokens), item.num_tokens, item.start + item.num_tokens, item.request.blocks, self._rows.of(item.request)))
+            request, name = item.request, item.request.params.adapter
+            number = -1 if name is None else self.adapters.index(name)
+            spans.append(Span(len(tokens), item.num_tokens, item.start + item.num_tokens, request.blocks, self._rows.of(request), number))
             tokens += item.tokens()
             rows += range(len(tokens) - item.num_logits, len(tokens))
         batch = StepBatch.from_spans(spans, block_size=self._slot_blocks, device=self.device)

@@ -26,7 +26,7 @@ DIGEST_BYTES = 16
 
 
 def extend_names(names: list[bytes], tokens: Sequence[int], block_size: int, *, root: bytes = b"") -> None:
-    """Adds the names of those full blocks of `tokens` that `names` has not yet. `root`: what beside the tokens changes keys and values; nothing so far."""
+    """Adds the names of those full blocks of `tokens` that `names` has not yet. `root`: what beside them changes keys and values: the adapter."""
     for start in range(len(names) * block_size, len(tokens) - block_size + 1, block_size):
         content = array("q", tokens[start : start + block_size]).tobytes()
         names.append(blake2b(content, digest_size=DIGEST_BYTES, key=names[-1] if names else root).digest())
@@ -137,7 +137,9 @@ class Sharing(Unshared):
             request.num_published = filled
 
     def _names(self, request: Request) -> list[bytes]:
-        extend_names(request.block_names, request.token_ids, self.block_size)
+        name = request.params.adapter
+        root = b"" if name is None else blake2b(name.encode(), digest_size=DIGEST_BYTES).digest()
+        extend_names(request.block_names, request.token_ids, self.block_size, root=root)
         return request.block_names
 
     def _found(self, request: Request) -> tuple[list[int], int]:

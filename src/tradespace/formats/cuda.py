@@ -136,6 +136,14 @@ class CudaWeight(nn.Module):
             raise EngineError(f"a product of many rows in {self.format_name} needs a workspace to decode into; give the weight one")
         return large_linear(x_TC, weight, x_TC if self.workspace is None else self.workspace.flat, bias_R)
 
+    def transposed(self, dy_TR: Tensor) -> Tensor:
+        """dx_TC = dy @ W, for gradients: as many rows of W at once as the workspace has room for."""
+        if self.workspace is None:
+            raise EngineError(f"a product in {self.format_name} needs a workspace to decode into; give the weight one")
+        from tradespace.kernels.linear.large import transposed_linear
+
+        return transposed_linear(dy_TR, self.packed, self.workspace.flat)
+
     def rows(self, ids_T: Tensor) -> Tensor:
         """The rows of these ids (T, C) as bf16: an embedding's look-up."""
         from tradespace.kernels.linear.triton_unpack import unpack_into

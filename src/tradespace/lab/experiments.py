@@ -82,6 +82,11 @@ EXPERIMENTS: dict[str, Experiment] = {
         Experiment(name="flash", question="is the GPU kernel right, how fast is it, what does it hold?", minutes=2, module="flash", on="cuda"),
         Experiment(name="gpu-speed", question="does the GPU engine hold its bars, and its budget?", minutes=9, module="gpu_speed", parts=GPU_PARTS, on="cuda"),
         Experiment(name="checkpointing", question="what does recomputing layers save and cost in training, by segment?", minutes=4, module="checkpointing"),
+        Experiment(name="from-scratch", question="does training learn what transformers' Trainer learns, step by step?", minutes=15, module="from_scratch"),
+        Experiment(name="architecture", question="what do fewer KV heads, depth and a narrow feed-forward cost in loss?", minutes=12, module="architecture"),
+        Experiment(name="batch-size", question="how many tokens to a loss, by batch size?", minutes=10, module="batch_size"),
+        Experiment(name="distill-student", question="what does a teacher give a student?", minutes=6, module="distill_student", on="cuda"),
+        Experiment(name="train-gpu", question="how fast does a GPU train, in how many bytes, beside its peers?", minutes=5, module="train_gpu", on="cuda"),
         Experiment(name="calibration", question="what do the cost model's measured constants come to here?", minutes=12, module="calibrate"),
         Experiment(
             name="quantize_safety", question="does quantize keep its budget, survive SIGKILL, and does int4 run as int4?", minutes=12, module="quantizing"

@@ -110,14 +110,16 @@ class Layer(nn.Module):
         self.ffn_norm = parts.norm(f"{name}.ffn_norm")
         self.ffn = None if spec.ffn is None else FEED_FORWARDS[type(spec.ffn)](parts, f"{name}.ffn", spec.ffn)
         self.ffn_post_norm = parts.norm(f"{name}.ffn_post_norm")
-        self.section: Section = run  # what runs the layer's four parts; `adapt.recompute` puts its own in place
+        # what runs a norm with the product behind it, and what lies between those: `adapt.recompute` puts its own in place
+        self.around_norms: Section = run
+        self.around_rest: Section = run
 
     def forward(self, h_TD: Tensor, rope: RopeRows | None, batch: StepBatch, view: KVView | None) -> Tensor:
         if self.arrangement in ("parallel", "parallel2") and self.attn is not None and self.ffn is not None:
             x_TD = _apply(self.attn_norm, h_TD)
             y_TD = self.attn(x_TD, rope, batch, view)
             return self._added(h_TD, y_TD.add_(self.ffn(x_TD if self.ffn_norm is None else self.ffn_norm(h_TD), batch)))
-        if self.section is not run:
+        if self.around_norms is not run:
             return self._by_sections(h_TD, rope, batch)
         if self.attn is not None:
             y_TD = self.attn(_apply(self.attn_norm, h_TD), rope, batch, view)
@@ -131,11 +133,11 @@ class Layer(nn.Module):
         """The same in four sections that each end with a matrix product: what a section takes is kept, what happens within it may be recomputed."""
         attn, ffn = self.attn, self.ffn
         assert attn is not None and isinstance(ffn, FeedForward), "checked where sections were asked for"
-        qkv_TR = self.section(lambda h_TD: project(attn.qkv, _apply(self.attn_norm, h_TD), batch), h_TD)
-        y_TD = self.section(lambda qkv_TR: attn.mixed(qkv_TR, None, rope, batch, None), qkv_TR)
+        qkv_TR = self.around_norms(lambda h_TD: project(attn.qkv, _apply(self.attn_norm, h_TD), batch), h_TD)
+        y_TD = self.around_rest(lambda qkv_TR: attn.mixed(qkv_TR, None, rope, batch, None), qkv_TR)
         h_TD = self._added(h_TD, _apply(self.attn_post_norm, y_TD))
-        wide = self.section(lambda h_TD: ffn.widened(_apply(self.ffn_norm, h_TD), batch), h_TD)
-        y_TD = self.section(lambda wide: ffn.narrow(wide, batch), wide)
+        wide = self.around_norms(lambda h_TD: ffn.widened(_apply(self.ffn_norm, h_TD), batch), h_TD)
+        y_TD = self.around_rest(lambda wide: ffn.narrow(wide, batch), wide)
         return self._added(h_TD, _apply(self.ffn_post_norm, y_TD))
 
     def _added(self, h_TD: Tensor, y_TD: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from tradespace.kernels.norm import NORMS
 from tradespace.kernels.view import StepBatch
 from tradespace.spec.model import ModelSpec
 from tradespace.spec.tensors import QUANTIZABLE_ROLES, TensorSpec, model_tensors
-from tradespace.spec.weights import WeightPlan, unpacked_elements, workspace_shape
+from tradespace.spec.weights import FLOATS, WeightPlan, tile_elements, unpacked_elements, workspace_shape
 
 PLAIN = (DenseWeight, QuantizedWeight, NativeWeight, CudaWeight)
 
@@ -60,6 +60,8 @@ class Parts:
             found = NativeWeight(fmt, tensor.shape, activations=self.activations)
         elif self.cuda and tensor.role in QUANTIZABLE_ROLES:
             found = CudaWeight(fmt, tensor.shape, device=self.device, scratch=self.scratch, workspace=self.workspace)
+        elif self.plan.layout == "cuda" and tensor.role in QUANTIZABLE_ROLES and fmt not in FLOATS:
+            found = CudaWeight(fmt, tensor.shape, device=self.device, workspace=self.workspace)
         else:
             found = build_weight(fmt, tensor.shape, dense=self.dense, device=self.device, linear=self.linear, workspace=self.workspace)
         found.bias = self.vector(f"{name}.bias")
@@ -85,7 +87,7 @@ def build_workspace(spec: ModelSpec, plan: WeightPlan, device: torch.device | st
     """What the model's quantized weights dequantize into; None where there are none."""
     formats = ((tensor, plan.format_of(tensor).name) for tensor in model_tensors(spec))
     shapes = [tensor.shape for tensor, name in formats if name in FORMATS and FORMATS[name].needs_workspace]
-    return Workspace(*workspace_shape(shapes), DTYPES[plan.dense], device) if shapes else None
+    return Workspace(*workspace_shape(shapes, tile_elements(plan)), DTYPES[plan.dense], device) if shapes else None
 
 
 def cuda_workspace(spec: ModelSpec, plan: WeightPlan, device: torch.device | str) -> Workspace | None:
@@ -103,7 +105,6 @@ class Adapted(Protocol):
 
 def project(weight: Weight | Adapted, x_TC: Tensor, batch: StepBatch | None = None) -> Tensor:
     """x @ W.T with the bias that `Parts.weight` put beside W, and what the batch's adapters add to it."""
-    if batch is not None and not isinstance(weight, PLAIN):
-        assert isinstance(weight, Adapted), f"{type(weight).__name__} is no weight"
+    if batch is not None and not isinstance(weight, PLAIN) and isinstance(weight, Adapted):
         return weight.adapted(x_TC, batch)
     return weight.linear(x_TC, weight.bias)  # pyright: ignore[reportAttributeAccessIssue]

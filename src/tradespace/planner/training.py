@@ -15,10 +15,11 @@ from math import ceil
 from tradespace.cost.memory import compute_pool
 from tradespace.cost.training import Terms, TrainLedger, again_seconds, step_seconds, terms, train_ledger, with_segments
 from tradespace.errors import BudgetError, UnsupportedError
+from tradespace.spec import cuda
 from tradespace.spec.device import DeviceSpec
 from tradespace.spec.estimate import Estimate
 from tradespace.spec.model import ModelSpec
-from tradespace.spec.training import Segment, TrainPlan, best_k, every, qlora_weights, refusal, selective_refusal
+from tradespace.spec.training import BY_LAYER, KINDS, Segment, TrainPlan, best_k, every, qlora_weights, refusal, selective_refusal
 from tradespace.spec.weights import WeightPlan
 from tradespace.units import format_bytes
 
@@ -42,7 +43,7 @@ def plan_checkpointing(spec: ModelSpec, plan: TrainPlan, device: DeviceSpec, roo
     L = spec.L
     offload = compute_pool(device) == "device" and device.host_link_bytes_per_s is not None
     longest = max(1, ceil(2 * best_k(L, found.kept[0]["full"], found.kept[0]["none"])))
-    seconds = [{kind: again_seconds(spec, plan, device, index, kind) for kind in ("none", "selective", "full", "offload")} for index in range(L)]
+    seconds = [{kind: again_seconds(spec, plan, device, index, kind) for kind in KINDS} for index in range(L)]
     room = room_bytes - found.after_loss
     # by layers done: (kept, seconds, segments) with kept ascending and seconds descending
     states: list[list[tuple[int, float, tuple[Segment, ...]]]] = [[] for _ in range(L + 1)]
@@ -62,14 +63,14 @@ def plan_checkpointing(spec: ModelSpec, plan: TrainPlan, device: DeviceSpec, roo
 def _choices(spec: ModelSpec, index: int, L: int, longest: int, offload: bool) -> list[Segment]:
     found = [Segment("none", 1)]
     if selective_refusal(spec.layers[index]) is None:
-        found.append(Segment("selective", 1))
+        found += [Segment("norms", 1), Segment("selective", 1)]
     found += [Segment("full", k) for k in range(1, min(longest, L - index) + 1)]
     return [*found, Segment("offload", 1)] if offload else found
 
 
 def _moment(found: Terms, segment: Segment, index: int, kept: int) -> tuple[int, int]:
     """(kept with this segment, its own moment's bytes)."""
-    if segment.kind in ("none", "selective"):
+    if segment.kind in BY_LAYER:
         held = kept + found.kept[index][segment.kind]
         return held, held + found.transient[index][segment.kind]
     which = range(index, index + segment.layers)
@@ -124,7 +125,14 @@ class Question:
     fused: bool | None = None
     attention: str = "sdpa"
     data_bytes: int = 0
+    here_bytes: int | None = None  # what this process was measured at, tokenizer and data in it
     spare_bytes: int = 0  # what is taken beside the plan: a teacher, for instance
+    spare_token_bytes: int = 0  # and of each token of a micro-batch: its teacher's last stream
+    logit_bytes: int | None = None  # while the loss is computed; None: those of plain cross entropy
+
+    def spare(self, plan: TrainPlan) -> int:
+        """Bytes beside the plan."""
+        return self.spare_bytes + plan.tokens * self.spare_token_bytes
 
 
 def rungs(question: Question) -> list[tuple[str, str, str]]:
@@ -149,7 +157,11 @@ def candidates(question: Question) -> list[TrainCandidate]:
         raise UnsupportedError(f"{question.spec.name} cannot be trained yet: {reason}")
     found: list[tuple[int, TrainCandidate]] = []
     for number, (method, fmt, optimizer) in enumerate(rungs(question)):
-        weights = qlora_weights(fmt, "bf16") if method == "qlora" else WeightPlan(default=fmt)
+        weights = (
+            qlora_weights(fmt, "bf16", "cuda" if question.device.kind == "cuda" and cuda.runs(fmt) else "stored")
+            if method == "qlora"
+            else WeightPlan(default=fmt)
+        )
         for micro in MICRO_BATCHES:
             if micro > question.batch or question.batch % micro:
                 continue
@@ -160,30 +172,41 @@ def candidates(question: Question) -> list[TrainCandidate]:
             plan = TrainPlan(
                 model=question.spec.name, method=method, weights=weights, rank=question.rank, alpha=question.alpha, optimizer=optimizer, context=question.context,  # noqa: E501
                 micro_batch=micro, accumulation=accumulation, fused=fused, attention=question.attention, device=question.device.name,
-                memory_bytes=question.memory_bytes, loss_tokens=_loss_tokens(question.spec, question.context * micro),
+                memory_bytes=question.memory_bytes, loss_tokens=_loss_tokens(question.spec, question.context * micro, question.device),
+                logit_bytes=_logit_bytes(question),
             )  # fmt: skip
             found.append((number, _candidate(question, plan)))
     found.sort(key=lambda each: (not each[1].fits, each[0], each[1].seconds.value or 0.0))
     return [candidate for _, candidate in found]
 
 
-def _loss_tokens(spec: ModelSpec, tokens: int) -> int:
-    """As many as make 64 MiB of fp32 logits, at least 64."""
+def _logit_bytes(question: Question) -> int:
+    """On a device plain cross entropy turns 16-bit logits into their gradient where they lie."""
+    if question.logit_bytes is not None:
+        return question.logit_bytes
+    spec = question.spec
+    return 2 if question.device.kind == "cuda" and spec.logit_softcap is None and spec.logit_scale == 1.0 else 8
+
+
+def _loss_tokens(spec: ModelSpec, tokens: int, device: DeviceSpec) -> int:
+    """As many as make 64 MiB of fp32 logits, at least 64; on a device 256 MiB of 16-bit ones, at least 512, for the product's sake."""
+    if device.kind == "cuda":
+        return min(tokens, max(512, 2**28 // (2 * spec.V)))
     return max(64, min(tokens, 2**26 // (4 * spec.V)))
 
 
 def _candidate(question: Question, plan: TrainPlan) -> TrainCandidate:
     spec, device = question.spec, question.device
-    bare = train_ledger(spec, with_segments(plan, every(1, spec.L, "none")), device, data_bytes=question.data_bytes)
+    bare = train_ledger(spec, with_segments(plan, every(1, spec.L, "none")), device, data_bytes=question.data_bytes, here_bytes=question.here_bytes)
     fixed = sum(line.bytes.require() for line in bare.lines if line.name not in ("activations", "step"))
-    room = int(question.memory_bytes - question.spare_bytes - fixed)
+    room = int(question.memory_bytes - question.spare(plan) - fixed)
     segments = question.checkpointing
     if segments is None:
         segments = plan_checkpointing(spec, plan, device, room)
     shown = with_segments(plan, segments or every(1, spec.L))
-    ledger = train_ledger(spec, shown, device, data_bytes=question.data_bytes)
+    ledger = train_ledger(spec, shown, device, data_bytes=question.data_bytes, here_bytes=question.here_bytes)
     return TrainCandidate(
-        shown, ledger, step_seconds(spec, shown, device), segments is not None and ledger.total_bytes + question.spare_bytes <= question.memory_bytes
+        shown, ledger, step_seconds(spec, shown, device), segments is not None and ledger.total_bytes + question.spare(plan) <= question.memory_bytes
     )
 
 
@@ -202,7 +225,7 @@ def no_fit(question: Question, found: Sequence[TrainCandidate]) -> Exception:
             "these choices exclude each other: no method takes this base format. qlora takes nf4, int8, int4 …; full and lora bf16 and fp32"
         )
     least = min(found, key=lambda each: each.ledger.total_bytes)
-    need = least.ledger.total_bytes + question.spare_bytes
+    need = least.ledger.total_bytes + question.spare(least.plan)
     remedies = []
     context = question.context
     while context > 64:

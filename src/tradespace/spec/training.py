@@ -56,18 +56,21 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
     )
 }
 
-Kind = Literal["none", "selective", "full", "offload"]
+Kind = Literal["none", "norms", "selective", "full", "offload"]
 CHECKPOINTING: dict[str, str] = {
     "none": "every activation is kept",
+    "norms": "norms are computed again from the stream; everything else is kept",
     "selective": "outputs of matrix products are kept; norms, rotations, activations and attention are computed again; arXiv:2205.05198",
     "full": "a segment keeps its input alone and is computed again; arXiv:1604.06174",
     "offload": "as full, its input in host memory",
 }
+BY_LAYER: tuple[Kind, ...] = ("none", "norms", "selective")  # each layer for itself: how many a segment has changes nothing
+KINDS: tuple[Kind, ...] = (*BY_LAYER, "full", "offload")
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """`layers` consecutive layers that are checkpointed together. "none" and "selective" hold layer by layer: how many a segment has changes nothing."""
+    """`layers` consecutive layers that are checkpointed together, or each for itself (BY_LAYER)."""
 
     kind: Kind
     layers: int
@@ -101,7 +104,7 @@ def best_k(L: int, input_bytes: float, activation_bytes: float) -> float:
 
 
 def parse_checkpointing(text: str, L: int) -> tuple[Segment, ...]:
-    """ "none", "selective", "full" (each layer), "every-4", "offload", or a list such as "full:4,selective:2,none:26" that covers the L layers."""
+    """ "none", "norms", "selective", "full" (each layer), "every-4", "offload", or a list such as "full:4,selective:2,none:26" that covers the L layers."""
     if text in CHECKPOINTING:
         return every(1, L, text)  # pyright: ignore[reportArgumentType]
     if text.startswith("every-") and text[6:].isdigit() and int(text[6:]) > 0:
@@ -110,7 +113,7 @@ def parse_checkpointing(text: str, L: int) -> tuple[Segment, ...]:
     for part in text.split(","):
         kind, _, count = part.strip().partition(":")
         if kind not in CHECKPOINTING or not count.isdigit():
-            raise InputError(f"checkpointing '{text}': write none, selective, full, offload, every-K, or a list such as full:4,none:{max(1, L - 4)}")
+            raise InputError(f"checkpointing '{text}': write none, norms, selective, full, offload, every-K, or a list such as full:4,none:{max(1, L - 4)}")
         found.append(Segment(kind, int(count)))  # pyright: ignore[reportArgumentType]
     if sum(segment.layers for segment in found) != L:
         raise InputError(f"checkpointing '{text}' covers {sum(segment.layers for segment in found)} layers; the model has {L}")
@@ -125,7 +128,7 @@ def describe_segments(segments: Sequence[Segment]) -> str:
     """
     found: list[list[Any]] = []
     for segment in segments:
-        merged = segment.kind in ("none", "selective")
+        merged = segment.kind in BY_LAYER
         if found and found[-1][0] == segment.kind and (merged or found[-1][1] == segment.layers):
             found[-1][1 if merged else 2] += segment.layers if merged else 1
         else:
@@ -140,7 +143,7 @@ class TrainPlan:
     weights       how the base is held: bf16 or fp32; for qlora its linears in nf4 (or int8, int4 …)
     context       tokens of a packed sequence; micro_batch sequences are computed at once, accumulation of them make a step
     fused         each parameter is updated as soon as its gradient is there, and the gradient forgotten: no gradients are held; needs accumulation 1
-    loss_tokens   tokens whose logits exist at once
+    loss_tokens   tokens whose logits exist at once, each logit in logit_bytes (two fp32 copies; on a device one in bf16; beside a teacher's more)
     """
 
     model: str
@@ -156,6 +159,7 @@ class TrainPlan:
     checkpointing: tuple[Segment, ...] = ()
     fused: bool = False
     loss_tokens: int = 512
+    logit_bytes: int = 8
     attention: str = "sdpa"
     device: str = "cpu"
     memory_bytes: int = 0
@@ -221,9 +225,9 @@ def selective_refusal(layer: LayerSpec) -> str | None:
     return None if layer.arrangement in ("pre", "sandwich", "post") else f"a layer of the arrangement {layer.arrangement} is computed in one piece"
 
 
-def qlora_weights(fmt: str, dense: str = "bf16") -> WeightPlan:
+def qlora_weights(fmt: str, dense: str = "bf16", layout: str = "stored") -> WeightPlan:
     """A base whose linears are coded, with embedding and head as floats."""
-    return WeightPlan(default=fmt, exceptions=dict.fromkeys(("embed", "lm_head"), dense))
+    return WeightPlan(default=fmt, exceptions=dict.fromkeys(("embed", "lm_head"), dense), layout=layout)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from tradespace.spec.model import ModelSpec
 from tradespace.spec.tensors import QUANTIZABLE_ROLES, TensorSpec, model_tensors
 
 LAYOUTS = ("stored", "native", "cuda")
+FLOATS = ("fp32", "bf16", "fp16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +36,7 @@ class WeightPlan:
             raise InputError(f"unknown weight layout '{self.layout}'. Known: {', '.join(LAYOUTS)}")
         if self.layout == "native" and (strange := [name for name in (self.default, *self.exceptions.values()) if not native.runs(name)]):
             raise InputError(f"the native kernels do not read {', '.join(strange)}. They read {', '.join(native.FORMAT_KINDS)}")
-        if self.layout == "cuda" and (strange := [name for name in (self.default, *self.exceptions.values()) if not cuda.runs(name)]):
+        if self.layout == "cuda" and (strange := [name for name in (self.default, *self.exceptions.values()) if name not in FLOATS and not cuda.runs(name)]):
             raise InputError(f"the CUDA kernels do not read {', '.join(strange)}. They read {', '.join(cuda.FORMATS)}")
         for key, name in self.exceptions.items():
             find_format(name)
@@ -67,7 +68,7 @@ class WeightPlan:
     def nbytes(self, tensor: TensorSpec) -> int:
         if self.layout == "native" and tensor.role in QUANTIZABLE_ROLES:
             return native.packed_bytes(self.format_of(tensor).name, prod(tensor.shape[:-1]), tensor.shape[-1])
-        if self.layout == "cuda" and tensor.role in QUANTIZABLE_ROLES:
+        if self.layout == "cuda" and tensor.role in QUANTIZABLE_ROLES and self.format_of(tensor).name not in FLOATS:
             return cuda.packed_bytes(self.format_of(tensor).name, tensor.shape)
         return self.format_of(tensor).nbytes(tensor.shape)
 
@@ -80,25 +81,31 @@ class WeightPlan:
 
 # a quantized matrix is dequantized in tiles of rows of about this many elements: a tile stays in the cache between dequantizing and multiplying
 TILE_ELEMENTS = 2**21
+CUDA_TILE_ELEMENTS = 2**27  # on a device it is the product that wants to be large
 
 
-def tile_rows(rows: int, columns: int) -> int:
-    """Rows of the tile in which a (rows, columns) matrix is dequantized: at most TILE_ELEMENTS elements, at least one row.
+def tile_rows(rows: int, columns: int, elements: int = TILE_ELEMENTS) -> int:
+    """Rows of the tile in which a (rows, columns) matrix is dequantized: at most `elements` elements, at least one row.
 
     >>> tile_rows(960, 576), tile_rows(49152, 576), tile_rows(2, 2**22)
     (960, 3640, 1)
     """
-    return min(rows, max(1, TILE_ELEMENTS // columns))
+    return min(rows, max(1, elements // columns))
 
 
-def workspace_shape(shapes: Iterable[tuple[int, ...]]) -> tuple[int, int]:
+def tile_elements(plan: WeightPlan) -> int:
+    """Of the tile that a plan's matrices are dequantized in."""
+    return CUDA_TILE_ELEMENTS if plan.layout == "cuda" else TILE_ELEMENTS
+
+
+def workspace_shape(shapes: Iterable[tuple[int, ...]], elements: int = TILE_ELEMENTS) -> tuple[int, int]:
     """(elements of the largest tile, most rows) over the shapes of all quantized matrices: what `formats.Workspace` holds. (0, 0) for none.
 
     >>> workspace_shape([(960, 576), (49152, 576)])
     (2096640, 49152)
     """
     matrices = [shape[-2:] for shape in shapes]
-    return max((tile_rows(R, C) * C for R, C in matrices), default=0), max((R for R, _ in matrices), default=0)
+    return max((tile_rows(R, C, elements) * C for R, C in matrices), default=0), max((R for R, _ in matrices), default=0)
 
 
 def unpacked_elements(model: ModelSpec, plan: WeightPlan) -> int:

@@ -18,6 +18,7 @@ from tradespace.train.data import IGNORED, MicroBatch
 from tradespace.train.loop import Objective
 from tradespace.train.loss import ChunkLoss, chunked_loss, cross_entropy
 
+LOGIT_BYTES = 4 * 4  # four in fp32 at once: the student's, both at their temperature, and a distribution
 DIRECTIONS = ("forward", "reverse")
 
 
@@ -43,17 +44,20 @@ def divergence(teacher: Transformer, teacher_TD: Tensor, targets_T: Tensor, choi
 
     def chunk(logits_CV: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            theirs_CV = (teacher.logits(teacher_TD[rows]) / temperature).log_softmax(dim=-1)
-        ours_CV = (logits_CV / temperature).log_softmax(dim=-1)
+            theirs_CV = _log_softmax_(teacher.logits(teacher_TD[rows]).div_(temperature))
+        ours_CV = _log_softmax_(logits_CV / temperature)
         seen_C1 = (targets_T[rows] != IGNORED)[:, None]
         if choice.direction == "forward":
             p_CV = theirs_CV.exp()
-            each_C = (p_CV * (theirs_CV - ours_CV)).sum(dim=-1)
+            each_C = torch.einsum("cv,cv->c", p_CV, theirs_CV.sub_(ours_CV))
             gradient_CV = ours_CV.exp_().sub_(p_CV)
+            del p_CV
         else:
-            q_CV, apart_CV = ours_CV.exp(), ours_CV - theirs_CV
-            each_C = (q_CV * apart_CV).sum(dim=-1)
+            q_CV, apart_CV = ours_CV.exp(), ours_CV.sub_(theirs_CV)
+            each_C = torch.einsum("cv,cv->c", q_CV, apart_CV)
             gradient_CV = q_CV.mul_(apart_CV.sub_(each_C[:, None]))
+            del apart_CV
+        del theirs_CV, ours_CV  # the plain loss needs their room
         loss = (each_C * seen_C1[:, 0]).sum() * temperature**2
         gradient_CV.mul_(seen_C1 * (temperature * choice.share))
         if choice.share == 1.0:
@@ -62,6 +66,11 @@ def divergence(teacher: Transformer, teacher_TD: Tensor, targets_T: Tensor, choi
         return choice.share * loss + (1 - choice.share) * hard, gradient_CV.add_(hard_CV, alpha=1 - choice.share)
 
     return chunk
+
+
+def _log_softmax_(logits_CV: Tensor) -> Tensor:
+    """In place."""
+    return logits_CV.sub_(logits_CV.logsumexp(dim=-1, keepdim=True))
 
 
 def distillation(teacher: Transformer, choice: Distillation, loss_tokens: int) -> Objective:

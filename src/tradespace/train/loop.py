@@ -116,26 +116,30 @@ class Trainer:
         total, norm = 0.0, None
         for number, micro in enumerate(micros):
             loss = self.objective(self.model, micro, 1.0 / max(1, targets))
-            value = float(loss.detach())
+            # a fused step changes parameters on the way: it must know first. Otherwise a device is not waited for
+            value = float(loss.detach()) if self.fused else None
+            if value is None or math.isfinite(value):
+                loss.backward()
+            value = float(loss.detach()) if value is None else value
             if not math.isfinite(value):
                 raise EngineError(self._where(f"the loss is {value}", micro, number))
-            loss.backward()
             total += value
         if not self.fused:
             norm = self._clip()
             if not math.isfinite(norm):
                 raise EngineError(self._where("the gradients' norm is no number", micros[-1], len(micros) - 1))
-            for key, parameter in self.parameters.items():
-                assert parameter.grad is not None, "buffers are there from the start"
-                self.optimizer.step(key, parameter, parameter.grad, lr=lr, number=self.step + 1)
-                parameter.grad.zero_()
+            self.optimizer.step_all(self.parameters, lr=lr, number=self.step + 1)
+            torch._foreach_zero_(self._slopes())  # pyright: ignore[reportPrivateImportUsage]
         self.losses.append(total)
         self.step += 1
         self._check_course(micros[0])
         return StepReport(self.step, total, lr, sum(len(micro.tokens_T) for micro in micros), time.perf_counter() - began, norm)
 
+    def _slopes(self) -> list[Tensor]:
+        return [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
+
     def _clip(self) -> float:
-        norms = [parameter.grad.float().norm() for parameter in self.parameters.values() if parameter.grad is not None]
+        norms = torch._foreach_norm(self._slopes(), dtype=torch.float32)  # pyright: ignore[reportPrivateImportUsage]
         norm = float(torch.stack(norms).norm())
         if self.limits.clip and norm > self.limits.clip and math.isfinite(norm):
             for parameter in self.parameters.values():

@@ -21,11 +21,14 @@ from tradespace.train.data import IGNORED
 ChunkLoss = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
 
 
-def cross_entropy(targets_T: Tensor) -> ChunkLoss:
+class CrossEntropy:
     """Minus the log-probability of each target, summed; IGNORED ones count nothing."""
 
-    def chunk(logits_CV: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        targets_C = targets_T[rows]
+    def __init__(self, targets_T: Tensor):
+        self.targets_T = targets_T
+
+    def __call__(self, logits_CV: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        targets_C = self.targets_T[rows]
         seen_C = targets_C != IGNORED
         picked_C1 = targets_C.clamp(min=0)[:, None]
         logsum_C1 = logits_CV.logsumexp(dim=-1, keepdim=True)
@@ -34,7 +37,16 @@ def cross_entropy(targets_T: Tensor) -> ChunkLoss:
         gradient_CV.scatter_add_(1, picked_C1, torch.full_like(logsum_C1, -1.0))
         return loss, gradient_CV.mul_(seen_C[:, None])
 
-    return chunk
+    def in_place(self, logits_CV: Tensor, rows: slice, scale: float) -> Tensor:
+        """Of 16-bit logits on a device: the summed loss; the logits become their gradient, scaled."""
+        from tradespace.kernels.loss.triton_cross_entropy import cross_entropy_
+
+        return cross_entropy_(logits_CV, self.targets_T[rows], scale=scale, ignored=IGNORED).sum()
+
+
+def cross_entropy(targets_T: Tensor) -> ChunkLoss:
+    """The plain loss."""
+    return CrossEntropy(targets_T)
 
 
 def chunked_loss(model: Transformer, hidden_TD: Tensor, chunk_loss: ChunkLoss, *, scale: float, chunk: int) -> Tensor:
@@ -64,10 +76,17 @@ class _Chunked(torch.autograd.Function):
         dweight_VD = torch.zeros_like(weight_VD, memory_format=torch.contiguous_format) if wants_weight else None
         dbias_V = torch.zeros_like(bias_V) if wants_bias and bias_V is not None else None
         total = torch.zeros((), dtype=torch.float32, device=x_TD.device)
+        plain = x_TD.is_cuda and isinstance(chunk_loss, CrossEntropy) and softcap is None and logit_scale == 1.0
         for start in range(0, len(x_TD), chunk):
             rows = slice(start, min(start + chunk, len(x_TD)))
             x_CD = x_TD[rows].to(weight_VD.dtype)
-            logits_CV = torch.nn.functional.linear(x_CD, weight_VD, bias_V).float()
+            logits_CV = torch.nn.functional.linear(x_CD, weight_VD, bias_V)
+            if plain:
+                assert isinstance(chunk_loss, CrossEntropy)
+                total += chunk_loss.in_place(logits_CV, rows, scale)
+                _collect(logits_CV, x_CD, weight_VD, None if dx_TD is None else dx_TD[rows], dweight_VD, dbias_V)
+                continue
+            logits_CV = logits_CV.float()
             if logit_scale != 1.0:
                 logits_CV *= logit_scale
             bent_CV = None
@@ -79,12 +98,7 @@ class _Chunked(torch.autograd.Function):
             if bent_CV is not None:
                 gradient_CV.mul_(1 - bent_CV.square())
             gradient_CV = gradient_CV.mul_(logit_scale * scale).to(weight_VD.dtype)
-            if dx_TD is not None:
-                dx_TD[rows] = gradient_CV @ weight_VD
-            if dweight_VD is not None:
-                dweight_VD.addmm_(gradient_CV.T, x_CD)
-            if dbias_V is not None:
-                dbias_V += gradient_CV.sum(dim=0)
+            _collect(gradient_CV, x_CD, weight_VD, None if dx_TD is None else dx_TD[rows], dweight_VD, dbias_V)
             del logits_CV, gradient_CV, bent_CV
         ctx.gradients = (dx_TD, dweight_VD, dbias_V)
         return total * scale
@@ -93,6 +107,16 @@ class _Chunked(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         found, ctx.gradients = ctx.gradients, None
         outer = gradients[0]
-        if float(outer) != 1.0:
+        if outer.device.type != "cpu" or float(outer) != 1.0:  # a device is not asked: that would wait for it
             found = tuple(None if each is None else each.mul_(outer.to(each.dtype)) for each in found)
         return (*found, None, None, None, None, None)
+
+
+def _collect(gradient_CV: Tensor, x_CD: Tensor, weight_VD: Tensor, dx_CD: Tensor | None, dweight_VD: Tensor | None, dbias_V: Tensor | None) -> None:
+    """What a chunk's gradient adds to the three others."""
+    if dx_CD is not None:
+        torch.mm(gradient_CV, weight_VD, out=dx_CD) if dx_CD.dtype == gradient_CV.dtype else dx_CD.copy_(gradient_CV @ weight_VD)
+    if dweight_VD is not None:
+        dweight_VD.addmm_(gradient_CV.T, x_CD)
+    if dbias_V is not None:
+        dbias_V += gradient_CV.sum(dim=0)

@@ -59,6 +59,28 @@ class Optimizer:
         if master is not None:
             parameter.data.copy_(master)
 
+    @torch.no_grad()
+    def step_all(self, parameters: Mapping[str, Tensor], *, lr: float, number: int) -> None:
+        """Updates all parameters from their gradients; AdamW's in two calls, since an adapter has hundreds of small ones."""
+        if self.spec.name != "adamw":
+            for key, parameter in parameters.items():
+                assert parameter.grad is not None, "buffers are there from the start"
+                self.step(key, parameter, parameter.grad, lr=lr, number=number)
+            return
+        groups: dict[tuple[bool, torch.dtype], list[str]] = {}
+        for key, parameter in parameters.items():
+            groups.setdefault((parameter.dim() > 1, parameter.dtype), []).append(key)
+        for (decays, dtype), keys in groups.items():
+            for some in [keys] if dtype == torch.float32 else [[key] for key in keys]:  # 16-bit gradients are widened: one at a time
+                states, here = [self.states[key] for key in some], [parameters[key] for key in some]
+                held = [state.get("master", parameter.data) for state, parameter in zip(states, here, strict=True)]
+                slopes = [parameter.grad.to(torch.float32) for parameter in here if parameter.grad is not None]
+                hyper = self.hyper if decays else Hyper(**{**vars(self.hyper), "decay": 0.0})
+                _adamw_all(held, slopes, states, hyper, lr, number)
+                for parameter, state in zip(here, states, strict=True):
+                    if "master" in state:
+                        parameter.data.copy_(state["master"])
+
 
 def _adamw_state(parameter: Tensor) -> State:
     shape = {"dtype": torch.float32, "device": parameter.device}
@@ -66,9 +88,13 @@ def _adamw_state(parameter: Tensor) -> State:
 
 
 def _adamw(held: Tensor, gradient: Tensor, state: State, hyper: Hyper, lr: float, number: int) -> None:
-    step = torch.tensor(float(number), device=held.device)
+    _adamw_all([held], [gradient.to(held.dtype)], [state], hyper, lr, number)
+
+
+def _adamw_all(held: list[Tensor], gradients: list[Tensor], states: list[State], hyper: Hyper, lr: float, number: int) -> None:
+    step = torch.full((), float(number), device=held[0].device)
     torch._fused_adamw_(  # pyright: ignore[reportPrivateImportUsage]
-        [held], [gradient.to(held.dtype)], [state["m"]], [state["v"]], [], [step],
+        held, gradients, [state["m"] for state in states], [state["v"] for state in states], [], [step] * len(held),
         amsgrad=False, lr=lr, beta1=hyper.beta1, beta2=hyper.beta2, weight_decay=hyper.decay, eps=hyper.eps, maximize=False,
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The library's activations, over all rows at once."""
+"""The library's activations, over all rows at once; SwiGLU that learns on a CUDA device, by one kernel each way (Triton)."""
 
 from collections.abc import Callable
 from typing import Any
@@ -33,12 +33,20 @@ class SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
+        if x.is_cuda:
+            from tradespace.kernels.activation.triton_swiglu import swiglu
+
+            return swiglu(x)
         gate, up = x.chunk(2, dim=-1)
         return F.silu(gate) * up
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         (x,), dout = ctx.saved_tensors, gradients[0]
+        if x.is_cuda:
+            from tradespace.kernels.activation.triton_swiglu import swiglu
+
+            return swiglu(x, dout)
         return _swiglu_backward(x, dout)
 
 

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from tradespace.kernels.view import Span, StepBatch
+from tradespace.errors import UnsupportedError
+from tradespace.kernels.view import KVView, PackedView, Span, StepBatch
+from tradespace.spec.attention import refusal
 from tradespace.spec.mixers import Attention
 
 
@@ -21,6 +23,19 @@ def fits(mixer: Attention, batch: StepBatch) -> bool:
     longest = max((span.length for span in batch.spans), default=0)
     whole = all(span.num_queries == span.length for span in batch.spans)
     return whole and mixer.Hv == mixer.H and mixer.pattern is None and (mixer.window is None or longest <= mixer.window)
+
+
+def supports(mixer: Attention, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why this kernel cannot take such a layer; None: it can."""
+    return refusal("documents", mixer)
+
+
+def attend(q_TNH: Tensor, view: KVView, batch: StepBatch, mixer: Attention, sinks_N: Tensor | None = None) -> Tensor:
+    """As every kernel, over whole documents without a cache."""
+    assert sinks_N is None, "dispatch gave this kernel a layer that it does not support"
+    if not isinstance(view, PackedView) or not fits(mixer, batch):
+        raise UnsupportedError("attention kernel documents takes whole documents without a cache: it trains. Choose sdpa, flash or chunked to generate")
+    return attend_packed(q_TNH, view.k_TKH, view.v_TKH, batch, mixer)
 
 
 def attend_packed(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, batch: StepBatch, mixer: Attention) -> Tensor:

@@ -40,6 +40,21 @@ def large_linear(x_TC: Tensor, weight: PackedWeight, room: Tensor, bias_R: Tenso
     return out if bias_R is None else out.add_(bias_R)
 
 
+def transposed_linear(dy_TR: Tensor, weight: PackedWeight, room: Tensor) -> Tensor:
+    """dx_TC = dy @ W, tile by tile as `large_linear`."""
+    C = weight.columns
+    step = min(weight.rows, room.numel() // C // CHUNK_ROWS * CHUNK_ROWS or room.numel() // C)
+    assert step > 0, f"a row of {C} columns needs as many elements of room; there are {room.numel()}"
+    dx_TC: Tensor | None = None
+    for start in range(0, weight.rows, step):
+        rows = min(step, weight.rows - start)
+        tile_RC = unpack_into(weight, room[: rows * C].view(rows, C), first=start)
+        part_TR = dy_TR[:, start : start + rows]
+        dx_TC = part_TR @ tile_RC if dx_TC is None else dx_TC.addmm_(part_TR, tile_RC)
+    assert dx_TC is not None, "a matrix without rows"
+    return dx_TC
+
+
 def quantized_linear(codes_TC: Tensor, scale_T: Tensor, weight: PackedWeight, out_TR: Tensor, bias_R: Tensor | None = None) -> Tensor:
     """out_TR = (codes · scale) @ W.T (+ bias) for 8-bit codes with a scale per token, on 8-bit tensor cores: e4m3 by torch's scaled product, int8 by its
     integer product, INT_ROWS tokens at a time, as that writes sums of 32 bits.

@@ -19,6 +19,10 @@ class RopeRows:
 
 def rotate(x_TNH: Tensor, rows: RopeRows) -> Tensor:
     """x with its first `dims` elements per head rotated; the rest passes through."""
+    if x_TNH.is_cuda and x_TNH.requires_grad and not rows.interleaved and torch.is_grad_enabled():
+        from tradespace.kernels.rope.triton_rotate import Rotation
+
+        return Rotation.apply(x_TNH, rows.cos_T1H, rows.sin_T1H)  # pyright: ignore[reportReturnType]
     dims = rows.cos_T1H.shape[-1]
     head = x_TNH if dims == x_TNH.shape[-1] else x_TNH[..., :dims]
     if rows.interleaved:

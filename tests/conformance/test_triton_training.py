@@ -1,0 +1,97 @@
+"""The kernels of a training step on the device, forward and backward, against the library's and autograd's. Under Triton's interpreter here."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import cross_entropy
+
+from tradespace.adapt.frozen import transposed_product
+from tradespace.formats import build_weight
+from tradespace.formats.workspace import Workspace
+from tradespace.kernels.activation.torch import SwiGLU
+from tradespace.kernels.norm import torch as norms
+from tradespace.kernels.rope.rotate import RopeRows, rotate
+from tradespace.quantize.rtn import fill_rtn
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter (conftest.py sets TRITON_INTERPRET=1)")
+torch.set_num_threads(1)
+
+from tradespace.formats.cuda import CudaWeight  # noqa: E402
+from tradespace.kernels.activation.triton_swiglu import swiglu  # noqa: E402
+from tradespace.kernels.loss.triton_cross_entropy import cross_entropy_  # noqa: E402
+from tradespace.kernels.norm.triton_rms_backward import rms_backward  # noqa: E402
+from tradespace.kernels.rope.triton_rotate import Rotation  # noqa: E402
+
+CLOSE = {torch.float32: {"atol": 2e-6, "rtol": 1e-5}, torch.bfloat16: {"atol": 2e-2, "rtol": 2e-2}}
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+
+
+def _drawn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@DTYPES
+@settings(max_examples=8, deadline=None)
+@given(T=st.integers(0, 9), D=st.integers(1, 130))
+def test_backward_of_the_norm(dtype, T, D):
+    x, dout, weight = _drawn(T, D, dtype=dtype), _drawn(T, D, dtype=dtype, seed=1), _drawn(D, seed=2)
+    dx, dweight = rms_backward(x, weight, dout, 1e-5, weight_too=True)
+    want_x, want_weight = norms.rms_backward(x.clone(), weight, dout, 1e-5, weight_too=True)
+    torch.testing.assert_close(dx, want_x, **CLOSE[dtype])
+    torch.testing.assert_close(dweight, want_weight, atol=1e-5, rtol=1e-5)
+    assert rms_backward(x, weight, dout, 1e-5, weight_too=False)[1] is None
+
+
+@DTYPES
+@pytest.mark.parametrize("F", [1, 96, 1500])
+def test_swiglu_both_ways(dtype, F):
+    x, dout = _drawn(5, 2 * F, dtype=dtype).requires_grad_(), _drawn(5, F, dtype=dtype, seed=1)
+    want = SwiGLU.apply(x)
+    want.backward(dout)
+    torch.testing.assert_close(swiglu(x.detach()), want.detach(), **CLOSE[dtype])
+    torch.testing.assert_close(swiglu(x.detach(), dout), x.grad, **CLOSE[dtype])
+
+
+@pytest.mark.parametrize(("H", "dims"), [(16, 16), (24, 12), (64, 64)])
+def test_rotation_both_ways(H, dims):
+    """Of heads that lie in a wider product, whole and in part."""
+    wide, angles = _drawn(6, 5 * H + 7).requires_grad_(), [_drawn(6, 1, dims, seed=seed) for seed in (1, 2)]
+    other = wide.detach().clone().requires_grad_()
+    dout = _drawn(6, 4, H, seed=3)
+    want = rotate(wide[:, : 4 * H].unflatten(1, (4, H)), RopeRows(*angles, False))
+    found = Rotation.apply(other[:, : 4 * H].unflatten(1, (4, H)), *angles)
+    want.backward(dout)
+    found.backward(dout)
+    torch.testing.assert_close(found, want, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(other.grad, wide.grad, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("V", [3, 1000, 9001])
+def test_cross_entropy_in_place(V):
+    logits, targets = (8 * _drawn(6, V)).requires_grad_(), torch.tensor([1, 2, -100, V - 1, 0, V // 2])
+    want = cross_entropy(logits, targets, reduction="none", ignore_index=-100)
+    (0.5 * want.sum()).backward()
+    held = logits.detach().clone()
+    torch.testing.assert_close(cross_entropy_(held, targets, scale=0.5, ignored=-100), want.detach(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(held, logits.grad, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("fmt", ["nf4", "int4-g64", "int8"])
+@pytest.mark.parametrize("room", [64 * 96, 2**20])
+def test_gradients_pass_through_packed_codes(fmt, room):
+    """In one tile and in several: dx = dy @ W of the same codes as the format's own layout holds."""
+    rows, columns = 224, 96
+    plain = build_weight(fmt, (rows, columns), dense=torch.bfloat16, workspace=Workspace(rows * columns, rows, torch.bfloat16))
+    fill_rtn(plain, 0, _drawn(rows, columns), name="w")
+    packed = CudaWeight(fmt, (rows, columns), device="cpu", workspace=Workspace(room, rows, torch.bfloat16))
+    packed.set_rows(slice(0, rows), plain.get_rows(0, rows))
+    dy = _drawn(5, rows, dtype=torch.bfloat16, seed=1)
+    want = dy.float() @ plain.dense_rows(0, rows).float()
+    found = transposed_product(packed, dy).float()
+    assert (found - want).norm() / want.norm() < 1e-2
