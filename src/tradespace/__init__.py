@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tradespace import testing
     from tradespace.api import fit, models, plan, pull, what_if
+    from tradespace.engine.beam import BeamOutput, BeamParams
     from tradespace.engine.request import Completion, SamplingParams
     from tradespace.errors import BudgetError, CorruptFileError, DownloadError, EngineError, InputError, TradespaceError, UnsupportedError
     from tradespace.evaluating import Evaluation, evaluate
@@ -36,6 +37,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "LLM",
+    "BeamOutput",
+    "BeamParams",
     "BudgetError",
     "Completion",
     "CorruptFileError",
@@ -72,6 +75,7 @@ _HOMES = {
     "tradespace.api": ("fit", "models", "plan", "pull", "what_if"),
     "tradespace.evaluating": ("Evaluation", "evaluate"),
     "tradespace.llm": ("LLM", "open"),
+    "tradespace.engine.beam": ("BeamOutput", "BeamParams"),
     "tradespace.engine.request": ("Completion", "SamplingParams"),
     "tradespace.errors": ("BudgetError", "CorruptFileError", "DownloadError", "EngineError", "InputError", "TradespaceError", "UnsupportedError"),
     "tradespace.measure.machine": ("this_machine",),

@@ -108,7 +108,7 @@ def build_engine(
     transformer = Transformer(
         spec, plan.weights, attention=kernels, linear=plan.linear, activations=plan.activations, max_context=plan.max_context, device="cpu"
     )
-    notes = list(_load(transformer, files, spec, on_load))
+    notes = list(load_files(transformer, files, spec, on_load))
     if adapters:
         check_adapters(plan)
         before = now_bytes()
@@ -164,7 +164,7 @@ def step_model(transformer: Transformer, plan: Plan, threads: int) -> Transforme
     return Rebuilding(transformer) if plan.kv.retain.rebuilds else transformer
 
 
-def _load(transformer: Transformer, files: ModelFiles, spec: ModelSpec, on_load: Callable[[int, int], None] | None) -> tuple[str, ...]:
+def load_files(transformer: Transformer, files: ModelFiles, spec: ModelSpec, on_load: Callable[[int, int], None] | None) -> tuple[str, ...]:
     """Fills the model from its files; notes on what is not held as it was stored."""
     if files.kind == "gguf":
         load_weights(transformer, read_gguf(files.weights[0]), spec, fill=fill_rtn, staging_bytes=STAGING_BYTES, progress=on_load)

@@ -17,10 +17,11 @@ from tradespace.choosing import check_plan, choose_plan, read_plan
 from tradespace.cost.memory import Ledger, ledger, measurable_lines
 from tradespace.cost.time import decode_time, prefill_time
 from tradespace.defaults import Defaults
+from tradespace.engine.beam import BeamOutput, BeamParams
 from tradespace.engine.engine import Engine, Prompt, TextStream
 from tradespace.engine.request import Completion, SamplingParams
 from tradespace.engine.scheduler import Policy
-from tradespace.errors import BudgetError, InputError
+from tradespace.errors import BudgetError, InputError, UnsupportedError
 from tradespace.formats import DTYPES
 from tradespace.kernels.native import is_compiled, unavailable
 from tradespace.loading.gguf import held_headers
@@ -128,6 +129,16 @@ class LLM:
         self._lengths = [(len(sample.prompt_ids), len(sample.output_ids)) for completion in done for sample in completion.samples]
         return done
 
+    def beam_search(self, prompt: Prompt, params: BeamParams | None = None) -> list[BeamOutput]:
+        """The likeliest answers to one prompt by beam search, best first; beams share the cache of what they have in common.
+
+        Raises InputError as `generate` does.
+        """
+        self._speeds = StepClock()
+        found = self.engine.beam_search(prompt, params)
+        self._lengths = [(len(self.engine.encode(prompt)), len(output.output_ids)) for output in found]
+        return found
+
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str]:
         """Pieces of one answer as they are generated. Leaving the loop early aborts the request and frees its cache."""
         self._speeds = StepClock()
@@ -226,6 +237,8 @@ def open(
     revision: str | None = None,
     offline: bool = False,
     progress: bool = False,
+    device: str | None = None,
+    random_weights: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> LLM:
     """Fetch `model` if need be, plan it for this machine within `memory`, build the best plan (or obey `plan`), and return it ready to generate.
@@ -240,24 +253,39 @@ def open(
     prefix_sharing  prompts with equal first tokens share what the cache holds of them; default: where the plan allows it (paged, full retention, continuous)
     kv_store, kv_retain  fix how the cache holds keys and values ("int8", "k=int8,v=int4") and what it keeps ("sliding:1020,4", "h2o:1024", "recent:sqrt")
     adapters     LoRA adapters in PEFT's format, folders by name: nothing is merged, and each request names its own (`SamplingParams.adapter`)
+    device       "cpu", "cuda", "cuda:1"; default: the first CUDA device that can be used, else the CPU
+    random_weights  draw the weights of a model of the zoo (or of a config.json) instead of reading any: for speed and memory, on a CUDA device
     say          receives one line per decision (the default is silent); progress shows bars on a terminal
 
     Raises BudgetError (need, have, and the nearest plan that fits) where the budget cannot be met, InputError for a model or flag that makes no sense.
     """
+    from tradespace.llm_cuda import find_place, open_on_device
+
+    sharing = None if prefix_sharing is None else "on" if prefix_sharing else "off"
+    fixed = {"weights": weights, "attention": attention, "activations": activations, "kv_store": kv_store, "kv_retain": kv_retain}
+    folders = {name: Path(folder) for name, folder in (adapters or {}).items()}
+    fixed |= {"prefix_sharing": sharing}
+    place = find_place(device)
+    if place is not None:
+        if scheduling != "continuous":
+            raise InputError("a CUDA device schedules continuously; fixed batches are for --device cpu")
+        if folders:
+            raise UnsupportedError("adapters are served on a CPU so far. Give --device cpu, or merge the adapter into the model")
+        same = {"memory": memory, "plan": plan, "context": context, "concurrency": concurrency, "goal": goal, "fixed": fixed, "pattern": pattern}
+        return open_on_device(place, str(model), **same, revision=revision, offline=offline, progress=progress, random_weights=random_weights, say=say)
+    fixed |= {"linear": "torch" if folders and plan is None else None}
+    if random_weights:
+        raise InputError("random weights are drawn on a CUDA device; there is none, or --device cpu was given. Give a checkpoint")
     # the first run on a machine measures it and compiles the kernels, in processes of their own that end before the budget begins to count
-    device = api.find_machine(None)
+    machine = api.find_machine(None)
     chosen = read_plan(plan) if plan is not None else None
-    budget = _budget(memory, chosen, device, say)
-    device = _with_kernels(device, say)
+    budget = _budget(memory, chosen, machine, say)
+    machine = _with_kernels(machine, say)
     limit_heap_growth()
     meter = MemoryMeter().__enter__()
     try:
-        sharing = None if prefix_sharing is None else "on" if prefix_sharing else "off"
-        fixed = {"weights": weights, "attention": attention, "activations": activations, "kv_store": kv_store, "kv_retain": kv_retain}
-        folders = {name: Path(folder) for name, folder in (adapters or {}).items()}
-        fixed |= {"prefix_sharing": sharing, "linear": "torch" if folders and chosen is None else None}
         return _open(
-            meter, device, str(model), budget, chosen, context, concurrency, goal, fixed, pattern, scheduling, revision, offline, progress, say, folders
+            meter, machine, str(model), budget, chosen, context, concurrency, goal, fixed, pattern, scheduling, revision, offline, progress, say, folders
         )
     except BaseException:
         meter.__exit__(*sys.exc_info())

@@ -16,7 +16,7 @@ from tradespace.kernels.attention import reference
 from tradespace.kernels.view import KVView, Span, StepBatch
 from tradespace.kv import KVCache
 from tradespace.spec.attention_pattern import BlockSparse, Prefix, Sliding
-from tradespace.spec.cuda import attention_scratch_bytes
+from tradespace.spec.cuda import attention_scratch_bytes, decode_splits
 from tradespace.spec.kv import KVPlan
 from tradespace.spec.mixers import Attention
 
@@ -24,7 +24,7 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter (conftest.py sets TRITON_INTERPRET=1)")
 torch.set_num_threads(1)
 
-from tradespace.kernels.attention.paged import DecodeScratch, Planes, decode_splits, paged_decode, paged_prefill, refusal  # noqa: E402
+from tradespace.kernels.attention.paged import DecodeScratch, Planes, paged_decode, paged_prefill, refusal  # noqa: E402
 
 P = 16
 

@@ -83,7 +83,8 @@ def test_rotation_and_cache_writes(mixer, store, headed, seed):
     planes = Planes(keys=held[0][0], values=held[1][0], key_scales=scales[0], value_scales=scales[1], store=store, block_size=3)
     out = torch.empty(4, mixer.N, mixer.H)
     given_norms = {"q_norm_H": q_norm, "k_norm_H": k_norm, "eps": 1e-6} if headed else {}
-    rope_write(qkv, None if table is None else table.table_SH2, positions, slots, planes, out, mixer, **given_norms)
+    rotated = torch.empty(4, mixer.K, mixer.H)
+    rope_write(qkv, None if table is None else table.table_SH2, positions, slots, planes, out, mixer, k_out_TKH=rotated, **given_norms)
     q, k, v = (part.view(4, heads, -1) for part, heads in zip(qkv.split(widths, dim=1), (mixer.N, mixer.K, mixer.K), strict=True))
     if headed:
         q, k = norms.rms_norm(q, q_norm, None, 1e-6), norms.rms_norm(k, k_norm, None, 1e-6)
@@ -91,6 +92,7 @@ def test_rotation_and_cache_writes(mixer, store, headed, seed):
         rows = table.rows(positions, torch.float32)
         q, k = rotate(q, rows), rotate(k, rows)
     torch.testing.assert_close(out, q, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(rotated, k, atol=1e-5, rtol=1e-5)
     there = slots >= 0
     for parts, x, width in ((held[0], k, mixer.H), (held[1], v, mixer.Hv)):
         for part, expected in zip(parts, codec.encode(x.reshape(-1, width)), strict=True):
@@ -130,7 +132,6 @@ def test_draws_are_those_of_the_reference(V):
     keys = [(5 * row + 3 - (2**62 if row == 1 else 0), row, 100 + row) for row in range(len(SHAPES))]
     expected = TorchSampling().draw(logits, range(len(SHAPES)), SHAPES, [noise_key(*key) for key in keys])
     device = DeviceSampling("cpu", len(SHAPES), V)
-    seed, sample, position = (torch.tensor(column) for column in zip(*keys, strict=True))
     tokens = device.draw(
         logits,
         torch.full((len(SHAPES),), -7),
@@ -138,9 +139,7 @@ def test_draws_are_those_of_the_reference(V):
         top_k_R=torch.tensor([shape.top_k for shape in SHAPES], dtype=torch.int32),
         top_p_R=torch.tensor([shape.top_p for shape in SHAPES]),
         min_p_R=torch.tensor([shape.min_p for shape in SHAPES]),
-        seed_R=seed,
-        sample_R=sample,
-        position_R=position,
+        key_R=torch.tensor([noise_key(*key) for key in keys]),
     )
     assert tokens.tolist() == expected
 

@@ -17,6 +17,7 @@ from tradespace.loading.gguf import read_floats, read_gguf
 from tradespace.loading.gguf_export import write_model
 from tradespace.loading.gguf_tokenizer import tokenizer_from_gguf
 from tradespace.loading.resolve import resolve
+from tradespace.loading.tokenizer import Tokenizer
 from tradespace.loading.weights import load_weights
 from tradespace.quantize.rtn import fill_rtn
 from tradespace.spec.gguf_config import model_spec_from_gguf
@@ -189,3 +190,22 @@ def test_tokenizers_that_gguf_cannot_say_are_refused(case, tmp_path):
     files = _changed(tmp_path, change)
     with pytest.raises(error, match=message):
         write_model(tmp_path / "out.gguf", spec_of(files), files, format_of=lambda _: "fp32", rows=lambda *_: torch.zeros(1))
+
+
+def test_a_tokenizer_without_merges_goes_there_and_back(tmp_path):
+    """A vocabulary of bytes has an empty list of merges, which is no list of anything: its type is stated in the file."""
+    hugging_face_folder(tmp_path)
+
+    def bytes_alone(values: dict) -> None:
+        special = {token["content"] for token in values["added_tokens"]}
+        values["model"]["vocab"] = {token: token_id for token, token_id in values["model"]["vocab"].items() if len(token) == 1 or token in special}
+        values["model"]["merges"] = []
+
+    files = _changed(tmp_path, bytes_alone)
+    path = tmp_path / "out.gguf"
+    export(path, files, spec_of(files), source_of(files), "fp32")
+    assert read_gguf(path).metadata["tokenizer.ggml.merges"] == []
+    written = Tokenizer.from_files(resolve(str(path)))
+    for text in TEXTS:
+        assert written.encode(text, add_special_tokens=False) == Tokenizer.from_files(files).encode(text, add_special_tokens=False)
+    assert len(written.encode("naïve", add_special_tokens=False)) == len("naïve".encode())

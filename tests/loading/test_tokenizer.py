@@ -110,6 +110,19 @@ def test_decode_undoes_encode(vocabulary, text):
     assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False), skip_special_tokens=False) == text
 
 
+@given(text=st.text(min_size=1, max_size=60))
+@settings(max_examples=60, deadline=None)
+def test_no_merges_where_every_token_is_a_byte(text):
+    """As the tokenizers library cuts with the same vocabulary and no merges: byte for byte."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bytes_alone = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.tokens": alphabet, "tokenizer.ggml.merges": []}
+    library = RustTokenizer(models.BPE({token: token_id for token_id, token in enumerate(alphabet)}, []))
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    ours = from_metadata(bytes_alone)
+    assert ours.encode(text) == library.encode(text).ids and len(ours.encode(text)) == len(text.encode())
+    assert ours.decode(ours.encode(text)) == text
+
+
 def test_a_gguf_file_end_to_end(tmp_path):
     path = tmp_path / "tiny.gguf"
     write_gguf(path, BYTE_LEVEL | {"tokenizer.chat_template": "{{ bos_token }}{{ messages[0].content }}"}, [])
@@ -124,7 +137,11 @@ def test_a_gguf_file_end_to_end(tmp_path):
     [
         (BYTE_LEVEL, {"tokenizer.ggml.pre": "from-the-future"}, UnsupportedError, "'from-the-future' is not known"),
         (BYTE_LEVEL, {"tokenizer.ggml.pre": None}, UnsupportedError, "tokenizer.ggml.pre is missing"),
-        (BYTE_LEVEL, {"tokenizer.ggml.model": "t5"}, UnsupportedError, "'t5' is not supported"),
+        (BYTE_LEVEL, {"tokenizer.ggml.model": "t5"}, UnsupportedError, r"'t5' \(a Unigram vocabulary\) is not supported.*Use the model's Hugging Face folder"),
+        (BYTE_LEVEL, {"tokenizer.ggml.model": "bert"}, UnsupportedError, r"'bert' \(WordPiece\) is not supported"),
+        (BYTE_LEVEL, {"tokenizer.ggml.merges": None}, CorruptFileError, "merges is missing"),
+        (BYTE_LEVEL, {"tokenizer.ggml.merges": [1]}, CorruptFileError, "merges is no list of strings"),
+        (BYTE_LEVEL, {"tokenizer.ggml.merges": []}, CorruptFileError, "its list of merges is empty, so [0-9]+ tokens"),
         (BYTE_LEVEL, {"tokenizer.ggml.model": None}, CorruptFileError, "carries no tokenizer"),
         (BYTE_LEVEL, {"tokenizer.ggml.tokens": []}, CorruptFileError, "not a list of strings"),
         (BYTE_LEVEL, {"tokenizer.ggml.tokens": ["a", "a"], "tokenizer.ggml.token_type": [1, 1]}, CorruptFileError, "occur twice, for example 'a'"),

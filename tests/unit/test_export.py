@@ -11,12 +11,13 @@ from tradespace.api import plan
 from tradespace.errors import InputError
 from tradespace.planner.export import EXPORTERS, export
 
-# flags by tool, written down from their documentation and not from a parser that ran: what this shows is that an export has no flag beyond these
+# flags that the tools' own parsers know (vLLM 0.33.0, SGLang 0.5.23: run through them) or list (llama.cpp's common/arg.cpp of 2026-08-16: read); where the
+# first two are installed, tests/oracles/test_exports.py runs every export through the parsers themselves
 FLAGS = {
     "vllm": {"--dtype", "--quantization", "--max-model-len", "--max-num-seqs", "--max-num-batched-tokens", "--kv-cache-dtype", "--block-size",
              "--num-gpu-blocks-override", "--enable-prefix-caching", "--no-enable-prefix-caching", "--tensor-parallel-size", "--cpu-offload-gb",
              "--gpu-memory-utilization"},
-    "sglang": {"--model-path", "--dtype", "--quantization", "--torchao-config", "--context-length", "--max-running-requests", "--chunked-prefill-size",
+    "sglang": {"--model-path", "--dtype", "--quantization", "--context-length", "--max-running-requests", "--chunked-prefill-size",
                "--max-total-tokens", "--kv-cache-dtype", "--page-size", "--disable-radix-cache", "--tp-size", "--cpu-offload-gb", "--mem-fraction-static",
                "--device", "--attention-backend"},
     "llama.cpp": {"-m", "-c", "-np", "-b", "-ub", "-ctk", "-ctv", "-fa", "-ngl", "-t", "-sm"},

@@ -131,6 +131,22 @@ def test_fewest_layers_are_streamed():
         assert placed.fewest(room) == (enough[0] if enough else MODEL.L)
 
 
+@pytest.mark.parametrize("degree", ["1", "2"])
+def test_no_layer_more_is_streamed_than_the_budget_asks_for(degree):
+    """A cache whose sequences have tails: what a device holds of them counts, not what all devices hold together."""
+    pins = {"weights": "bf16", "kv_store": "int2", "attention": "sdpa", "step_tokens": "32", "layout": "contiguous", "tensor_parallel": degree}
+    workload = replace(WORKLOAD, concurrency=64)
+    (whole, *_) = plan_frontier(MODEL, DEVICE, workload, memory_bytes=1 << 40, pins=pins).candidates
+    share = weight_share(summarize(MODEL), WeightPlan(default="bf16"), int(degree))
+    placed = Placements(share)
+    beside = whole.bytes_each - share.total_bytes
+    for layers in range(1, MODEL.L):
+        budget = beside + round(placed.resident[layers])
+        found = plan_frontier(MODEL, DEVICE, workload, memory_bytes=budget, pins=pins | {"placement": "host"}).candidates
+        assert [c.placement.streamed_layers for c in found] == [placed.fewest(placed.resident[layers])]
+        assert found[0].serves_all and found[0].fits
+
+
 def test_host_memory_counts_for_streamed_layers():
     budget = int(LEAST + 0.02 * (FULL - LEAST))
     found = plan_frontier(MODEL, gpu(), WORKLOAD, memory_bytes=budget, host_memory_bytes=1, pins={"placement": "host"})

@@ -28,7 +28,10 @@ Context = Annotated[int | None, typer.Option("--context", "-c", min=1, help="Mos
 Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a hub model.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Never touch the network; use what is on this machine.")]
 PlanFile = Annotated[str | None, typer.Option("--plan", help="A plan that `tradespace plan --save` wrote; it is obeyed to the letter.")]
-Attention = Annotated[str | None, typer.Option("--attention", help="Attention kernel: native, sdpa, chunked, reference or flash (CUDA).")]
+Device = Annotated[
+    str | None, typer.Option("--device", help="Where it computes: cpu, cuda or cuda:N. Default: the first CUDA device that can be used, else the CPU.")
+]
+Attention = Annotated[str | None, typer.Option("--attention", help="Attention kernel: native, sdpa, chunked or reference; paged (CUDA).")]
 PrefixSharing = Annotated[
     bool | None,
     typer.Option("--prefix-sharing/--no-prefix-sharing", help="Prompts with equal beginnings share them in the cache. Default: where the plan allows it."),

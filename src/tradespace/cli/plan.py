@@ -71,7 +71,7 @@ def plan(
     Example: tradespace plan llama-2-70b --memory 40GB --device a100-40gb
     """
     from tradespace import api
-    from tradespace.cli.plan_view import alternatives_view, frontier_view, ledger_view, rejections_view, what_if_view
+    from tradespace.cli.plan_view import alternatives_view, frontier_view, ledger_view, rejections_view, size, what_if_view
     from tradespace.planner.explain import alternatives, compare_shapes
     from tradespace.spec.attention_imposed import impose
 
@@ -127,6 +127,8 @@ def plan(
         out.print(headline(spec.name, machine.name, budget, work), soft_wrap=True)
         if spec.plan_only:
             out.print(f"plan only: {spec.plan_only}", style="yellow", soft_wrap=True)
+        if spec.quantization and spec.published_bytes is not None:
+            out.print(f"published as {spec.quantization}: {size(spec.published_bytes)} of weights as stored, by its config", soft_wrap=True)
         if frontier.best is not None:
             out.print(ledger_view(frontier.best.ledger, title=f"best: {frontier.best.plan.describe()}"))
         out.print(frontier_view(frontier))

@@ -19,6 +19,7 @@ from tradespace.cli.options import (
     Attention,
     AttentionPattern,
     Context,
+    Device,
     Json,
     KVRetain,
     KVStore,
@@ -35,6 +36,7 @@ from tradespace.cli.options import (
 from tradespace.errors import InputError, TradespaceError
 
 if TYPE_CHECKING:
+    from tradespace.engine.beam import BeamOutput
     from tradespace.engine.request import SamplingParams
     from tradespace.llm import LLM
     from tradespace.measure.report import Report
@@ -51,6 +53,8 @@ Adapters = Annotated[
     list[str] | None,
     typer.Option("--adapter", help="A LoRA adapter as NAME=DIR, beside the weights and never merged; one for all prompts, or one for each in their order."),
 ]
+Beams = Annotated[int, typer.Option("--beams", min=1, help="Search this many likeliest answers together (beam search) and print the best; 1: none.")]
+LengthPenalty = Annotated[float, typer.Option("--length-penalty", help="With --beams: above 0 favours longer answers.")]
 Stop = Annotated[list[str] | None, typer.Option("--stop", help="End the answer before this text; may be given several times.")]
 
 
@@ -65,6 +69,8 @@ def run(
     prompt_file: Annotated[list[Path] | None, typer.Option("--prompt-file", "-f", help="A file that is one prompt; may be given several times.")] = None,
     max_tokens: MaxTokens = 128,
     n: Samples = 1,
+    beams: Beams = 1,
+    length_penalty: LengthPenalty = 1.0,
     temperature: Temperature = None,
     top_k: TopK = None,
     top_p: TopP = None,
@@ -80,6 +86,7 @@ def run(
     attention: Attention = None,
     attention_pattern: AttentionPattern = None,
     activations: Activations = None,
+    device: Device = None,
     prefix_sharing: PrefixSharing = None,
     kv_store: KVStore = None,
     kv_retain: KVRetain = None,
@@ -97,17 +104,22 @@ def run(
 
     texts = read_prompts(prompts or [], prompt_file or [])
     adapters = parse_adapters(adapter or [], len(texts))
+    wanted = None
+    if beams > 1:
+        wanted = ts.BeamParams(num_beams=beams, max_tokens=max_tokens, length_penalty=length_penalty)
+        refuse_sampling(n=n, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed, stop=stop)
     notes = console(stderr=True)
     with ts.open(
         model,
         memory=memory,
         plan=plan,
         context=context,
-        concurrency=len(texts) * n,
+        concurrency=beams if beams > 1 else len(texts) * n,
         weights=weights,
         attention=attention,
         pattern=attention_pattern,
         activations=activations,
+        device=device,
         prefix_sharing=prefix_sharing,
         kv_store=kv_store,
         kv_retain=kv_retain,
@@ -131,6 +143,12 @@ def run(
         names = list(adapters)
         each = [replace(params, adapter=names[number % len(names)] if names else None) for number in range(len(texts))]
         prepared = texts if raw else [llm.render(text, system=system) for text in texts]
+        if wanted is not None:
+            found = [llm.beam_search(prompt, wanted) for prompt in prepared]
+            show_beams(texts, found, model=model, llm=llm, json=json)
+            if report and not json:
+                notes.print(report_table(llm.report()))
+            return
         if json:
             completions = llm.generate(prepared, each)
             print_json({"model": model, "completions": completions, "report": llm.report().to_dict()})
@@ -157,6 +175,22 @@ def parse_adapters(given: list[str], num_prompts: int) -> dict[str, Path]:
     if len(found) > 1 and len(found) != num_prompts:
         raise InputError(f"{len(found)} adapters for {num_prompts} prompts. Give one adapter for all prompts, or one for each, in their order")
     return found
+
+
+def refuse_sampling(**settings: object) -> None:
+    """Raises InputError for a setting that draws tokens: a beam search takes the likeliest."""
+    given = next((name for name, value in settings.items() if value not in (None, [], 1 if name == "n" else None)), None)
+    if given is not None:
+        raise InputError(f"--{given.replace('_', '-')} and --beams: a beam search draws nothing, it keeps the likeliest answers. Leave one of the two away")
+
+
+def show_beams(texts: list[str], found: list[list[BeamOutput]], *, model: str, llm: LLM, json: bool) -> None:
+    """The best answer to each prompt; as JSON all of them with their scores."""
+    if json:
+        print_json({"model": model, "beams": found, "report": llm.report().to_dict()})
+        return
+    for number, (text, outputs) in enumerate(zip(texts, found, strict=True), 1):
+        print(f"[{number}] {text.strip()[:80]}\n{outputs[0].text}\n" if len(texts) > 1 else outputs[0].text)
 
 
 def stream_to_terminal(llm: LLM, prompt: str | list[int], params: SamplingParams) -> None:

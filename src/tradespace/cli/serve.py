@@ -9,7 +9,21 @@ from typing import Annotated, Any
 
 import typer
 
-from tradespace.cli.options import Activations, Attention, Json, KVRetain, KVStore, Memory, Model, Offline, PlanFile, PrefixSharing, Revision, WeightFormat
+from tradespace.cli.options import (
+    Activations,
+    Attention,
+    Device,
+    Json,
+    KVRetain,
+    KVStore,
+    Memory,
+    Model,
+    Offline,
+    PlanFile,
+    PrefixSharing,
+    Revision,
+    WeightFormat,
+)
 from tradespace.errors import InputError, TradespaceError
 from tradespace.units import parse_bytes
 
@@ -19,7 +33,21 @@ def register(app: typer.Typer) -> None:
 
 
 # what goes to `ts.open` as it is
-OPENED = ("memory", "plan", "context", "weights", "attention", "activations", "prefix_sharing", "kv_store", "kv_retain", "goal", "revision", "offline")
+OPENED = (
+    "memory",
+    "plan",
+    "context",
+    "device",
+    "weights",
+    "attention",
+    "activations",
+    "prefix_sharing",
+    "kv_store",
+    "kv_retain",
+    "goal",
+    "revision",
+    "offline",
+)
 
 
 def serve(
@@ -44,6 +72,7 @@ def serve(
     weights: WeightFormat = None,
     attention: Attention = None,
     activations: Activations = None,
+    device: Device = None,
     prefix_sharing: PrefixSharing = None,
     kv_store: KVStore = None,
     kv_retain: KVRetain = None,

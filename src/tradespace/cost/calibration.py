@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tradespace.errors import InputError
+from tradespace.spec.cuda import FORMATS as CUDA_FORMATS
 from tradespace.spec.formats import FORMATS
 from tradespace.spec.native import FORMAT_KINDS
 from tradespace.units import MiB
@@ -40,6 +41,8 @@ STAGING_BYTES = Constant(16 * MiB, "set: build.py, the loader's one bounded buff
 RESERVE_BYTES = Constant(32 * MiB, "set: what sampling may miss and an allocator may keep under load; planner and builder leave it free on a CPU")
 # what is in no tensor: modules, file headers, and what the allocator keeps between steps of unlike shapes
 HEAP_BYTES = Constant(16 * MiB, "measured: peak of the process less all other lines, SmolLM2, 1 to 64 requests")
+GRAPH_BYTES = Constant(8 * MiB, "assumed: what one captured decode step takes on a CUDA device")
+DEVICE_SLACK_BYTES = Constant(96 * MiB, "assumed: kernels that a driver loads later, and what an allocator may keep under load, on a CUDA device")
 STREAM_BUFFERS = Constant(2, "assumed: one streamed layer computes while the next one arrives")
 
 REFERENCE_WEIGHT_ROWS = Constant(1024, "set: kernels/linear/reference.py: rows of a matrix that are widened to fp32 at a time")
@@ -67,6 +70,7 @@ KERNEL_OPS: dict[str, Constant] = {
     "sdpa": Constant(4, "assumed: mask and one fused call, per sequence"),
     "flash": Constant(1, "assumed: one launch for the whole batch"),
     "native": Constant(0, "set: one call runs all operations of all layers"),
+    "paged": Constant(0, "set: a captured step is one launch"),
 }
 ALL_REDUCE_LATENCY_S = Constant(15e-6, "assumed: one small all-reduce over a peer link")
 
@@ -134,6 +138,28 @@ def _native_calibrations() -> dict[tuple[str, str, str], Calibration]:
 
 
 EFFICIENCY.update(_native_calibrations())
+
+# the CUDA step on an H100 80GB, Llama-3-8B shape: of the data sheet's bandwidth at one sequence (norms, rotation and attention included), of its dense matmul
+# rate at 256 sequences and in prefill. Formats that were not measured have the shares of the one whose kernel is theirs but for how codes are unpacked.
+CUDA_STEP_MEASURED = {
+    "bf16": {"decode": 0.80, "few rows": 0.45, "prefill": 0.63},
+    "int8": {"decode": 0.65, "few rows": 0.45, "prefill": 0.55},
+    "fp8": {"decode": 0.65, "few rows": 0.45, "prefill": 0.55},
+    "fp8-a8": {"decode": 0.63, "few rows": 0.55, "prefill": 0.94},
+    "int4-g128": {"decode": 0.50, "few rows": 0.45, "prefill": 0.55},
+}
+
+
+def _cuda_step_calibrations() -> dict[tuple[str, str, str], Calibration]:
+    found = {}
+    for name, layout in CUDA_FORMATS.items():
+        like = name if name in CUDA_STEP_MEASURED else {"w8a8": "int8", "int8": "int8", "fp8": "fp8"}.get(layout.kind, "int4-g128")
+        source = "measured on an H100" if like == name else f"as {like}, measured on an H100"
+        found |= {("cuda step", name, phase): Calibration(share, source, "2026-11-26") for phase, share in CUDA_STEP_MEASURED[like].items()}
+    return found
+
+
+EFFICIENCY.update(_cuda_step_calibrations())
 
 
 def find_calibration(kind: str, format_name: str, phase: str) -> Calibration:

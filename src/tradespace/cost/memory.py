@@ -29,6 +29,7 @@ from tradespace.cost.summary import (
     weight_share,
     widest_columns,
 )
+from tradespace.spec import cuda
 from tradespace.spec.buckets import buckets_up_to
 from tradespace.spec.device import DeviceSpec
 from tradespace.spec.estimate import Estimate
@@ -228,6 +229,11 @@ def _step_lines(summary: Summary, plan: Plan, pool: str, device: DeviceSpec) -> 
     if weights.layout == "native":
         size = workspace.native_buffers_bytes(summary, weights, shape)
         lines.append(("step buffers", size, f"{shape.T} tokens of the native step, logits included", "running"))
+    if weights.layout == "cuda":
+        size = workspace.cuda_buffers_bytes(summary, weights, shape, plan.kv.block_slots(plan.max_context))
+        lines.append(("step buffers", size, f"{shape.T} tokens of the CUDA step, {min(shape.rows, shape.T)} rows of logits, what steps read", "running"))
+        graphs = calibration.GRAPH_BYTES.value * len(cuda.graph_rows(min(shape.rows, shape.T)))
+        lines.append(("graphs", graphs, f"a captured decode step for each of {len(cuda.graph_rows(min(shape.rows, shape.T)))} numbers of sequences", "running"))
     layers, head = product_shapes(summary, weights, plan.tensor_parallel)
     compiled = workspace.product_kernels_bytes(layers, head, shape, kind=device.kind, dense=dense)
     if compiled:

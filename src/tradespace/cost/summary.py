@@ -16,7 +16,7 @@ from tradespace.spec.mixers import Attention
 from tradespace.spec.model import LayerSpec, ModelSpec, RoutedFFN
 from tradespace.spec.products import dense_shapes, is_coded
 from tradespace.spec.tensors import TensorSpec, active_parameters, layer_tensors, model_tensors
-from tradespace.spec.weights import WeightPlan, workspace_shape
+from tradespace.spec.weights import WeightPlan, unpacked_elements, workspace_shape
 
 Product = tuple[int, int, int]  # outputs, columns, rows up to which another kernel takes it
 
@@ -36,6 +36,7 @@ class Summary:
 
     model: ModelSpec
     groups: tuple[LayerGroup, ...]
+    group_of: tuple[int, ...]  # of each layer: the index of its group
     active_parameters: int
     state_bytes_per_sequence: int
 
@@ -67,7 +68,8 @@ def summarize(model: ModelSpec) -> Summary:
         counts.setdefault(layer, []).append(index)
     groups = tuple(LayerGroup(layer, len(indices), indices[0]) for layer, indices in counts.items())
     states = sum(group.count * group.layer.mixer.state_bytes_per_sequence for group in groups if group.layer.mixer is not None)
-    return Summary(model, groups, active_parameters(model), states)
+    group_of = dict(sorted((index, number) for number, indices in enumerate(counts.values()) for index in indices))
+    return Summary(model, groups, tuple(group_of.values()), active_parameters(model), states)
 
 
 # ---------------------------------------------------------------------------------------------------------------- one device's share
@@ -153,16 +155,10 @@ def weight_share(summary: Summary, weights: WeightPlan, degree: int = 1) -> Weig
     """Bytes of the weights on each of `degree` devices under `weights`; degree 1 is all of them."""
     model = summary.model
     outside = _by_role_and_format(model, weights, degree, (tensor for tensor in model_tensors(model) if tensor.layer < 0))
-    alike: dict[LayerSpec, Mapping[tuple[str, str], int]] = {}
-    per_layer = any(":" in key for key in weights.exceptions)
-    if not per_layer:
-        alike = {group.layer: _by_role_and_format(model, weights, degree, layer_tensors(model, group.first)) for group in summary.groups}
-    by_identity = {id(layer): alike[layer] for layer in {id(layer): layer for layer in model.layers}.values()} if alike else {}
-    layers = tuple(
-        by_identity[id(layer)] if by_identity else _by_role_and_format(model, weights, degree, layer_tensors(model, index))
-        for index, layer in enumerate(model.layers)
-    )
-    return WeightShare(outside, layers)
+    if any(":" in key for key in weights.exceptions):
+        return WeightShare(outside, tuple(_by_role_and_format(model, weights, degree, layer_tensors(model, index)) for index in range(model.L)))
+    alike = [_by_role_and_format(model, weights, degree, layer_tensors(model, group.first)) for group in summary.groups]
+    return WeightShare(outside, tuple(alike[group] for group in summary.group_of))
 
 
 def cache_token_bytes(summary: Summary, kv: KVPlan | str, degree: int = 1) -> tuple[tuple[int | None, int, int], ...]:
@@ -200,6 +196,8 @@ def dequantize_elements(summary: Summary, weights: WeightPlan, degree: int = 1) 
     """Elements of the workspace that a device's coded matrices are decoded into: the largest tile, and a one per row. 0 where none is decoded."""
     if weights.layout == "native":
         return 0
+    if weights.layout == "cuda":
+        return unpacked_elements(summary.model, weights)
     outside = (tensor for tensor in model_tensors(summary.model) if tensor.layer < 0)
     inside = (tensor for group in summary.groups for tensor in layer_tensors(summary.model, group.first))
     quantized = (tensor for tensor in (*outside, *inside) if len(tensor.shape) >= 2 and is_coded(weights.format_of(tensor)))
@@ -209,7 +207,7 @@ def dequantize_elements(summary: Summary, weights: WeightPlan, degree: int = 1) 
 def product_shapes(summary: Summary, weights: WeightPlan, degree: int = 1) -> tuple[frozenset[Product], frozenset[Product]]:
     """The library's products of the layers and of the head; of a stack of experts none, as nothing is compiled ahead for them."""
     model = summary.model
-    if weights.layout == "native":
+    if weights.layout != "stored":
         return frozenset(), frozenset()
     if any(":" in key for key in weights.exceptions):
         inside = [tensor for index in range(model.L) for tensor in layer_tensors(model, index)]

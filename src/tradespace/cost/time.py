@@ -9,6 +9,7 @@ do the all-reduces of tensor parallelism, which stand between dependent products
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import itemgetter
 
 from tradespace.cost import calibration
 from tradespace.cost.summary import summarize, weight_share
@@ -70,7 +71,7 @@ def _matmul_rate(device: DeviceSpec, dtype: str) -> tuple[Estimate, str]:
 def rates_for(device: DeviceSpec, weights: WeightPlan, phase: str, activations: str = "auto") -> Rates:
     """The device's rates for products with `weights`' default format in "decode" or "prefill"."""
     is_native, name = weights.layout == "native", weights.default
-    kind = "native" if is_native else device.kind
+    kind = {"native": "native", "cuda": "cuda step"}.get(weights.layout, device.kind)
     efficiency = calibration.find_calibration(kind, name, phase)
     bandwidth = calibration.find_calibration(kind, name, "decode")  # how well a format streams, whatever the phase
     compute = calibration.find_calibration(kind, name, "few rows" if phase == "decode" else "prefill")
@@ -102,25 +103,25 @@ def step_time(work: StepWork, rates: Rates) -> StepTime:
     read_bytes_per_s = rates.read_bytes_per_s
     if rates.device.bandwidth_curve:
         read_bytes_per_s = rates.device.bandwidth_at(work.read_bytes).map(lambda value: value * rates.bandwidth_efficiency).value
-    link_name = "disk" if work.link == "disk" else "link"
-    needed = {
-        "bandwidth": (work.read_bytes, read_bytes_per_s),
-        "compute": (work.flops, rates.flops_per_s),
-        link_name: (work.link_bytes, rates.link_bytes_per_s[work.link]),
-        "peer": (work.peer_bytes, rates.peer_bytes_per_s),
-    }
-    terms: dict[str, float] = {}
-    for name, (amount, per_second) in needed.items():
+    needed = (
+        ("bandwidth", work.read_bytes, read_bytes_per_s),
+        ("compute", work.flops, rates.flops_per_s),
+        ("disk" if work.link == "disk" else "link", work.link_bytes, rates.link_bytes_per_s[work.link]),
+        ("peer", work.peer_bytes, rates.peer_bytes_per_s),
+    )
+    terms: list[tuple[str, float]] = []
+    for name, amount, per_second in needed:
         if amount and per_second is None:
             return StepTime(Estimate.unknown(rates.missing.get(name, f"no {name} rate")), name, (), work.arithmetic_intensity)
-        terms[name] = amount / per_second if amount and per_second else 0.0
+        terms.append((name, amount / per_second if amount and per_second else 0.0))
     if rates.op_s is None:
         return StepTime(Estimate.unknown(rates.missing["overhead"]), "overhead", (), work.arithmetic_intensity)
-    terms["overhead"] = work.num_ops * rates.op_s * calibration.OP_STARTS[rates.device.kind].value
-    terms["peer"] += work.peer_transfers * calibration.ALL_REDUCE_LATENCY_S.value
-    seconds = max(terms["bandwidth"], terms["compute"], terms[link_name]) + terms["overhead"] + terms["peer"]
-    found = tuple((name, value) for name, value in terms.items() if value)
-    return StepTime(Estimate(seconds, rates.source), max(terms, key=lambda name: terms[name]), found, work.arithmetic_intensity)
+    peer_s = terms[3][1] + work.peer_transfers * calibration.ALL_REDUCE_LATENCY_S.value
+    overhead_s = work.num_ops * rates.op_s * calibration.OP_STARTS[rates.device.kind].value
+    seconds = max(terms[0][1], terms[1][1], terms[2][1]) + overhead_s + peer_s
+    terms[3:] = [("peer", peer_s), ("overhead", overhead_s)]
+    bound = max(terms, key=itemgetter(1))[0]
+    return StepTime(Estimate(seconds, rates.source), bound, tuple([term for term in terms if term[1]]), work.arithmetic_intensity)
 
 
 def decode_time(model: ModelSpec, plan: Plan, device: DeviceSpec, workload: Workload) -> StepTime:

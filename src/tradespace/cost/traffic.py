@@ -84,7 +84,7 @@ def attention_flops(summary: Summary, pairs_of: Callable[[int | None], float]) -
 
 def kernel_traffic_factor(kernel: str, gathered: bool) -> int:
     """How often keys and values pass through memory: once; read, written and read again where they are gathered first. Fused kernels read blocks in place."""
-    return 3 if gathered and kernel not in ("flash", "native") else 1
+    return 3 if gathered and kernel not in ("flash", "native", "paged") else 1
 
 
 def score_traffic_bytes(summary: Summary, kernel: str, pairs: float, degree: int) -> float:
@@ -102,7 +102,7 @@ def attention_ops(kernel: str, length: float) -> float:
 
 def layer_ops(kernel: str) -> float:
     """Eager operations of one layer outside of attention: none where one call runs the whole step."""
-    return 0.0 if kernel == "native" else calibration.LAYER_OPS.value
+    return 0.0 if kernel in ("native", "paged") else calibration.LAYER_OPS.value
 
 
 def peer_work(summary: Summary, tokens: float, e: int, degree: int) -> tuple[float, int]:

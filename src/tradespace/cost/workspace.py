@@ -15,7 +15,7 @@ from functools import lru_cache
 
 from tradespace.cost import calibration
 from tradespace.cost.summary import Product, Summary, heads_per_device
-from tradespace.spec import native
+from tradespace.spec import cuda, native
 from tradespace.spec.attention_workspace import workspace_bytes
 from tradespace.spec.buckets import bucket, buckets_up_to
 from tradespace.spec.formats import ELEMENT_BYTES, FORMATS, WeightFormat
@@ -99,6 +99,8 @@ def product_bytes(held: Iterable[WeightFormat], outputs: int, columns: int, rows
         elif scales_products(fmt) and shape.e < 4:
             whole = min(rows, fused_rows(fmt, columns)) * outputs if shape.linear == "torch" else 0
             extra = max(extra, SCALING_BYTES * max(rows * tile, whole))
+            if fmt.rounded:
+                extra += rows * columns * (4 + 1 + shape.e) + rows * outputs * 4
         elif fmt.group == 0:  # rotated inputs of a lattice
             extra += 2 * 4 * rows * columns
         most = max(most, extra)
@@ -110,6 +112,15 @@ def native_buffers_bytes(summary: Summary, weights: WeightPlan, shape: StepShape
     model = summary.model
     forms = frozenset(native.activation_form(name, shape.activations) for name in weights.names)
     return native.buffers(model).nbytes(shape.T, min(shape.rows, shape.T), forms, shape.threads, native.value_width(model))
+
+
+def cuda_buffers_bytes(summary: Summary, weights: WeightPlan, shape: StepShape, block_size: int) -> int:
+    """What a step on a CUDA device holds (`spec/cuda.py`): its buffers with the logits, what products and split attention share, what steps read and leave."""
+    sequences = min(shape.rows, shape.T)
+    blocks = -(-shape.S // block_size)
+    return cuda.step_bytes(summary.model, weights.names, shape.T, min(shape.rows, shape.T), sequences, shape.S) + cuda.inbox_bytes(
+        shape.T, sequences, min(shape.rows, shape.T), blocks, summary.model.V
+    )
 
 
 def reference_tile_bytes(columns: int, dense: str) -> float:
@@ -233,7 +244,7 @@ def other_mixer_moment_bytes(layer: LayerSpec, D: int, shape: StepShape) -> int:
 
 def activation_bytes(summary: Summary, weights: WeightPlan, shape: StepShape) -> int:
     """The worst moment over all layers, rotary rows included. Native steps work in their buffers alone."""
-    if weights.layout == "native":
+    if weights.layout != "stored":
         return 0
     worst = max(mixing_bytes(summary, weights, shape), feeding_bytes(summary, weights, shape))
     return worst + rope_rows_bytes(summary.rope_dims, passing(shape))
@@ -278,6 +289,8 @@ def head_bytes(summary: Summary, weights: WeightPlan, shape: StepShape) -> float
     if weights.layout == "native":
         # the logits lie in the step's buffers; rows that are adjusted are copied, so many at a time
         return native.sample_bytes(V, rows, shape.threads) + 4 * min(rows * V, max(calibration.SAMPLER_LOGITS_AT_ONCE.value, V))
+    if weights.layout == "cuda":  # likewise
+        return 2 * 4 * min(rows * V, max(calibration.SAMPLER_LOGITS_AT_ONCE.value, V))
     padded = bucket(rows) if shape.linear == "torch" and e == 2 else rows
     widened = 4 * rows * V if e < 4 else 0
     product = product_bytes(formats_of(weights, "embed" if summary.model.tied else "lm_head"), V, D, padded, shape)

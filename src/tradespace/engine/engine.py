@@ -13,6 +13,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from tradespace.engine.beam import BeamOutput, BeamParams, beam_search
 from tradespace.engine.request import Completion, Constraint, FinishReason, Request, SamplingParams, accept_tokens
 from tradespace.engine.sampler import Sampled, Sampler, SampleRow
 from tradespace.engine.scheduler import Scheduler
@@ -87,13 +88,9 @@ class Engine:
         if params.adapter is not None and params.adapter not in self.runner.adapters:
             known = ", ".join(self.runner.adapters) or "none: open the model with adapters={'NAME': folder}"
             raise InputError(f"no adapter '{params.adapter}'. This engine has {known}")
-        prompt_ids = self._encode(prompt)
-        for what, ids in (("the prompt", prompt_ids), ("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
-            strange = next((token for token in ids if not 0 <= token < self.runner.vocab_size), None)
-            if strange is not None:
-                raise InputError(
-                    f"{what} holds token {strange}; the model's vocabulary has 0 … {self.runner.vocab_size - 1}. Was it encoded for another model?"
-                )
+        prompt_ids = self.encode(prompt)
+        self._check_ids("logit_bias", params.logit_bias)
+        self._check_ids("stop_token_ids", params.stop_token_ids)
         if params.stop and self.tokenizer is None:
             raise InputError("stop strings need a tokenizer; without one give stop_token_ids")
         self._count += 1
@@ -202,14 +199,27 @@ class Engine:
             if request.error is not None:
                 raise request.error
 
-    def _encode(self, prompt: Prompt) -> tuple[int, ...]:
+    def beam_search(self, prompt: Prompt, params: BeamParams | None = None) -> list[BeamOutput]:
+        """The best outputs of a beam search, best first (`engine/beam.py`). Raises InputError as `add` does."""
+        return beam_search(self, prompt, params or BeamParams())
+
+    def _check_ids(self, what: str, ids: Iterable[int]) -> None:
+        strange = next((token for token in ids if not 0 <= token < self.runner.vocab_size), None)
+        if strange is not None:
+            raise InputError(f"{what} holds token {strange}; the model's vocabulary has 0 … {self.runner.vocab_size - 1}. Was it encoded for another model?")
+
+    def encode(self, prompt: Prompt) -> tuple[int, ...]:
+        """Token ids of a prompt (text, or token ids already). Raises InputError where it is empty or not of this vocabulary."""
         if not isinstance(prompt, str):
+            self._check_ids("the prompt", prompt)
             return tuple(prompt)
         if not prompt:
             raise InputError("the prompt is empty; write at least one character")
         if self.tokenizer is None:
             raise InputError("a prompt of text needs a tokenizer; without one give token ids")
-        return tuple(self.tokenizer.encode(prompt))
+        ids = tuple(self.tokenizer.encode(prompt))
+        self._check_ids("the prompt", ids)
+        return ids
 
     def _compute(self, step: Step) -> list[Sampled]:
         logits_RV = self.runner.execute(step)

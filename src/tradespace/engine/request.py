@@ -280,8 +280,8 @@ class Request:
 
     @property
     def num_uncomputed(self) -> int:
-        """Tokens still to be fed to the model before the next one can be sampled; 1 while decoding."""
-        return len(self.token_ids) - self.num_computed
+        """Tokens still to be fed to the model before the next one can be sampled; 1 while decoding, 0 once the last one has been asked for."""
+        return 0 if self.num_outputs >= self.params.max_tokens else len(self.token_ids) - self.num_computed
 
     @property
     def max_cached(self) -> int:

@@ -146,6 +146,12 @@ class Scheduler:
             self._admit()
         return forked
 
+    def replace_last(self, request: Request, token: int) -> None:
+        """The last token of `request`, which has no key and value yet, becomes another: how a beam goes on otherwise than its request did."""
+        assert request.num_outputs > 0 and request.num_computed < request.num_tokens, f"request {request.id} has computed its last token"
+        request.token_ids[-1] = token
+        del request.block_names[(request.num_tokens - 1) // self.block_size :]  # a name that the token before had a part in
+
     @staticmethod
     def _shorter(room: int, otherwise: str) -> str:
         return f"Fits with max_tokens {room}, or {otherwise}" if room >= 1 else f"Shorten the prompt by at least {1 - room} tokens, or {otherwise}"
@@ -345,7 +351,9 @@ class Scheduler:
         held = max(0, held - self.allocator.num_surplus * self.block_size)
         slots = SlotUse(allocated=self.allocator.num_used * self.block_size, held=held)
         step = Step(tuple(self._scheduled.values()), tuple(self._preempted), slots, tuple(self._copies.values()))
-        assert step.sequences or not self.has_work, f"{len(self.running)} running and {len(self.waiting)} waiting requests, but nothing to do"
+        # one that has asked for all its tokens may hold its blocks until the last one is known (`overlapped.py`)
+        ending = any(not request.num_uncomputed for request in self.running)
+        assert step.sequences or ending or not self.has_work, f"{len(self.running)} running and {len(self.waiting)} waiting requests, but nothing to do"
         assert step.num_tokens <= self.step_tokens, f"a step of {step.num_tokens} tokens; at most {self.step_tokens} were planned"
         if step.sequences:
             self.counters.steps += 1

@@ -1,7 +1,8 @@
 """How a weight is held: `FORMATS` maps every name of `spec.formats.FORMATS` that runs to what builds it, from (shape, dtype of the activations, device).
 
 A weight has `weight`, `nbytes` (== `spec.formats.FORMATS[name].nbytes(shape)`), `needs_workspace`, `set_rows`, `get_rows`, `linear`, `rows` and `dense_rows`.
-It is a `DenseWeight`, a `QuantizedWeight` with the codec of its format, or a `NativeWeight` packed for the CPU kernels. Who fills it, and how the codes
+It is a `DenseWeight`, a `QuantizedWeight` with the codec of its format, a `NativeWeight` packed for the CPU kernels, or a `CudaWeight` for those of a GPU.
+Who fills it, and how the codes
 are chosen, is `quantize/`'s business.
 """
 
@@ -15,8 +16,10 @@ from torch import Tensor
 from tradespace.errors import UnsupportedError
 from tradespace.formats.affine import AffineCodec
 from tradespace.formats.codes import Codes
+from tradespace.formats.cuda import CudaWeight
 from tradespace.formats.dense import DenseWeight
 from tradespace.formats.e8 import E8Codec
+from tradespace.formats.fp8_a8 import FP8A8Weight
 from tradespace.formats.ggml_blocks import BlockCodec
 from tradespace.formats.int8 import Int8Weight
 from tradespace.formats.native import NativeWeight
@@ -32,6 +35,7 @@ __all__ = [
     "DTYPES",
     "FORMATS",
     "Codes",
+    "CudaWeight",
     "DenseWeight",
     "Format",
     "Int8Weight",
@@ -44,7 +48,7 @@ __all__ = [
     "decode",
 ]
 
-Weight = DenseWeight | QuantizedWeight | NativeWeight
+Weight = DenseWeight | QuantizedWeight | NativeWeight | CudaWeight
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -71,6 +75,7 @@ class Format:
 FORMATS: dict[str, Format] = {name: Format(DenseWeight) for name in DTYPES}
 FORMATS |= {name: Format(Int8Weight, ScaledCodec(SPECS[name], torch.int8)) for name in ("int8", "int8-tensor")}
 FORMATS |= {"w8a8": Format(W8A8Weight, ScaledCodec(SPECS["w8a8"], torch.int8))}
+FORMATS |= {"fp8-a8": Format(FP8A8Weight, ScaledCodec(SPECS["fp8-a8"], torch.float8_e4m3fn))}
 FORMATS |= {name: Format(ScaledWeight, ScaledCodec(SPECS[name], torch.float8_e4m3fn)) for name in ("fp8", "fp8-tensor", "fp8-block")}
 FORMATS |= {
     name: Format(QuantizedWeight, AffineCodec(SPECS[name]))

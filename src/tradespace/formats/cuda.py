@@ -1,6 +1,7 @@
 """A weight in any format that the CUDA kernels read, laid out once for them (`kernels/linear/packed.py`) in place of the format's own layout.
 
-Bytes: `spec.cuda.packed_bytes`. Codes, scales and zero points are those of the format, unchanged: only where they lie differs. Few rows of activations meet the
+Bytes: `spec.cuda.packed_bytes`. Codes, scales and zero points are those of the format, unchanged: only where they lie differs.
+Triton is imported where a kernel runs: this module is there without it. Few rows of activations meet the
 codes in registers; many rows meet the matrix dequantized once into the shared workspace, or torch's own 8-bit product.
 """
 
@@ -16,10 +17,7 @@ from tradespace.formats.codes import Codes
 from tradespace.formats.nf4 import quantize_scales
 from tradespace.formats.workspace import Workspace
 from tradespace.kernels.linear import packed
-from tradespace.kernels.linear.large import large_linear, transposed_linear
-from tradespace.kernels.linear.triton_codes import quantize_rows
-from tradespace.kernels.linear.triton_rows import Scratch, rows_linear
-from tradespace.kernels.linear.triton_unpack import unpack_into
+from tradespace.kernels.linear.scratch import Scratch
 from tradespace.spec import cuda
 
 
@@ -39,6 +37,7 @@ class CudaWeight(nn.Module):
             raise UnsupportedError(f"experts of {shape[1]} rows do not fill whole chunks of {cuda.CHUNK_ROWS}; the CUDA kernels cannot hold them")
         self.format_name, self.shape, self.scratch, self.workspace = format_name, shape, scratch, workspace
         self.packed = packed.allocate(format_name, shape, device)
+        self._waiting: Tensor | None = None  # plain scales of nf4, until all are known
         for name in ("codes", "scale", "zero", "nested", "offset"):
             part = getattr(self.packed, name)
             if part is not None:
@@ -58,7 +57,7 @@ class CudaWeight(nn.Module):
         return self.packed.nbytes
 
     def set_rows(self, rows: slice | Tensor, codes: Codes | Tensor) -> None:
-        """Fills whole rows (a slice, or indices): codes as the format has them, or numbers where it is dense. nf4 with plain scales: all rows at once."""
+        """Fills whole rows (a slice, or indices): codes as the format has them, or numbers where it is dense."""
         if isinstance(codes, Tensor):
             packed.fill(self.packed, rows, codes, {})
             return
@@ -77,17 +76,30 @@ class CudaWeight(nn.Module):
         assert nested is not None and offset is not None
         groups = self.packed.layout.groups(self.shape[-1])
         if codes.nested_RG is None:
-            if len(codes) != self.num_rows:
-                raise EngineError(f"nf4 scales are held relative to all {self.num_rows} rows' mean; {len(codes)} were given. Give all rows, or nested scales")
-            scales, held, mean = quantize_scales(codes.need_scale().reshape(-1), self.packed.layout.nested)
-            nested.copy_(held)
-            offset.copy_(mean.reshape(1))
-            return scales.view(self.num_rows, groups)
+            return self._nest_plain(rows, codes.need_scale().to(nested.device), groups)
         ids_R = torch.arange(self.num_rows, device=nested.device)[rows]
         places_RG = (ids_R[:, None] * groups + torch.arange(groups, device=nested.device)) // self.packed.layout.nested
         nested[places_RG] = codes.need_scale().to(nested.device)
         offset.fill_(codes.offset)
         return codes.nested_RG
+
+    def _nest_plain(self, rows: slice | Tensor, scale_RG: Tensor, groups: int) -> Tensor:
+        """Codes of these rows' scales, once all rows' are known (they are held relative to the mean of all); until then zeros, and the scales wait."""
+        nested, offset = self.packed.nested, self.packed.offset
+        assert nested is not None and offset is not None and self.packed.scale is not None
+        if len(scale_RG) < self.num_rows:
+            if self._waiting is None:
+                self._waiting = torch.full((self.num_rows, groups), float("nan"), device=nested.device)
+            self._waiting[rows if isinstance(rows, slice) else rows.to(nested.device)] = scale_RG
+            if self._waiting.isnan().any():
+                return torch.zeros_like(scale_RG, dtype=torch.uint8)
+            scale_RG, self._waiting = self._waiting, None
+        scales, held, mean = quantize_scales(scale_RG.reshape(-1), self.packed.layout.nested)
+        nested.copy_(held)
+        offset.copy_(mean.reshape(1))
+        scales = scales.view(self.num_rows, groups)
+        packed.fill_scales(self.packed, torch.arange(self.num_rows, device=nested.device), scales)
+        return scales[rows if isinstance(rows, slice) else rows.to(nested.device)]
 
     def get_rows(self, start: int, stop: int) -> Codes:
         """What `set_rows` was given for rows start … stop - 1."""
@@ -106,6 +118,10 @@ class CudaWeight(nn.Module):
 
     def linear(self, x_TC: Tensor, bias_R: Tensor | None = None, *, expert: int | None = None) -> Tensor:
         """y_TR = x @ W.T (+ bias) in x's dtype; of one matrix of the stack where `expert` names it."""
+        from tradespace.kernels.linear.large import large_linear
+        from tradespace.kernels.linear.triton_codes import quantize_rows
+        from tradespace.kernels.linear.triton_rows import rows_linear
+
         weight = self.packed if expert is None else self.packed.part(expert * self.shape[-2], (expert + 1) * self.shape[-2])
         if 0 < len(x_TC) <= cuda.FEW_ROWS:
             if self.scratch is None:
@@ -124,14 +140,20 @@ class CudaWeight(nn.Module):
         """dx_TC = dy @ W, for gradients: as many rows of W at once as the workspace has room for."""
         if self.workspace is None:
             raise EngineError(f"a product in {self.format_name} needs a workspace to decode into; give the weight one")
+        from tradespace.kernels.linear.large import transposed_linear
+
         return transposed_linear(dy_TR, self.packed, self.workspace.flat)
 
     def rows(self, ids_T: Tensor) -> Tensor:
         """The rows of these ids (T, C) as bf16: an embedding's look-up."""
+        from tradespace.kernels.linear.triton_unpack import unpack_into
+
         out_TC = torch.empty((len(ids_T), self.shape[-1]), dtype=torch.bfloat16, device=self.packed.codes.device)
         return unpack_into(self.packed, out_TC, ids_T=ids_T)
 
     def dense_rows(self, start: int, stop: int) -> Tensor:
         """Rows start … stop - 1 as bf16."""
+        from tradespace.kernels.linear.triton_unpack import unpack_into
+
         out_RC = torch.empty((stop - start, self.shape[-1]), dtype=torch.bfloat16, device=self.packed.codes.device)
         return unpack_into(self.packed, out_RC, first=start)

@@ -52,7 +52,7 @@ class DenseWeight(nn.Module):
         if isinstance(rows, slice):
             self.rows_RC[rows].copy_(values_RC)
         else:
-            self.rows_RC.index_copy_(0, rows, values_RC.to(self.weight.dtype))
+            self.rows_RC.index_copy_(0, rows.to(self.weight.device), values_RC.to(self.weight.device, self.weight.dtype))
 
     def get_rows(self, start: int, stop: int) -> Codes:
         """Rows start … stop - 1 as they are held."""

@@ -192,6 +192,16 @@ class KVCache:
         planes, half = self._planes[layer], len(self._planes[layer]) // 2
         return Tiled(planes[0], planes[half], *((planes[1], planes[3]) if half == 2 else (None, None)))
 
+    def slot_planes(self, layer: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """A layer's keys (slots, K, H) and values (slots, K, Hv), and int8's scales of both (slots, K), as they lie by slots: for kernels that read and write
+        them themselves (`spec.cuda.cache_refusal` says which caches those take).
+        """
+        if self.order != "slots":
+            raise EngineError(TILED)
+        planes, half = self._planes[layer], len(self._planes[layer]) // 2
+        scales = (planes[1][..., 0], planes[3][..., 0]) if half == 2 else (None, None)
+        return planes[0], planes[half], *scales
+
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copies block src to block dst for every (src, dst), in every layer, as if all at once: what copy-on-write needs. Holds nothing beside the planes."""
         ordered, turning = in_order(pairs)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import random
 import shlex
+import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tradespace.errors import InputError
+from tradespace.errors import EngineError, InputError
 
 # The evaluation data lies beside a checkout and is no part of the package.
 DATA = Path(__file__).resolve().parents[4] / "shared" / "data"
@@ -76,6 +78,16 @@ def command_line() -> str:
         elif not word.startswith("--output="):
             words.append(word)
     return shlex.join(words)
+
+
+def timed_process(arguments: Sequence[str | Path], *, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> tuple[float, str]:
+    """Seconds and standard output of a process. Raises EngineError with the last line that it wrote where it fails."""
+    start = time.perf_counter()
+    done = subprocess.run([str(word) for word in arguments], cwd=cwd, env=env, capture_output=True, text=True, check=False)
+    elapsed_s = time.perf_counter() - start
+    if done.returncode:
+        raise EngineError(f"{' '.join(map(str, arguments[:4]))} ended with {done.returncode}: {(done.stderr or done.stdout).strip().splitlines()[-1:]}")
+    return elapsed_s, done.stdout
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:

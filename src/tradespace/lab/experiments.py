@@ -56,6 +56,7 @@ class Experiment:
 
 MODELS = ("smollm2-135m", "gemma3-270m")
 KV_PARTS = ("model", "simulation")
+GPU_PARTS = ("decode", "mixes", "memory", "70B")
 CPU_PARTS = ("decode", "prefill", "batch", "start")
 _BUDGET = "does the process stay inside its budget, and is its peak what was predicted?"
 
@@ -79,6 +80,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         Experiment(name="cpu-speed", question="does the CPU engine hold its bars?", minutes=18, module="cpu_speed", parts=CPU_PARTS),
         Experiment(name="attention", question="what does attention hold beyond q, k, v and the output, and how does it grow?", minutes=2, module="attention"),
         Experiment(name="flash", question="is the GPU kernel right, how fast is it, what does it hold?", minutes=2, module="flash", on="cuda"),
+        Experiment(name="gpu-speed", question="does the GPU engine hold its bars, and its budget?", minutes=9, module="gpu_speed", parts=GPU_PARTS, on="cuda"),
         Experiment(name="checkpointing", question="what does recomputing layers save and cost in training, by segment?", minutes=4, module="checkpointing"),
         Experiment(name="from-scratch", question="does training learn what transformers' Trainer learns, step by step?", minutes=15, module="from_scratch"),
         Experiment(name="architecture", question="what do fewer KV heads, depth and a narrow feed-forward cost in loss?", minutes=12, module="architecture"),
@@ -89,6 +91,8 @@ EXPERIMENTS: dict[str, Experiment] = {
         Experiment(
             name="quantize_safety", question="does quantize keep its budget, survive SIGKILL, and does int4 run as int4?", minutes=12, module="quantizing"
         ),
+        Experiment(name="plan-speed", question="how long does the search over the whole space take?", minutes=1, module="plan_speed"),
+        Experiment(name="first-block", question="how long is it from a clone to the first table, without torch?", minutes=2, module="first_block"),
         Experiment(name="demo", question="what does make demo print here?", minutes=1, module="commands", runner="run_demo"),
         Experiment(name="tests", question="how do the tests end here, and in what time?", minutes=9, module="commands", runner="run_tests"),
     )

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 MODEL = "smollm2-135m"
 REQUESTS, PREFIX, OWN, OUTPUT = 64, 1500, 20, 8
 CONTEXT = 1536
-EVERY = 4  # every so manyth request is answered without sharing, too: each such answer computes the whole prompt
+EVERY = 1  # every so manyth request is answered without sharing, too: each such answer computes the whole prompt
 SOONER, MOST_COST = 10.0, 0.01  # what must be shown
 
 

@@ -72,6 +72,7 @@ PRE_TOKENIZERS: dict[str, PreTokenizer] = {
     "tekken": PreTokenizer(splits=(_TEKKEN,), ignore_merges=True, add_bos=True),
 }
 
+OTHER_MODELS = {"t5": "a Unigram vocabulary", "bert": "WordPiece", "rwkv": "RWKV's greedy search", "plamo2": "PLaMo's own", "none": "no tokenizer at all"}
 # tokens that end a turn or a text in the published chat formats, for files that name only one end token of several
 END_TOKENS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>", "<EOT>")
 
@@ -108,7 +109,8 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], where: str) -> GGUFTokenize
     elif model == "llama":
         tokenizer, add_bos = _sentence_piece(metadata, vocabulary, where)
     else:
-        raise UnsupportedError(f"{where}: tokenizer.ggml.model '{model}' is not supported; known: gpt2, llama. Convert the model from its Hub repository")
+        kind = f" ({OTHER_MODELS[model]})" if model in OTHER_MODELS else ""
+        raise UnsupportedError(f"{where}: tokenizer.ggml.model '{model}'{kind} is not supported; known: gpt2, llama. Use the model's Hugging Face folder")
     _add_special_tokens(tokenizer, vocabulary)
     bos_id = _token_id(metadata, "bos", vocabulary, where)
     eos_id = _token_id(metadata, "eos", vocabulary, where)
@@ -163,8 +165,16 @@ def _byte_level(metadata: Mapping[str, Any], vocabulary: _Vocabulary, where: str
     pre = PRE_TOKENIZERS.get(name)
     if pre is None:
         raise UnsupportedError(f"{where}: tokenizer.ggml.pre '{name}' is not known, so its tokens would be wrong. Known: {', '.join(sorted(PRE_TOKENIZERS))}")
+    listed = metadata.get("tokenizer.ggml.merges")
+    if not isinstance(listed, list) or not all(isinstance(merge, str) for merge in listed):
+        raise CorruptFileError(f"{where}: tokenizer.ggml.merges is {'missing' if listed is None else 'no list of strings'}; without it no text is cut right")
+    joined = [token for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True) if kind == NORMAL and len(token) > 1]
+    if not listed and joined and not pre.ignore_merges:  # an empty list is right where every token is a byte, or whole words are looked up
+        raise CorruptFileError(
+            f"{where}: its list of merges is empty, so {len(joined)} tokens, for example {joined[0]!r}, would never be found. Convert it again"
+        )
     merges = []
-    for merge in metadata.get("tokenizer.ggml.merges") or []:
+    for merge in listed:
         left, _, right = merge.partition(" ")
         if left not in vocabulary.ids or right not in vocabulary.ids or left + right not in vocabulary.ids:
             raise CorruptFileError(f"{where}: the merge {merge!r} is not of two tokens into a third")

@@ -64,7 +64,7 @@ def vocabulary_metadata(files: ModelFiles, num_rows: int) -> tuple[dict[str, Any
     for text in PROBES:
         if again.encode(text).ids != tokenizer.encode(text):
             raise UnsupportedError(f"{where} cuts {text!r} in another way than a GGUF file's tokenizer would. {ELSEWHERE}")
-    return metadata, {"tokenizer.ggml.token_type": "array[int32]"}
+    return metadata, {"tokenizer.ggml.token_type": "array[int32]"} | ({"tokenizer.ggml.merges": "array[string]"} if "tokenizer.ggml.merges" in metadata else {})
 
 
 def _more_ends(tokenizer: Tokenizer, special: Mapping[str, int], tokens: Sequence[str], where: str) -> dict[str, int]:

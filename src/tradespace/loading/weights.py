@@ -200,7 +200,7 @@ def _load_vector(target: Tensor, source: Source, piece: Piece, staging_bytes: in
         if isinstance(places, int):
             target[places : places + piece.num_rows].copy_(values_R)
         else:
-            target.index_copy_(0, places, values_R.to(target.dtype))
+            target.index_copy_(0, places.to(target.device), values_R.to(target.device, target.dtype))
 
 
 def _transposed_chunks(source: Source, piece: Piece, staging_bytes: int) -> Iterator[tuple[int, Tensor]]:

@@ -64,13 +64,14 @@ def find_accelerators() -> tuple[Accelerator, ...]:
             return ()  # a driver that hangs offers no card
         if run.returncode == 0 and (cards := parse_nvidia_smi(run.stdout)):
             return tuple(cards)
-    if importlib.util.find_spec("torch") is None or (sys.platform == "linux" and not _has_nvidia_files()):
+    if importlib.util.find_spec("torch") is None or (sys.platform == "linux" and not has_nvidia_files()):
         return ()
     run = subprocess.run([sys.executable, "-m", "tradespace.measure.accelerators"], capture_output=True, text=True, timeout=120, check=False)
     return tuple(Accelerator(**card) for card in json.loads(run.stdout)) if run.returncode == 0 else ()
 
 
-def _has_nvidia_files() -> bool:
+def has_nvidia_files() -> bool:
+    """Whether this system has a CUDA device at all: asked before torch is, which takes long to say no."""
     from pathlib import Path
 
     return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()  # the second: Windows' Linux

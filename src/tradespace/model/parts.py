@@ -10,14 +10,15 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from tradespace.formats import DTYPES, FORMATS, DenseWeight, NativeWeight, QuantizedWeight, Weight, Workspace, build_weight
+from tradespace.formats import DTYPES, FORMATS, CudaWeight, DenseWeight, NativeWeight, QuantizedWeight, Weight, Workspace, build_weight
+from tradespace.kernels.linear.scratch import Scratch
 from tradespace.kernels.norm import NORMS
 from tradespace.kernels.view import StepBatch
 from tradespace.spec.model import ModelSpec
 from tradespace.spec.tensors import QUANTIZABLE_ROLES, TensorSpec, model_tensors
-from tradespace.spec.weights import FLOATS, WeightPlan, tile_elements, workspace_shape
+from tradespace.spec.weights import FLOATS, WeightPlan, tile_elements, unpacked_elements, workspace_shape
 
-PLAIN = (DenseWeight, QuantizedWeight, NativeWeight)
+PLAIN = (DenseWeight, QuantizedWeight, NativeWeight, CudaWeight)
 
 
 class Norm(nn.Module):
@@ -38,13 +39,14 @@ class Parts:
 
     def __init__(self, spec: ModelSpec, plan: WeightPlan, *, linear: str, device: torch.device | str, activations: str = "auto"):
         self.spec, self.plan, self.device = spec, plan, device
-        self.native = linear == "native"
-        # what the native step does between its products has no counterpart in modules: outside of a recorded step torch does it
-        self.linear = "torch" if self.native else linear
+        self.native, self.cuda = linear == "native", linear == "cuda"
+        # what such a step does between its products has no counterpart in modules: outside of it torch does it
+        self.linear = "torch" if self.native or self.cuda else linear
         self.activations = activations
         self.dense = DTYPES[plan.dense]
         self.tensors: dict[str, TensorSpec] = {tensor.name: tensor for tensor in model_tensors(spec)}
-        self.workspace = None if self.native else build_workspace(spec, plan, device)
+        self.scratch = Scratch(device) if self.cuda else None
+        self.workspace = None if self.native else cuda_workspace(spec, plan, device) if self.cuda else build_workspace(spec, plan, device)
 
     def has(self, name: str) -> bool:
         return f"{name}.weight" in self.tensors
@@ -56,10 +58,10 @@ class Parts:
         found: Weight
         if self.native and tensor.role in QUANTIZABLE_ROLES:
             found = NativeWeight(fmt, tensor.shape, activations=self.activations)
-        elif self.plan.layout == "cuda" and tensor.role in QUANTIZABLE_ROLES and fmt not in FLOATS:
-            from tradespace.formats.cuda import CudaWeight  # needs Triton
-
-            found = CudaWeight(fmt, tensor.shape, device=self.device, workspace=self.workspace)  # pyright: ignore[reportAssignmentType]
+        elif self.cuda and tensor.role in QUANTIZABLE_ROLES:
+            found = CudaWeight(fmt, tensor.shape, device=self.device, scratch=self.scratch, workspace=self.workspace)
+        elif self.plan.layout == "cuda-codes" and tensor.role in QUANTIZABLE_ROLES and fmt not in FLOATS:
+            found = CudaWeight(fmt, tensor.shape, device=self.device, workspace=self.workspace)
         else:
             found = build_weight(fmt, tensor.shape, dense=self.dense, device=self.device, linear=self.linear, workspace=self.workspace)
         found.bias = self.vector(f"{name}.bias")
@@ -86,6 +88,12 @@ def build_workspace(spec: ModelSpec, plan: WeightPlan, device: torch.device | st
     formats = ((tensor, plan.format_of(tensor).name) for tensor in model_tensors(spec))
     shapes = [tensor.shape for tensor, name in formats if name in FORMATS and FORMATS[name].needs_workspace]
     return Workspace(*workspace_shape(shapes, tile_elements(plan)), DTYPES[plan.dense], device) if shapes else None
+
+
+def cuda_workspace(spec: ModelSpec, plan: WeightPlan, device: torch.device | str) -> Workspace | None:
+    """What coded matrices are decoded into for steps of many rows on a CUDA device; None where there are none."""
+    elements = unpacked_elements(spec, plan)
+    return Workspace(elements, 0, DTYPES[plan.dense], device) if elements else None
 
 
 @runtime_checkable

@@ -18,7 +18,7 @@ from functools import cached_property
 
 from tradespace.cost import calibration
 from tradespace.cost.memory import Ledger, ledger
-from tradespace.cost.time import StepTime
+from tradespace.cost.time import StepTime, decode_tokens_per_s, prefill_tokens_per_s
 from tradespace.spec.device import DeviceSpec
 from tradespace.spec.estimate import Estimate
 from tradespace.spec.formats import FORMATS
@@ -73,12 +73,21 @@ class Candidate:
     fits_memory: bool
     decode: StepTime
     prefill: StepTime
-    decode_tokens_per_s: Estimate
-    prefill_tokens_per_s: Estimate
+    sequences: int  # that decode together
     request_s: float
     quality: Estimate
     runs: tuple[str, ...]
     requantized: bool = False  # the checkpoint is quantized, and this plan holds its weights in other formats
+
+    @property
+    def decode_tokens_per_s(self) -> Estimate:
+        """As the workload's goal counts them: see `cost.time.decode_tokens_per_s`."""
+        return decode_tokens_per_s(self.decode, self.sequences, self.question.workload)
+
+    @property
+    def prefill_tokens_per_s(self) -> Estimate:
+        """Prompt tokens per second of one prefill."""
+        return prefill_tokens_per_s(self.prefill, self.question.workload)
 
     @property
     def fits(self) -> bool:
@@ -101,7 +110,7 @@ class Candidate:
         kept = self.kv.retain.tokens(workload.context_tokens)
         return self.max_sequences >= workload.concurrency and self.kv_tokens >= workload.concurrency * kept
 
-    @cached_property
+    @property
     def quality_key(self) -> tuple[float, float, float]:
         """Smaller is better: what the rule above says about quality."""
         loss = self.quality.value
@@ -116,7 +125,7 @@ class Candidate:
             return 2
         return 1 if self.placement.streamed_layers else 0
 
-    @cached_property
+    @property
     def preference(self) -> tuple[float, ...]:
         """Smaller is better: comfort, quality, own formats and a cache of floats, speed, shared prefixes, bytes, and at last the smaller loss."""
         loss = float("inf") if self.quality.value is None else self.quality.value
@@ -124,7 +133,7 @@ class Candidate:
         rounded = float(self.requantized) + (self.kv.min_bits < 16)
         return (self.comfort, *self.quality_key, rounded, self.request_s, grain, float(self.total_bytes), loss)
 
-    @cached_property
+    @property
     def objectives(self) -> tuple[float, ...]:
         """Bytes, decode speed and loss, all to be small. Unknown loss is infinite; among unknowns fewer bits are worse, of weights and cache apart."""
         speed = self.decode_tokens_per_s.value or 0.0
@@ -142,7 +151,7 @@ class Candidate:
             kv=self.kv,
             attention=self.attention,
             pattern=question.model.imposed,
-            linear="native" if self.attention == "native" else question.linear,
+            linear={"native": "native", "paged": "cuda"}.get(self.attention, question.linear),
             activations=question.activations if self.attention == "native" else "auto",
             max_sequences=self.max_sequences,
             max_context=question.workload.context_tokens,

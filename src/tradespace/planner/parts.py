@@ -63,13 +63,15 @@ class Part:
     body: int
     dense: str
     requantized: bool  # the checkpoint is quantized, and this holds it in other formats
+    waiting: tuple[str, ...]  # of its formats those that nothing implements yet
 
 
 @dataclass(frozen=True, eq=False)
 class Cache:
     """One way to hold the past; `number` is the same for all that differ in their layout alone, `index` is its own.
 
-    `copied` are the dtypes of activations for which reading it makes a copy.
+    `copied` are the dtypes of activations for which reading it makes a copy. `kept` and `kept_on_average` are the tokens that stay of a sequence of the full
+    context and of the mean length; `block` the slots of a block, `sequence_slots` those of a sequence of the full context.
     """
 
     kv: KVPlan
@@ -77,3 +79,9 @@ class Cache:
     number: int
     index: int
     copied: frozenset[str]
+    paged: bool
+    kept: int
+    kept_on_average: int
+    block: int
+    sequence_slots: int
+    refused: bool

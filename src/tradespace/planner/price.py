@@ -27,14 +27,14 @@ from tradespace.cost.summary import (
     weight_share,
     widest_columns,
 )
-from tradespace.cost.time import Rates, StepTime, decode_tokens_per_s, prefill_tokens_per_s, rates_for, request_seconds, step_time
+from tradespace.cost.time import Rates, StepTime, rates_for, request_seconds, step_time
 from tradespace.cost.traffic import Axes, StepWork, decode_beside, prefill_beside, weight_read_bytes, with_weights
 from tradespace.planner.candidate import Candidate, Question
 from tradespace.planner.parts import Cache, Part, Placements, Room, StepBytes
 from tradespace.planner.space import Space
-from tradespace.spec import native
+from tradespace.spec import cuda, native
 from tradespace.spec.estimate import Estimate
-from tradespace.spec.formats import ELEMENT_BYTES
+from tradespace.spec.formats import ELEMENT_BYTES, FORMATS
 from tradespace.spec.kv import PLAIN, KVPlan, refusal
 from tradespace.spec.plan import Placement, Plan
 from tradespace.spec.weights import WeightPlan
@@ -59,14 +59,18 @@ class Pricer:
         self._qualities: dict[tuple, Estimate] = {}
         self._reasons: dict[tuple, tuple[str, ...]] = {}
         self._rates: dict[tuple[str, str, str], Rates] = {}
+        self._placements: dict[tuple[int, str], Placement] = {}
         self._bodies: dict[tuple, int] = {}
         self._held: dict[KVPlan, int] = {}
         self._caches: dict[tuple[str, str, int], Cache] = {}
         self._token_bytes: dict[tuple[int, int], tuple[tuple[int | None, int, int], ...]] = {}
-        self.mean_tokens = ceil(question.workload.mean_length)
+        self._sequence_bytes: dict[tuple[int, int], tuple[int, int]] = {}
+        self.mean_tokens, self.concurrency, self.usable_bytes = ceil(question.workload.mean_length), question.workload.concurrency, question.usable_bytes
         self.runtime_bytes = memory.runtime_estimate(question.device).require()
         self.tokenizer_bytes = memory.tokenizer_estimate(question.model.V, question.tokenizer_bytes).require()
         self.staging_bytes = calibration.STAGING_BYTES.value if question.staging_bytes is None else question.staging_bytes
+        self.loading_bytes = self.staging_bytes if self.pool == "host" else 0
+        self.resident_host_bytes = memory.peak_bytes(calibration.HOST_PROCESS_BYTES.value + self.tokenizer_bytes, self.staging_bytes, 0, 0, 0)
 
     def part(self, weights: WeightPlan, degree: int, number: int) -> Part:
         """What depends on the weights alone."""
@@ -76,16 +80,37 @@ class Pricer:
         widened = dequantize_elements(self.summary, weights, degree)
         products = product_shapes(self.summary, weights, degree)
         requantized = bool(self.space.own) and weights not in self.space.own
-        return Part(weights, degree, share, Placements(share), widened, products, number, body, weights.dense, requantized)
+        waiting = tuple(name for name in weights.names if FORMATS[name].runs_since is None)
+        return Part(weights, degree, share, Placements(share), widened, products, number, body, weights.dense, requantized, waiting)
 
     def cache(self, store: str, layout: str, block: int) -> Cache:
         """The cache of these choices."""
         key = (store, layout, block)
         if key not in self._caches:
-            kv = self.space.kv_plan(store, layout, block)
-            copied = frozenset(dense for dense in ELEMENT_BYTES if kv.copies(dense))
-            self._caches[key] = Cache(kv, kv.held, self._held.setdefault(kv.held, len(self._held)), len(self._caches), copied)
+            kv, context = self.space.kv_plan(store, layout, block), self.question.workload.context_tokens
+            kept, slots = kv.retain.tokens(context), kv.block_slots(context)
+            self._caches[key] = Cache(
+                kv,
+                kv.held,
+                number=self._held.setdefault(kv.held, len(self._held)),
+                index=len(self._caches),
+                copied=frozenset(dense for dense in ELEMENT_BYTES if kv.copies(dense)),
+                paged=kv.layout == "paged",
+                kept=kept,
+                kept_on_average=max(1, kv.retain.tokens(self.mean_tokens)),
+                block=slots,
+                sequence_slots=ceil(kept / slots) * slots,
+                refused=refusal(kv) is not None,
+            )
         return self._caches[key]
+
+    def sequence_bytes(self, part: Part, cache: Cache) -> tuple[int, int]:
+        """Of a token's slot, and of what a sequence has beside its slots."""
+        key = (cache.number, part.degree)
+        if key not in self._sequence_bytes:
+            slot = memory.kv_slot_bytes(self.summary, cache.held, part.degree)
+            self._sequence_bytes[key] = (slot, memory.state_bytes(self.summary, cache.held, self.question.workload.context_tokens, part.degree))
+        return self._sequence_bytes[key]
 
     # ------------------------------------------------------------------------------------------------------------ bytes
 
@@ -101,7 +126,8 @@ class Pricer:
     def _step_bytes(self, part: Part, cache: Cache, kernel: str, step_tokens: int, gathered: bool, sequences: int) -> StepBytes:
         """Attention's worst moment by kernel, cache and the layers' formats; the rest by the weights and the size of the step alone."""
         weights, summary, device = part.weights, self.summary, self.question.device
-        linear, dense, rebuilds = ("native" if kernel == "native" else self.question.linear), weights.dense, cache.kv.retain.rebuilds
+        linear = {"native": "native", "paged": "cuda"}.get(kernel, self.question.linear)
+        dense, rebuilds = weights.dense, cache.kv.retain.rebuilds
         shape = workspace.StepShape(
             T=step_tokens,
             S=self.question.workload.context_tokens,
@@ -120,6 +146,9 @@ class Pricer:
             found = workspace.dequantize_bytes(part.widened, dense)
             found += workspace.reference_tile_bytes(widest_columns(summary), dense) if linear == "reference" else 0
             found += workspace.native_buffers_bytes(summary, weights, shape) if weights.layout == "native" else 0
+            if weights.layout == "cuda":
+                found += workspace.cuda_buffers_bytes(summary, weights, shape, cache.block)
+                found += calibration.GRAPH_BYTES.value * len(cuda.graph_rows(min(shape.rows, shape.T)))
             return found + workspace.product_kernels_bytes(*part.products, shape, kind=device.kind, dense=dense)
 
         def once(name: str, key: tuple, compute: Callable[[], float]) -> float:
@@ -128,7 +157,7 @@ class Pricer:
             return self._moments[name, *key]
 
         layers = 0.0
-        if weights.layout != "native":
+        if weights.layout == "stored":
             mixing = once(
                 "mixing", (part.body, cache.number, kernel, step_tokens, gathered, sequences), lambda: workspace.mixing_bytes(summary, weights, shape)
             )
@@ -152,26 +181,24 @@ class Pricer:
             self._fixed[key] = self.runtime_bytes + held + on_host
         return self._fixed[key]
 
-    def room(self, kv: KVPlan, slot_bytes: int, state: int, step_tokens: int, resident_bytes: float, step_bytes: OfSequences) -> Room:
-        """The cache under what the budget leaves, `state` bytes a sequence beside its slots. With nothing left, the smallest there is, which does not fit."""
-        workload, budget = self.question.workload, self.question.usable_bytes
-        paged = kv.layout == "paged"
-        block = kv.block_slots(workload.context_tokens)
-        sequence_slots = ceil(kv.retain.tokens(workload.context_tokens) / block) * block or block
-        loading = self.staging_bytes if self.pool == "host" else 0
+    def room(self, part: Part, cache: Cache, step_tokens: int, resident_bytes: float, step_bytes: OfSequences) -> Room:
+        """The cache under what the budget leaves. With nothing left, the smallest there is, which does not fit."""
+        budget, block, loading = self.usable_bytes, cache.block, self.loading_bytes
+        sequence_slots = cache.sequence_slots or block
+        slot_bytes, state = self.sequence_bytes(part, cache)
 
         def total(sequences: int, slots: int) -> float:
             always = self.always_bytes(sequences, step_tokens, block) + resident_bytes
             step = step_bytes(sequences)
             return memory.peak_bytes(always, loading, step.beside + slots * slot_bytes + sequences * state, step.layers, step.head)
 
-        wanted = workload.concurrency
+        wanted = self.concurrency
         if (size := total(wanted, wanted * sequence_slots)) <= budget:
             return Room(wanted, wanted * sequence_slots, size, True)
         left = budget - total(wanted, 0)
         slots = int(left // (slot_bytes * block)) * block if slot_bytes and left > 0 else 0
         # where the loading peak is the higher one, slots up to there are free; to count them as paid for errs on the safe side
-        if paged and slots >= sequence_slots:
+        if cache.paged and slots >= sequence_slots:
             return Room(wanted, slots, total(wanted, slots), True)
         low, high = 0, wanted - 1  # the most sequences that fit whole, by bisection: bytes grow with every one
         while low < high:
@@ -184,6 +211,8 @@ class Pricer:
         """Peak of the host's pool."""
         if self.pool == "host":
             return bytes_each
+        if not placement.streamed_layers:
+            return self.resident_host_bytes
         streamed = share.streamed_bytes[placement.streamed_layers] * degree if placement.stream_from == "host" else 0
         return memory.peak_bytes(calibration.HOST_PROCESS_BYTES.value + self.tokenizer_bytes + streamed, self.staging_bytes, 0, 0, 0)
 
@@ -243,20 +272,20 @@ class Pricer:
         return self._qualities[key]
 
     def reasons(self, part: Part, cache: Cache, kernel: str, placement: Placement) -> tuple[str, ...]:
-        """What cannot run yet; most reasons depend on the plan alone, the rest on the model and the device."""
+        """What cannot run yet; most reasons depend on the plan alone (of its weights on the formats that wait), the rest on the model and the device."""
         weights, kv, degree = part.weights, cache.kv, part.degree
-        key = (part.number, cache.index, kernel, placement.stream_from if placement.streamed_layers else "")
+        key = (part.waiting, degree, cache.index, kernel, placement.stream_from if placement.streamed_layers else "")
         if key not in self._reasons:
             question = self.question
             slots = kv.block_size if kv.layout == "paged" else 1
-            linear = "native" if kernel == "native" else "torch"
+            linear = {"native": "native", "paged": "cuda"}.get(kernel, "torch")
             probe = Plan(model="", weights=weights, kv=kv, attention=kernel, linear=linear, placement=placement, tensor_parallel=degree, kv_tokens=slots)
             found = list(probe.cannot_run())
             if kernel in self.space.refused:
                 found.append(self.space.refused[kernel])
             if question.model.plan_only:
                 found.append(question.model.plan_only)
-            if question.device.kind != "cpu":
+            if question.device.kind != "cpu" and kernel != "paged":
                 found.append(f"device kind {question.device.kind}")
             self._reasons[key] = tuple(found)
         return self._reasons[key]
@@ -272,13 +301,11 @@ class Pricer:
                 for store in self.space.stores_for(weights):
                     for layout, block in self.space.layouts:
                         cache = self.cache(store, layout, block)
-                        if refusal(cache.kv) is not None:
+                        if cache.refused:
                             continue
-                        slot_bytes = memory.kv_slot_bytes(self.summary, cache.kv, degree)
-                        state = memory.state_bytes(self.summary, cache.kv, self.question.workload.context_tokens, degree)
                         for kernel in self.kernels_for(weights, cache.kv):
                             for step_tokens in self.step_sizes(kernel):
-                                yield from self._placed(part, cache, slot_bytes, state, kernel, step_tokens)
+                                yield from self._placed(part, cache, kernel, step_tokens)
 
     def step_sizes(self, kernel: str) -> tuple[int, ...]:
         """Budgets of tokens per step. The native step goes through its tokens in blocks: larger steps than a few hundred cost buffers and gain nothing."""
@@ -288,41 +315,44 @@ class Pricer:
     def kernels_for(self, weights: WeightPlan, kv: KVPlan) -> tuple[str, ...]:
         """The kernels that go with a layout of weights and a cache: native ones with packed weights and tiles of keys, the others with the rest."""
         if weights.layout == "stored":
-            return tuple(kernel for kernel in self.space.kernels if kernel != "native")
+            return tuple(kernel for kernel in self.space.kernels if kernel not in ("native", "paged"))
+        if weights.layout == "cuda":
+            return ("paged",) if "paged" in self.space.kernels and cuda.cache_refusal(kv) is None else ()
         untiled = kv.layout == "contiguous" and self.question.workload.context_tokens % native.LANES
         return ("native",) if "native" in self.space.kernels and not untiled and native.refusal(self.question.model, kv) is None else ()
 
-    def _placed(self, part: Part, cache: Cache, slot_bytes: int, state: int, kernel: str, step_tokens: int) -> Iterator[Candidate]:
+    def _placed(self, part: Part, cache: Cache, kernel: str, step_tokens: int) -> Iterator[Candidate]:
         """The plan with all layers resident, and where that is not enough for the workload, with as few streamed as will do."""
         step_bytes = partial(self.step_bytes, part, cache, kernel, step_tokens)
-        room = self.room(cache.kv, slot_bytes, state, step_tokens, part.share.total_bytes, step_bytes)
-        workload = self.question.workload
-        kept = cache.kv.retain.tokens(workload.context_tokens)
-        is_enough = room.fits and room.max_sequences >= workload.concurrency and room.kv_tokens >= workload.concurrency * kept
         if not self.space.must_stream:
+            room = self.room(part, cache, step_tokens, part.share.total_bytes, step_bytes)
             yield self._candidate(part, cache, kernel, step_tokens, RESIDENT, room)
-        if is_enough and not self.space.must_stream:
+            if room.fits and room.max_sequences >= self.concurrency and room.kv_tokens >= self.concurrency * cache.kept:
+                return
+        if not self.space.sources:
             return
-        whole = self.full_bytes(cache.kv, slot_bytes, step_tokens, step_bytes)
+        layers = part.placed.fewest(self.usable_bytes - self.full_bytes(part, cache, step_tokens, step_bytes))
+        room = self.room(part, cache, step_tokens, part.placed.resident[layers], step_bytes)
         for source in self.space.sources:
-            layers = part.placed.fewest(self.question.usable_bytes - whole)
-            streamed = self.room(cache.kv, slot_bytes, state, step_tokens, part.placed.resident[layers], step_bytes)
-            yield self._candidate(part, cache, kernel, step_tokens, Placement(streamed_layers=layers, stream_from=source), streamed)
+            yield self._candidate(part, cache, kernel, step_tokens, self.placement(layers, source), room)
 
-    def full_bytes(self, kv: KVPlan, slot_bytes: int, step_tokens: int, step_bytes: OfSequences) -> float:
+    def placement(self, layers: int, source: str) -> Placement:
+        """So many layers from there; one object for all plans that say so."""
+        if (layers, source) not in self._placements:
+            self._placements[layers, source] = Placement(streamed_layers=layers, stream_from=source)
+        return self._placements[layers, source]
+
+    def full_bytes(self, part: Part, cache: Cache, step_tokens: int, step_bytes: OfSequences) -> float:
         """The compute pool without weights, the cache holding the whole workload."""
-        workload = self.question.workload
-        block = kv.block_slots(workload.context_tokens)
-        slots = workload.concurrency * ceil(kv.retain.tokens(workload.context_tokens) / block) * block
-        step = step_bytes(workload.concurrency)
-        running = step.beside + slots * slot_bytes + workload.concurrency * memory.state_bytes(self.summary, kv, workload.context_tokens)
-        loading = self.staging_bytes if self.pool == "host" else 0
-        return memory.peak_bytes(self.always_bytes(workload.concurrency, step_tokens, block), loading, running, step.layers, step.head)
+        slot_bytes, state = self.sequence_bytes(part, cache)
+        step = step_bytes(self.concurrency)
+        running = step.beside + self.concurrency * (cache.sequence_slots * slot_bytes + state)
+        return memory.peak_bytes(self.always_bytes(self.concurrency, step_tokens, cache.block), self.loading_bytes, running, step.layers, step.head)
 
     def _candidate(self, part: Part, cache: Cache, kernel: str, step_tokens: int, placement: Placement, room: Room) -> Candidate:
         question, workload, kv = self.question, self.question.workload, cache.kv
-        held = room.kv_tokens // max(1, kv.retain.tokens(self.mean_tokens)) if kv.layout == "paged" else room.max_sequences
-        sequences = max(1, min(workload.concurrency, room.max_sequences, held))
+        held = room.kv_tokens // cache.kept_on_average if cache.paged else room.max_sequences
+        sequences = max(1, min(self.concurrency, room.max_sequences, held))
         decode = self.step("decode", part, cache, kernel, placement, sequences)
         prefill = self.step("prefill", part, cache, kernel, placement, min(step_tokens, workload.prompt_tokens))
         known = decode.seconds.known and prefill.seconds.known
@@ -343,8 +373,7 @@ class Pricer:
             room.fits and fits_host,
             decode,
             prefill,
-            decode_tokens_per_s(decode, sequences, workload),
-            prefill_tokens_per_s(prefill, workload),
+            sequences,
             request_seconds(decode.seconds.require(), prefill.seconds.require(), sequences, workload) if known else float("inf"),
             self.quality(part, cache),
             self.reasons(part, cache, kernel, placement),

@@ -40,23 +40,32 @@ AXES: dict[str, Callable[[Candidate], str]] = {
 }
 
 
-def rejections(candidates: Sequence[Candidate], best: Candidate | None, space: Space, question: Question, *, runnable_only: bool) -> list[Rejection]:
-    """One entry per value of each axis that `best` does not take (of every value where nothing is best)."""
+def rejections(
+    candidates: Sequence[Candidate], ranked: Sequence[Candidate], best: Candidate | None, space: Space, question: Question, *, runnable_only: bool
+) -> list[Rejection]:
+    """One entry per value of each axis that `best` does not take (of every value where nothing is best). `ranked`: those that may be chosen, best first."""
     found = []
     for axis, value_of in AXES.items():
-        families: dict[str, list[Candidate]] = {}
-        for candidate in candidates:
-            families.setdefault(value_of(candidate), []).append(candidate)
-        for value, members in families.items():
-            if best is None or value != value_of(best):
-                found.append(_rejection(f"{axis} {value}", members, best, question, runnable_only))
+        strongest: dict[str, Candidate] = {}
+        for candidate in ranked:
+            strongest.setdefault(value_of(candidate), candidate)
+        for value in dict.fromkeys(map(value_of, candidates)):
+            if best is not None and value == value_of(best):
+                continue
+            if best is not None and value in strongest:
+                able = strongest[value]
+                found.append(Rejection(f"{axis} {value}", _compared(able, best), able.need_bytes, question.memory_bytes))
+            else:
+                members = [candidate for candidate in candidates if value_of(candidate) == value]
+                found.append(_unable(f"{axis} {value}", members, question, runnable_only))
     unused = {kernel: reason for kernel, reason in space.refused.items() if kernel not in space.kernels}
     found += [Rejection(f"KV {store}", reason) for store, reason in space.refused_stores.items() if space.stores is None and STORES[store].offered]
     found += [Rejection(f"attention {kernel}", f"cannot compute {question.model.name}: {reason}") for kernel, reason in unused.items()]
     return found
 
 
-def _rejection(family: str, members: Sequence[Candidate], best: Candidate | None, question: Question, runnable_only: bool) -> Rejection:
+def _unable(family: str, members: Sequence[Candidate], question: Question, runnable_only: bool) -> Rejection:
+    """Why none of a family may be chosen: it does not run, needs more devices, or more memory."""
     able = [c for c in members if not (runnable_only and c.runs)]
     if not able:
         return Rejection(family, "cannot run yet: " + "; ".join(min((c.runs for c in members), key=len)))
@@ -65,13 +74,9 @@ def _rejection(family: str, members: Sequence[Candidate], best: Candidate | None
         strongest = min(able, key=lambda c: (not c.fits_memory, *c.preference))
         need = f"{strongest.tensor_parallel} devices needed, {question.device.count} there"
         return Rejection(family, need if strongest.fits_memory else f"{need}, and even so {_too_large(strongest, question)}", strongest.need_bytes)
-    fitting = [c for c in at_hand if c.fits_memory]
-    if not fitting:
-        smallest = min(at_hand, key=lambda c: c.bytes_each)
-        return Rejection(family, _too_large(smallest, question), smallest.need_bytes, question.memory_bytes)
-    strongest = min(fitting, key=lambda c: c.preference)
-    assert best is not None, "something fits and runs, so something is best"
-    return Rejection(family, _compared(strongest, best), strongest.need_bytes, question.memory_bytes)
+    assert not any(c.fits_memory for c in at_hand), "what fits and runs on the devices at hand may be chosen"
+    smallest = min(at_hand, key=lambda c: c.bytes_each)
+    return Rejection(family, _too_large(smallest, question), smallest.need_bytes, question.memory_bytes)
 
 
 def _too_large(candidate: Candidate, question: Question) -> str:

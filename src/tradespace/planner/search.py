@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import takewhile
 from math import ceil
 
 from tradespace.errors import BudgetError, InputError
@@ -54,8 +55,16 @@ class Frontier:
 
     @cached_property
     def best(self) -> Candidate | None:
-        """The preferred eligible plan (the rule stands in `planner/candidate.py`); None where nothing fits."""
-        return min(self.eligible, key=lambda c: (*c.preference, len(c.runs)), default=None)
+        """The preferred eligible plan (the rule stands in `planner/candidate.py`), of equals one that runs; None where nothing fits."""
+        if not self.ranked:
+            return None
+        first = self.ranked[0].preference
+        return min(takewhile(lambda c: c.preference == first, self.ranked), key=lambda c: len(c.runs))
+
+    @cached_property
+    def ranked(self) -> tuple[Candidate, ...]:
+        """The eligible plans, the preferred ones first."""
+        return tuple(sorted(self.eligible, key=lambda c: c.preference))
 
     @cached_property
     def smallest(self) -> Candidate:
@@ -66,7 +75,7 @@ class Frontier:
     @cached_property
     def why_not(self) -> list[Rejection]:
         """For each family of options that the best plan does not use: why."""
-        return rejections(self.candidates, self.best, self.space, self.question, runnable_only=self.runnable_only)
+        return rejections(self.candidates, self.ranked, self.best, self.space, self.question, runnable_only=self.runnable_only)
 
     @cached_property
     def nearest(self) -> Candidate | None:
@@ -109,6 +118,8 @@ class Frontier:
         """Plain values: the best plan with its ledger, the frontier, the rejections, the nearest plan."""
         return {
             "model": self.question.model.name,
+            "published_as": self.question.model.quantization,
+            "published_bytes": self.question.model.published_bytes,
             "device": self.question.device.name,
             "memory_bytes": self.question.memory_bytes,
             "num_candidates": len(self.candidates),

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from tradespace.cost.summary import summarize
 from tradespace.errors import InputError
-from tradespace.spec import native
+from tradespace.spec import cuda, native
 from tradespace.spec.attention import KERNELS, find_kernel, refusal, weights_refusal
 from tradespace.spec.device import DeviceSpec
 from tradespace.spec.formats import FORMATS, find_format
@@ -27,6 +27,7 @@ from tradespace.spec.kv import (
 from tradespace.spec.model import ModelSpec
 from tradespace.spec.plan import ACTIVATIONS, LINEAR_KERNELS
 from tradespace.spec.tensors import QUANTIZABLE_ROLES, model_tensors
+from tradespace.spec.weights import LAYOUTS as LAYOUT_NAMES
 from tradespace.spec.weights import WeightPlan
 from tradespace.spec.workload import Workload
 
@@ -79,6 +80,9 @@ class Space:
     def stores_for(self, weights: WeightPlan) -> tuple[str, ...]:
         """KV stores that make sense beside the activations: theirs, bf16 under fp32, and all narrower ones. Native steps hold 16 bits unless told not to."""
         dense = weights.dense
+        if weights.layout == "cuda":
+            offered = cuda.KV_STORES if self.stores is None else (dense, *self.stores) if self.own_store else self.stores
+            return tuple(name for name in offered if name != "fp16" and cuda.cache_refusal(self.kv_plan(name, "paged", 16)) is None)
         if weights.layout == "native":
             if self.stores is None or self.own_store:
                 return ("fp16",)
@@ -108,15 +112,17 @@ def weight_plans(model: ModelSpec, names: tuple[str, ...], heads: tuple[str, ...
     for name in names:
         if any(unsuitable(FORMATS[name], width) for width in widths):
             continue
+        if layout == "cuda" and not cuda.runs(name):
+            continue
         if layout == "native":  # packed for its kernels, the head with the rest; formats that they do not read are no part of the space
             found += [WeightPlan(default=name, layout="native")] if native.runs(name) else []
             continue
-        dense = FORMATS[name].compute
+        dense = "bf16" if layout == "cuda" else FORMATS[name].compute
         if "same" in heads or name == dense:
-            found.append(WeightPlan(default=name))
+            found.append(WeightPlan(default=name, layout=layout))
         if "dense" in heads and name != dense:
             roles = ("embed",) if model.tied else ("embed", "lm_head")
-            found.append(WeightPlan(default=name, exceptions=dict.fromkeys(roles, dense)))
+            found.append(WeightPlan(default=name, exceptions=dict.fromkeys(roles, dense), layout=layout))
     return tuple(found)
 
 
@@ -139,7 +145,8 @@ def own_plans(stored: WeightPlan | None) -> tuple[WeightPlan, ...]:
     """The checkpoint's own formats in every layout that holds them."""
     if stored is None:
         return ()
-    return (stored, replace(stored, layout="native")) if all(native.runs(name) for name in stored.names) else (stored,)
+    packed = [layout for layout, kernels in (("native", native), ("cuda", cuda)) if all(kernels.runs(name) for name in stored.names)]
+    return (stored, *(replace(stored, layout=layout) for layout in packed))
 
 
 def build_space(model: ModelSpec, device: DeviceSpec, workload: Workload, pins: Mapping[str, str], stored: WeightPlan | None = None) -> Space:
@@ -173,14 +180,27 @@ def build_space(model: ModelSpec, device: DeviceSpec, workload: Workload, pins: 
                 reasons.append(native.refusal(model, KVPlan(store=stores[0], values=stores[1])))
             if pins.get("linear", "native") != "native":
                 reasons.append(f"the native step has its own products; linear={pins['linear']} was asked for")
+        elif kernel == "paged":
+            reasons.append(None if device.kind == "cuda" else "paged is a kernel for CUDA devices")
+            reasons.append(None if device.kind != "cuda" or device.flops_per_s("bf16").known else f"the CUDA step computes in bf16, which {device.name} cannot")
+            reasons.append(cuda.refusal(model, KVPlan(store="bf16", block_size=LAYOUTS[0][1], retain=retain)))
+            if "kv_store" in pins:
+                stores = parse_stores(pins["kv_store"])
+                reasons.append(cuda.cache_refusal(KVPlan(store=stores[0], values=stores[1])))
+            if pins.get("layout", "paged") != "paged":
+                reasons.append("paged attention reads paged caches")
+            if pins.get("linear", "cuda") != "cuda":
+                reasons.append(f"the CUDA step has its own products; linear={pins['linear']} was asked for")
+        elif pins.get("linear") == "cuda":
+            reasons.append("the CUDA step has its own attention; linear=cuda was asked for")
         elif pins.get("linear") == "native":
             reasons.append("the native step has its own attention; linear=native was asked for")
         found = next((reason for reason in reasons if reason), None)
         if found:
             refused[kernel] = found
     kernels = tuple(kernel for kernel in _one_of(pins, "attention", tuple(KERNELS)) if kernel not in refused)
-    if not kernels and ("attention" in pins or pins.get("linear") == "native"):
-        asked = pins.get("attention", "native")
+    if not kernels and ("attention" in pins or pins.get("linear") in ("native", "cuda")):
+        asked = pins.get("attention", "paged" if pins.get("linear") == "cuda" else "native")
         raise InputError(f"attention kernel {asked} cannot compute {model.name}: {refused[asked]}. Leave the choice to the planner")
     if not kernels:  # nothing here computes such a layer: priced all the same, with the reason why it does not run
         kernels = tuple(kernel for kernel in KERNELS if kernel in _EAGER or (kernel == "flash" and device.kind == "cuda"))
@@ -202,11 +222,10 @@ def build_space(model: ModelSpec, device: DeviceSpec, workload: Workload, pins: 
     if pins.get("weights") == "stored" and not own:
         raise InputError(f"weights 'stored': {model.name} comes from no file with quantized weights of its own. Name a format: {', '.join(FORMATS)}")
     heads = _one_of(pins, "head", ("same", "dense"))
-    found = [] if pins.get("weights") == "stored" else [p for layout in ("stored", "native") for p in weight_plans(model, _formats(pins), heads, layout)]
+    found = [] if pins.get("weights") == "stored" else [p for layout in LAYOUT_NAMES for p in weight_plans(model, _formats(pins), heads, layout)]
     if "weights" not in pins or pins["weights"] == "stored":
         found = [*own, *found]
-    eager = any(kernel != "native" for kernel in kernels)
-    weights = tuple(plan for plan in dict.fromkeys(found) if (eager if plan.layout == "stored" else "native" in kernels))
+    weights = tuple(plan for plan in dict.fromkeys(found) if _computed(plan, kernels))
     if not weights:
         name = pins.get("weights", "")
         widths = sorted({tensor.shape[-1] for tensor in model_tensors(model) if tensor.role in QUANTIZABLE_ROLES})
@@ -221,7 +240,7 @@ def build_space(model: ModelSpec, device: DeviceSpec, workload: Workload, pins: 
         layouts=layouts,
         prefix_sharing=sharing != "off",
         kernels=kernels,
-        linear=next(name for name in _one_of(pins, "linear", LINEAR_KERNELS) if name != "native" or pins.get("linear") == "native"),
+        linear=next(name for name in _one_of(pins, "linear", LINEAR_KERNELS) if name not in ("native", "cuda") or pins.get("linear") == name),
         activations=next(iter(_one_of(pins, "activations", ACTIVATIONS))),
         step_tokens=(_number(pins, "step_tokens"),) if "step_tokens" in pins else _step_sizes(workload),
         degrees=(_number(pins, "tensor_parallel"),) if "tensor_parallel" in pins else degrees_for(model, device),
@@ -229,6 +248,13 @@ def build_space(model: ModelSpec, device: DeviceSpec, workload: Workload, pins: 
         must_stream="resident" not in placement,
         refused=refused,
     )
+
+
+def _computed(plan: WeightPlan, kernels: tuple[str, ...]) -> bool:
+    """Whether one of the kernels goes with the plan's layout. Where a device has a step of its own, what that reads is offered in its layout alone."""
+    if plan.layout != "stored":
+        return {"native": "native", "cuda": "paged"}[plan.layout] in kernels
+    return any(kernel not in ("native", "paged") for kernel in kernels) and not ("paged" in kernels and all(cuda.runs(name) for name in plan.names))
 
 
 def _fitting_stores(model: ModelSpec, retain: Retain, layouts: tuple[tuple[str, int], ...], pins: Mapping[str, str]) -> tuple[Retain, dict[str, str]]:

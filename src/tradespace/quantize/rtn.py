@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tradespace.errors import EngineError, InputError
-from tradespace.formats import DTYPES, FORMATS, QuantizedWeight, ScaledWeight, Weight
+from tradespace.formats import DTYPES, FORMATS, CudaWeight, QuantizedWeight, ScaledWeight, Weight
 from tradespace.formats.codes import Codes, group_extremes, spread
 from tradespace.formats.nf4 import NF4Codec, levels
 from tradespace.formats.scaled import ScaledCodec
@@ -92,6 +92,8 @@ def fill_rtn(weight: Weight, rows: int | Tensor, values_RC: Tensor, *, name: str
     """
     if not values_RC.numel():
         return
+    if isinstance(weight, CudaWeight):  # encoded where they are held
+        values_RC = values_RC.to(weight.packed.codes.device)
     magnitudes_R = _magnitudes(values_RC, name)
     target = slice(rows, rows + len(values_RC)) if isinstance(rows, int) else rows
     _refuse_overflow(weight.format_name, magnitudes_R, name)

@@ -10,6 +10,7 @@ from math import isqrt
 
 from tradespace.errors import InputError
 from tradespace.spec.mixers import Attention
+from tradespace.spec.paged import mixer_refusal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,9 @@ KERNELS: dict[str, AttentionKernel] = {
             name="native", memory="O(T)", runs_since="0.2", idea="C++, online softmax over the cache's own pages, split over keys; arXiv:2311.01282"
         ),
         AttentionKernel(name="documents", memory="O(T)", runs_since="0.3", idea="torch's fused kernel, whole documents of a training step one by one"),
+        AttentionKernel(
+            name="paged", memory="O(T)", runs_since="0.3", idea="Triton, over the cache's own pages, split over keys; arXiv:2309.06180, 2311.01282"
+        ),
         AttentionKernel(name="flash", memory="O(T)", runs_since="0.2", idea="tiles in SRAM, forward and backward, Triton; arXiv:2205.14135, 2307.08691"),
     )
 }
@@ -62,6 +66,8 @@ def refusal(kernel: str, mixer: Attention) -> str | None:
         return f"flash takes a positive scale of the scores, not {mixer.softmax_scale}"
     if kernel == "flash" and mixer.chunked and mixer.pattern is not None and mixer.pattern.kind == "sliding":
         return "flash knows one kind of window at a time: chunks or a sliding pattern"
+    if kernel == "paged":
+        return mixer_refusal(mixer)
     return f"{kernel} has no linear position biases (ALiBi)" if mixer.alibi else None
 
 

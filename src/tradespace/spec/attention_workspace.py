@@ -50,6 +50,8 @@ def workspace_bytes(
         return out + copied + _chunked(mixer, min(step_tokens, CHUNKED_QUERIES), max_context)
     if kernel == "native":  # its partial results are among the step's buffers (`spec/native.py`)
         return out + step_tokens * mixer.N * 4
+    if kernel == "paged":  # its own buffers are the step's (`spec/cuda.py`); called by itself it copies what the sequences see into pages
+        return out + max_sequences * max_context * key_bytes(mixer, element_bytes)
     if kernel == "flash":
         # sequences that are computed together lie together: copied one by one, GATHER_BYTES of them at most, or a single longer one; then outputs are joined
         several = min(max_sequences, step_tokens) > 1

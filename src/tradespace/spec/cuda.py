@@ -7,16 +7,25 @@ to whole chunks. Scales lie group by group, as many groups side by side as fill 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import ceil, prod
 
 from tradespace.spec.formats import ALIASES
 from tradespace.spec.formats import FORMATS as WEIGHT_FORMATS
+from tradespace.spec.kv import KVPlan
+from tradespace.spec.mixers import Attention
+from tradespace.spec.model import DenseFFN, ModelSpec
+from tradespace.spec.paged import mixer_refusal
 
 CHUNK_ROWS = 32
 FEW_ROWS = 64  # rows of activations up to which weights are decoded in registers
 SQUARES_COLUMNS = 32  # columns of the residual stream that share a partial sum of squares
 PARTIALS = 2**21  # fp32 numbers that products split along their columns leave for each other
+UNPACK_ELEMENTS = 2**26  # of a coded matrix that are decoded at once for a product of many rows
+KV_STORES = ("bf16", "fp16", "fp8", "int8")  # that attention reads and writes, keys and values alike
+MULTIPROCESSORS = 132  # of an H100
+SAMPLE_CHUNK = 2048  # logits of a row that one program of sampling looks at
 COUNTERS = 4096  # tiles of a split product, or (sequence, head) pairs of split attention, that count who is done
 
 
@@ -116,3 +125,107 @@ def squares_tiles(columns: int) -> int:
 def attention_scratch_bytes(sequences: int, heads: int, value_width: int, splits: int) -> int:
     """What split attention keeps: of each sequence, query head and split its values, weighted, and the log-sum; and counters."""
     return 4 * sequences * heads * splits * (value_width + 1) + 4 * COUNTERS
+
+
+def graph_rows(max_sequences: int) -> tuple[int, ...]:
+    """Numbers of sequences for which a decode step is captured: a step of others takes the next larger one, its last rows idle. Ascending.
+
+    >>> graph_rows(5), graph_rows(100)[-3:]
+    ((1, 2, 4, 5), (80, 96, 100))
+    """
+    steps = [1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, 256, 32), *range(256, 1025, 64)]
+    return (*(rows for rows in steps if rows < max_sequences), max_sequences)
+
+
+def cache_refusal(kv: KVPlan) -> str | None:
+    """Why the CUDA kernels cannot read such a cache, whatever the model; None: they can."""
+    if kv.retain.kind != "full":
+        return f"paged attention reads caches that retain everything, not {kv.retain.kind}"
+    if kv.layout != "paged":
+        return f"paged attention reads paged caches, not {kv.layout} ones"
+    if kv.store not in KV_STORES or kv.value_store != kv.store:
+        return f"paged attention reads keys and values alike in {', '.join(KV_STORES)}, not {kv.describe_store()}"
+    return None
+
+
+def refusal(model: ModelSpec, kv: KVPlan) -> str | None:
+    """Why the CUDA step cannot compute such a model with such a cache; None: it can."""
+    if reason := cache_refusal(kv):
+        return reason
+    for index, layer in enumerate(model.layers):
+        if not isinstance(layer.mixer, Attention):
+            return f"layer {index} of {model.name} is no softmax attention"
+        if reason := mixer_refusal(layer.mixer):
+            return f"layer {index} of {model.name}: {reason}"
+        if not isinstance(layer.ffn, DenseFFN):
+            return f"layer {index} of {model.name} has a routed feed-forward, or none"
+        if layer.arrangement not in ("pre", "sandwich"):
+            return f"layer {index} of {model.name} has its norms elsewhere than before each half ({layer.arrangement})"
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Buffers:
+    """Widths of a step's buffers in bf16 elements a token (`codes`: 8-bit activations, 0 where no product takes such), and the bytes of all of them."""
+
+    stream: int
+    keys: int
+    wide: int
+    mixed: int
+    codes: int
+    logits: int
+
+    def nbytes(self, step_tokens: int, logit_rows: int) -> int:
+        """Bytes for `step_tokens` tokens, `logit_rows` rows of fp32 logits, and the sums of squares of few rows."""
+        each = 2 * (3 * self.stream + self.keys + self.wide + self.mixed) + self.codes + (4 if self.codes else 0)
+        # the rows that logits are computed of are gathered: stream, and a token id each
+        return each * step_tokens + (4 * self.logits + 2 * self.stream + 8) * logit_rows + 4 * FEW_ROWS * squares_tiles(self.stream)
+
+
+def buffers(model: ModelSpec, formats: Iterable[str]) -> Buffers:
+    """Widths that the layers of `model` need when its matrices are in these formats; `refusal` comes first."""
+    wide, mixed, keys, inner = model.D, 0, 0, model.D
+    for layer in model.layers:
+        mixer, ffn = layer.mixer, layer.ffn
+        assert isinstance(mixer, Attention) and isinstance(ffn, DenseFFN), f"{model.name}: refusal() comes first"
+        wide = max(wide, (mixer.N + mixer.K) * mixer.H + mixer.K * mixer.Hv, (2 if ffn.gated else 1) * ffn.F)
+        mixed = max(mixed, mixer.N * (mixer.H + mixer.Hv), ffn.F)
+        keys = max(keys, mixer.K * mixer.H)
+        inner = max(inner, mixer.N * mixer.Hv, ffn.F)
+    eight = any(FORMATS[name].kind in ("w8a8", "f8a8") for name in formats)
+    return Buffers(model.D, keys, wide, mixed, inner if eight else 0, model.V)
+
+
+def decode_splits(sequences: int, num_kv: int, max_context: int, multiprocessors: int = MULTIPROCESSORS) -> int:
+    """Splits for which a step of so many sequences fills the device four times over, each at least 128 keys of the longest context; one where sequences and
+    heads alone give every multiprocessor something to do.
+
+    >>> decode_splits(1, 8, 32768), decode_splits(32, 8, 4096), decode_splits(1, 8, 100)
+    (66, 1, 1)
+    """
+    if sequences * num_kv >= multiprocessors:
+        return 1
+    wanted = round(4 * multiprocessors / max(1, sequences * num_kv))
+    return max(1, min(wanted, -(-max_context // 128), 128))
+
+
+def step_bytes(
+    model: ModelSpec, formats: Iterable[str], step_tokens: int, logit_rows: int, max_sequences: int, max_context: int, multiprocessors: int = MULTIPROCESSORS
+) -> int:
+    """Bytes of a step's buffers, with what products of few rows and split attention share; the workspace that matrices are decoded into is another line."""
+    mixers = [layer.mixer for layer in model.layers if isinstance(layer.mixer, Attention)]
+    least = min(mixer.K for mixer in mixers)
+    most = max(rows * decode_splits(rows, least, max_context, multiprocessors) for rows in graph_rows(max_sequences))
+    attention = attention_scratch_bytes(most, max(mixer.N for mixer in mixers), max(mixer.Hv for mixer in mixers), 1)
+    return buffers(model, formats).nbytes(step_tokens, logit_rows) + scratch_bytes() + attention
+
+
+def inbox_bytes(step_tokens: int, sequences: int, rows: int, blocks: int, V: int) -> int:
+    """Bytes on the device of what steps read (a decode step's own, and a mixed one's) and leave: tokens, and what sampling keeps for each row and chunk."""
+
+    def inbox(tokens: int, logits: int) -> int:
+        narrow = 4 * (sequences + 1 + sequences + sequences * blocks)
+        return ceil((8 * (4 * tokens + logits) + narrow) / 8) * 8
+
+    chunks = ceil(V / SAMPLE_CHUNK)
+    return inbox(sequences, sequences) + inbox(step_tokens, rows) + 8 * rows + rows * (chunks * (4 + 8 + 4 + 4 * 17) + 5 * 4)

@@ -27,6 +27,7 @@ class WeightFormat:
     zero_bits     of one group's zero point; those of a row are packed and start on a whole byte. 0: symmetric
     nested        scales that share a scale of 4 bytes themselves (and 4 bytes of offset a tensor); 0: scales are plain
     activations   bits of an activation in the product where they are quantized, too; 0: they stay floats
+    rounded       the 8-bit float that activations are rounded to, a scale per token, before the product ("e4m3"); "": they are not
     compute       dtype of the activations that come in and go out
     runs_since    the version whose engine runs it; None: priced, cannot run yet
     """
@@ -40,6 +41,7 @@ class WeightFormat:
     zero_bits: int = 0
     nested: int = 0
     activations: int = 0
+    rounded: str = ""
     compute: str = "bf16"
     runs_since: str | None = None
     idea: str = ""
@@ -124,6 +126,7 @@ FORMATS: dict[str, WeightFormat] = {
         WeightFormat(name="int8-tensor", bits=8, **_CODED, scale_rows=0, idea="one scale per matrix, symmetric"),
         WeightFormat(name="w8a8", bits=8, **_CODED, activations=8, idea="one scale per row, activations in int8 per token; arXiv:2211.10438"),
         WeightFormat(name="fp8", bits=8, **_CODED, idea="e4m3, one scale per output row; arXiv:2209.05433"),
+        WeightFormat(name="fp8-a8", bits=8, **_CODED, rounded="e4m3", idea="e4m3, one scale per output row, activations in e4m3 per token; arXiv:2209.05433"),
         WeightFormat(name="fp8-tensor", bits=8, **_CODED, scale_rows=0, idea="e4m3, one scale per matrix; arXiv:2209.05433"),
         WeightFormat(
             name="fp8-block", bits=8, group=128, scale_rows=128, scale_bytes=4, runs_since="0.2", idea="e4m3, a scale per 128 x 128; arXiv:2412.19437"

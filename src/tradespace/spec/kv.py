@@ -54,6 +54,9 @@ class KVPlan:
     def _hash(self) -> int:  # a search looks plans up a million times
         return hash((self.retain, self.layout, self.block_size, self.store, self.values, self.prefix_sharing))
 
+    def __getstate__(self) -> dict[str, object]:  # another process hashes strings otherwise
+        return {name: value for name, value in self.__dict__.items() if name != "_hash"}
+
     @cached_property
     def held(self) -> KVPlan:
         """The same without its layout: what prices that do not depend on one are remembered under."""

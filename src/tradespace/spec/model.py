@@ -10,7 +10,7 @@ L layers · E experts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Literal
 
@@ -94,10 +94,21 @@ class ModelSpec:
     logit_scale: float = 1.0
     stored_dtype: str = "bf16"  # what the published checkpoint holds, before any quantization
     quantization: str | None = None  # the format that the published config names, e.g. "fp8-128x128", "nvfp4", "mxfp4"
+    published_bytes: int | None = None  # of the decoder in that format (`spec/published.py`); None: the config names none
     plan_only: str | None = None
     imposed: str = ""  # an attention pattern that is not the model's own (`attention_imposed.py`); '': none
     extra_parameters: tuple[tuple[str, int], ...] = field(default=())  # (what, count) outside of the decoder: vision towers, MTP heads
     left_out: tuple[str, ...] = ()  # what the checkpoint holds beside the decoder that nobody counted
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:  # over all layers: a search looks models up thousands of times
+        return hash(tuple(getattr(self, part.name) for part in fields(self)))
+
+    def __getstate__(self) -> dict[str, object]:  # another process hashes strings otherwise
+        return {name: value for name, value in self.__dict__.items() if name != "_hash"}
 
     @property
     def L(self) -> int:

@@ -7,6 +7,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
 from tradespace.errors import InputError
+from tradespace.spec import cuda
 from tradespace.spec.attention import KERNELS, find_kernel, weights_refusal
 from tradespace.spec.attention_pattern import parse_pattern
 from tradespace.spec.formats import FORMATS
@@ -14,8 +15,9 @@ from tradespace.spec.kv import KVPlan, Retain, drafting_refusal, refusal
 from tradespace.spec.native import cache_refusal
 from tradespace.spec.weights import WeightPlan
 
-# how x @ W.T is computed: "reference" in fp32 over fixed tiles of rows, "torch" as the library does it best, "native" the whole step in C++ on a CPU
-LINEAR_KERNELS = ("torch", "reference", "native")
+# how x @ W.T is computed: "reference" in fp32 over fixed tiles of rows, "torch" as the library does it best, "native" the whole step in C++ on a CPU,
+# "cuda" the whole step in Triton on a CUDA device
+LINEAR_KERNELS = ("torch", "reference", "native", "cuda")
 # what the native kernels multiply by: "auto" int8 for integer codes and bf16 for bf16 weights, "fp32" exact products
 ACTIVATIONS = ("auto", "fp32")
 
@@ -81,6 +83,9 @@ class Plan:
         together = (self.linear == "native", self.attention == "native", self.weights.layout == "native")
         if any(together) and not all(together):
             raise InputError("plan: the native step is one: linear, attention and weights.layout are 'native' all three, or none of them")
+        together = (self.linear == "cuda", self.attention == "paged", self.weights.layout == "cuda")
+        if any(together) and not all(together):
+            raise InputError("plan: the CUDA step is one: linear 'cuda', attention 'paged' and weights.layout 'cuda', or none of them")
         for name in ("max_sequences", "max_context", "step_tokens", "kv_tokens", "tensor_parallel"):
             if getattr(self, name) < 1:
                 raise InputError(f"plan: {name} is {getattr(self, name)}; at least 1 is needed")
@@ -112,6 +117,8 @@ class Plan:
         if self.kv.retain.evicts and (found := weights_refusal(self.attention)) is not None:
             reasons.append(found)
         if self.attention == "native" and (found := cache_refusal(self.kv)) is not None:
+            reasons.append(found)
+        if self.attention == "paged" and (found := cuda.cache_refusal(self.kv)) is not None:
             reasons.append(found)
         if KERNELS[self.attention].runs_since is None:
             reasons.append(f"attention kernel {self.attention}")

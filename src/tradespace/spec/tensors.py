@@ -109,6 +109,7 @@ def model_tensors(model: ModelSpec) -> tuple[TensorSpec, ...]:
     return tuple(found)
 
 
+@lru_cache(maxsize=64)
 def num_parameters(model: ModelSpec) -> int:
     """Parameters of the decoder, exactly (what lies outside of it is `model.extra_parameters`)."""
     return sum(tensor.num_elements for tensor in model_tensors(model))

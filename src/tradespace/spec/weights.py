@@ -14,6 +14,7 @@ from tradespace.spec.model import ModelSpec
 from tradespace.spec.tensors import QUANTIZABLE_ROLES, TensorSpec, model_tensors
 
 FLOATS = ("fp32", "bf16", "fp16")
+LAYOUTS = ("stored", "native", "cuda", "cuda-codes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +22,8 @@ class WeightPlan:
     """Which format holds which tensor: `default` for every quantizable role, exceptions by role ("lm_head") or "layer:role" ("0:down").
 
     Norms are held in fp32; biases, sinks, position tables and routers in `dense` (the dtype of the activations). `layout` is how the formats lie in memory:
-    "stored" as `formats/` has them, "native" packed for the CPU kernels (`spec/native.py`), whose activations are fp32, "cuda" with codes packed for the CUDA
-    kernels (`spec/cuda.py`; floats lie as they are), whose activations are bf16.
+    "stored" as `formats/` has them, "native" packed for the CPU kernels (`spec/native.py`), whose activations are fp32, "cuda" packed for the CUDA kernels
+    (`spec/cuda.py`), whose activations are bf16, "cuda-codes" with codes packed for those and floats as stored: what adapters learn beside on a device.
     """
 
     default: str = "bf16"
@@ -31,11 +32,13 @@ class WeightPlan:
 
     def __post_init__(self):
         find_format(self.default)
-        if self.layout not in ("stored", "native", "cuda"):
-            raise InputError(f"unknown weight layout '{self.layout}'. Known: stored, native, cuda")
+        if self.layout not in LAYOUTS:
+            raise InputError(f"unknown weight layout '{self.layout}'. Known: {', '.join(LAYOUTS)}")
         if self.layout == "native" and (strange := [name for name in (self.default, *self.exceptions.values()) if not native.runs(name)]):
             raise InputError(f"the native kernels do not read {', '.join(strange)}. They read {', '.join(native.FORMAT_KINDS)}")
-        if self.layout == "cuda" and (strange := [name for name in (self.default, *self.exceptions.values()) if name not in FLOATS and not cuda.runs(name)]):
+        floats = FLOATS if self.layout == "cuda-codes" else ()
+        named = (self.default, *self.exceptions.values())
+        if self.layout in ("cuda", "cuda-codes") and (strange := [name for name in named if name not in floats and not cuda.runs(name)]):
             raise InputError(f"the CUDA kernels do not read {', '.join(strange)}. They read {', '.join(cuda.FORMATS)}")
         for key, name in self.exceptions.items():
             find_format(name)
@@ -49,7 +52,7 @@ class WeightPlan:
     @property
     def dense(self) -> str:
         """Dtype of activations and of what no format holds."""
-        return "fp32" if self.layout == "native" else FORMATS[self.default].compute
+        return {"native": "fp32", "cuda": "bf16"}.get(self.layout) or FORMATS[self.default].compute
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -67,7 +70,8 @@ class WeightPlan:
     def nbytes(self, tensor: TensorSpec) -> int:
         if self.layout == "native" and tensor.role in QUANTIZABLE_ROLES:
             return native.packed_bytes(self.format_of(tensor).name, prod(tensor.shape[:-1]), tensor.shape[-1])
-        if self.layout == "cuda" and tensor.role in QUANTIZABLE_ROLES and self.format_of(tensor).name not in FLOATS:
+        coded = self.layout == "cuda" or (self.layout == "cuda-codes" and self.format_of(tensor).name not in FLOATS)
+        if coded and tensor.role in QUANTIZABLE_ROLES:
             return cuda.packed_bytes(self.format_of(tensor).name, tensor.shape)
         return self.format_of(tensor).nbytes(tensor.shape)
 
@@ -94,7 +98,7 @@ def tile_rows(rows: int, columns: int, elements: int = TILE_ELEMENTS) -> int:
 
 def tile_elements(plan: WeightPlan) -> int:
     """Of the tile that a plan's matrices are dequantized in."""
-    return CUDA_TILE_ELEMENTS if plan.layout == "cuda" else TILE_ELEMENTS
+    return CUDA_TILE_ELEMENTS if plan.layout == "cuda-codes" else TILE_ELEMENTS
 
 
 def workspace_shape(shapes: Iterable[tuple[int, ...]], elements: int = TILE_ELEMENTS) -> tuple[int, int]:
@@ -105,6 +109,12 @@ def workspace_shape(shapes: Iterable[tuple[int, ...]], elements: int = TILE_ELEM
     """
     matrices = [shape[-2:] for shape in shapes]
     return max((tile_rows(R, C, elements) * C for R, C in matrices), default=0), max((R for R, _ in matrices), default=0)
+
+
+def unpacked_elements(model: ModelSpec, plan: WeightPlan) -> int:
+    """Elements of the workspace that a CUDA step decodes coded matrices into for products of many rows: the largest of them, or a tile of it. 0 for none."""
+    found = [tensor.shape[-2:] for tensor in model_tensors(model) if tensor.role in QUANTIZABLE_ROLES and not cuda.FORMATS[plan.format_of(tensor).name].plain]
+    return max((max(cuda.CHUNK_ROWS * columns, min(rows * columns, cuda.UNPACK_ELEMENTS)) for rows, columns in found), default=0)
 
 
 def weight_bytes(model: ModelSpec, plan: WeightPlan) -> int:

@@ -94,6 +94,8 @@ def what_if(
         # a learned table has a row per position
         learned_positions=(context + model.position_offset) if context and model.learned_positions else model.learned_positions,
         embed_scale=D**0.5 if model.embed_scale == model.D**0.5 else model.embed_scale,
+        quantization=None,
+        published_bytes=None,
         plan_only="a model that was only thought of has no weights",
     )
     if equal_parameters:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tradespace.errors import UnsupportedError
-from tradespace.kernels.attention import chunked, native, packed, reference, sdpa, triton_flash
+from tradespace.kernels.attention import chunked, native, packed, paged_view, reference, sdpa, triton_flash
 from tradespace.kernels.view import KVView, StepBatch
 from tradespace.spec.attention import find_kernel, weights_refusal
 from tradespace.spec.mixers import Attention
@@ -31,6 +31,7 @@ KERNELS: dict[str, Callable[[], Attend]] = {
     "native": lambda: native.attend,
     "documents": lambda: packed.attend,
     "flash": lambda: triton_flash.attend,
+    "paged": lambda: paged_view.attend,
 }
 _SUPPORTS = {
     "reference": reference.supports,
@@ -39,6 +40,7 @@ _SUPPORTS = {
     "native": native.supports,
     "documents": packed.supports,
     "flash": triton_flash.supports,
+    "paged": paged_view.supports,
 }
 # tried in this order where the requested kernel cannot take a layer; under the interpreter flash is for tests alone
 _INSTEAD = {"cuda": ("flash", "chunked", "reference"), "cpu": ("sdpa", "chunked", "reference")}

@@ -18,6 +18,7 @@ from tradespace.kernels.triton_launch import launch, padded, present
 from tradespace.spec.attention_pattern import Prefix, Sliding
 from tradespace.spec.cuda import COUNTERS
 from tradespace.spec.mixers import Attention
+from tradespace.spec.paged import mixer_refusal
 
 STORES = ("fp32", "bf16", "fp16", "fp8", "int8")
 
@@ -72,19 +73,7 @@ def refusal(mixer: Attention, store: str) -> str | None:
     """Why these kernels cannot take such a layer; None: they can."""
     if store not in STORES:
         return f"paged attention reads stores {', '.join(STORES)}, not {store}"
-    if mixer.alibi or mixer.softmax_scale <= 0:
-        return "paged attention knows no ALiBi, and its scale is positive"
-    if mixer.pattern is not None and not isinstance(mixer.pattern, Sliding | Prefix):
-        return f"paged attention sees causally, in windows and prefixes, not by {mixer.pattern.kind} patterns"
-    if max(mixer.H, mixer.Hv) > 256:
-        return f"paged attention takes heads of at most 256 elements, not {max(mixer.H, mixer.Hv)}"
-    return None
-
-
-def decode_splits(sequences: int, num_kv: int, max_context: int, multiprocessors: int = 132) -> int:
-    """Splits for which a step of so many sequences fills the device four times over, each at least two tiles of the longest context."""
-    wanted = round(4 * multiprocessors / max(1, sequences * num_kv))
-    return max(1, min(wanted, -(-max_context // 128), 128))
+    return mixer_refusal(mixer)
 
 
 def paged_decode(
@@ -203,8 +192,8 @@ def _decode_tiles(planes: Planes, mixer: Attention, device: torch.device) -> Pag
         return PagedTiles(N=16, stages=1)
     if max(mixer.H, mixer.Hv) > 128 or planes.store == "fp32":
         return PagedTiles(N=32, warps=4, stages=2)
-    # the block table is looked up first: half of the stages go by before keys are on their way (chosen from the compiled code, not measured yet)
-    return PagedTiles(N=64, warps=4, stages=5) if planes.code == "plain" else PagedTiles(N=64, warps=2, stages=7)
+    # measured on an H100 (lab gpu-speed): one warp a program, many programs on a processor; coded keys take more stages to come through their table
+    return PagedTiles(N=32, warps=1, stages=4) if planes.code == "plain" else PagedTiles(N=32, warps=1, stages=8)
 
 
 def _ragged_tiles(planes: Planes, mixer: Attention, device: torch.device) -> PagedTiles:

@@ -7,7 +7,6 @@ lists; of a cache that pages, so many sequences as hold GATHER_BYTES are copied 
 
 from __future__ import annotations
 
-import importlib.util
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -17,26 +16,19 @@ from torch import Tensor
 
 from tradespace.kernels.attention.triton_flash_layout import Layout, Lists, groups, lay_out, pack
 from tradespace.kernels.attention.triton_flash_tiles import Tiles, find_tiles
-from tradespace.kernels.attention.triton_interpreter import interprets, prepare
+from tradespace.kernels.attention.triton_interpreter import prepare
+from tradespace.kernels.triton_device import device_refusal
 from tradespace.kernels.view import KVView, Span, StepBatch
 from tradespace.spec.attention import refusal
 from tradespace.spec.attention_pattern import Prefix, Sliding
 from tradespace.spec.mixers import Attention
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def supports(mixer: Attention, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why this kernel cannot take such a layer; None: it can."""
     if (reason := refusal("flash", mixer)) is not None:
         return reason
-    if dtype not in DTYPES:
-        return f"flash takes fp32, bf16 and fp16, not {dtype}"
-    if importlib.util.find_spec("triton") is None:
-        return "flash needs Triton (pip install 'tradespace[gpu]')"
-    if device.type != "cuda" and not interprets():
-        return f"flash runs on CUDA devices, not on {device.type} (except under Triton's interpreter, TRITON_INTERPRET=1, which is for tests)"
-    return None
+    return device_refusal("flash", dtype, device)
 
 
 def attend(q_TNH: Tensor, view: KVView, batch: StepBatch, mixer: Attention, sinks_N: Tensor | None = None) -> Tensor:

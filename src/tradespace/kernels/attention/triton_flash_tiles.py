@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from tradespace.kernels.triton_device import listed_device
+
 FILE = Path(__file__).with_name("triton_flash_tiles.json")
 PHASES = ("forward", "keys", "queries")
 
@@ -42,13 +44,7 @@ def find_shipped(device: str, phase: str, width: int) -> Tiles:
 
 def find_tiles(phase: str, width: int, dtype: torch.dtype, device: torch.device, *, block: int = 0) -> Tiles:
     """The tiles of a phase for heads padded to `width`; at most `block` on either side where blocks are listed. fp32 takes a quarter of the area."""
-    table = _table()
-    name = "interpreter"
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        known = sorted((key for key in table if key.startswith("sm")), key=lambda key: int(key[2:]))
-        name = max((key for key in known if int(key[2:]) <= 10 * major + minor), key=lambda key: int(key[2:]), default=known[0])
-    tiles = find_shipped(name, phase, width)
+    tiles = find_shipped(listed_device(_table(), device), phase, width)
     if dtype == torch.float32 and device.type == "cuda":
         tiles = replace(tiles, M=max(16, tiles.M // 2), N=max(16, tiles.N // 2), stages=1, tma=False)
     return replace(tiles, M=min(tiles.M, block), N=min(tiles.N, block)) if block else tiles

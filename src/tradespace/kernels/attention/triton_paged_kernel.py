@@ -13,7 +13,9 @@ import triton.language as tl
 from tradespace.kernels.attention.triton_flash_forward import capped
 from tradespace.kernels.attention.triton_flash_mask import sees
 from tradespace.kernels.linear.triton_decode import two
-from tradespace.kernels.triton_launch import follow
+from tradespace.kernels.triton_launch import after, release
+
+LEAST = tl.constexpr(64)  # keys of a split
 
 
 @triton.jit
@@ -115,7 +117,7 @@ def decode_kernel(
     split = tl.program_id(1)
     sequence = pair // num_kv
     head = pair % num_kv
-    follow(PDL)
+    after(PDL)
     half = head % 2
     scale_head = head // 2 if PAIRED else head * s_head
     length = tl.load(lengths + sequence)
@@ -125,7 +127,9 @@ def decode_kernel(
     if WINDOW == 2:
         low = tl.maximum(length - 1, 0) // window * window
     tiles = (length + N - 1) // N
-    each = (tiles - low // N + splits - 1) // splits
+    # a short sequence takes fewer splits than there are programs: each has LEAST keys at least, and who has none does nothing at all
+    each = tl.maximum((tiles - low // N + splits - 1) // splits, (LEAST + N - 1) // N)
+    active = tl.maximum((tiles - low // N + each - 1) // each, 1)
     begin = low // N + split * each
     end = tl.minimum(begin + each, tiles)
     g = tl.arange(0, GP)
@@ -147,6 +151,7 @@ def decode_kernel(
             tables + sequence * table_stride, index * N, length, position_M1, scale * 1.4426950408889634, scale, cap, window, prefix, k_slot, v_slot,
             s_slot, half, CODE, PAIRED, N, P, H, HV, HP, HVP, WINDOW, False, SOFTCAP, True, FAST, PRECISION,
         )  # fmt: skip
+    release(PDL)
     if SPLIT == 1:
         if SINKS:
             sink = tl.load(sinks + head * G + g, mask=there, other=0.0).to(tl.float32) * 1.4426950408889634
@@ -156,26 +161,26 @@ def decode_kernel(
             total = total * shrink + tl.math.exp2(sink - ground)
         some = tl.where(total == 0.0, 1.0, total)
         put(out, acc / some[:, None], more / some[:, None], sequence.to(tl.int64) * out_stride + (head * G + g) * out_head, there, CODE, HV, HVP)
-    else:
+    elif split < active:
         some = tl.where(total == 0.0, 1.0, total)
         own = ((sequence * num_kv + head) * G + g) * splits + split
         put(partial, acc / some[:, None], more / some[:, None], own * HV, there & (begin < end), CODE, HV, HVP)
         tl.store(sums + own, peak + tl.math.log2(some), mask=there)
         tl.debug_barrier()
-        if tl.atomic_add(counters + pair, 1, sem="acq_rel") == splits - 1:
-            combine(partial, sums, sinks + head * G, out + sequence.to(tl.int64) * out_stride + head * G * out_head, pair * G, splits, out_head,
+        if tl.atomic_add(counters + pair, 1, sem="acq_rel") == active - 1:
+            combine(partial, sums, sinks + head * G, out + sequence.to(tl.int64) * out_stride + head * G * out_head, pair * G, splits, active, out_head,
                     G, GROUP, HV, SPLIT, SINKS)  # fmt: skip
             tl.store(counters + pair, 0)
 
 
 @triton.jit
-def combine(partial, sums, sinks, out, first, splits, out_head, G: tl.constexpr, GROUP: tl.constexpr, HV: tl.constexpr, SPLIT: tl.constexpr,
+def combine(partial, sums, sinks, out, first, splits, active, out_head, G: tl.constexpr, GROUP: tl.constexpr, HV: tl.constexpr, SPLIT: tl.constexpr,
             SINKS: tl.constexpr):  # fmt: skip
-    """The softmax over all splits of G heads, from each split's own result and log-sum."""
+    """The softmax over the `active` splits of G heads, from each split's own result and log-sum."""
     g = tl.arange(0, GROUP)
     channel = tl.arange(0, triton.next_power_of_2(HV))
     index = tl.arange(0, SPLIT)
-    known = (g < G)[:, None] & (index < splits)[None, :]
+    known = (g < G)[:, None] & (index < active)[None, :]
     weight = tl.load(sums + (first + g)[:, None] * splits + index[None, :], mask=known, other=float("-inf"), cache_modifier=".cg")
     peak = tl.max(weight, 1)
     if SINKS:
@@ -188,9 +193,9 @@ def combine(partial, sums, sinks, out, first, splits, out_head, G: tl.constexpr,
     acc = tl.zeros([GROUP, triton.next_power_of_2(HV)], tl.float32)
     ways: tl.constexpr = 8
     way = tl.arange(0, ways)
-    for start in tl.range(0, splits, ways):
+    for start in tl.range(0, active, ways):
         place = (first + g)[None, :] * splits + (start + way)[:, None]
-        inside = (start + way < splits)[:, None] & (g < G)[None, :]
+        inside = (start + way < active)[:, None] & (g < G)[None, :]
         share = tl.math.exp2(tl.load(sums + place, mask=inside, other=float("-inf"), cache_modifier=".cg") - ground[None, :])
         used = (share > 0.0)[:, :, None] & (channel < HV)[None, None, :]
         found = tl.load(partial + place[:, :, None] * HV + channel[None, None, :], mask=used, other=0.0, cache_modifier=".cg")

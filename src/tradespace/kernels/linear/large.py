@@ -13,6 +13,7 @@ from tradespace.kernels.linear.triton_codes import quantize_rows
 from tradespace.kernels.linear.triton_unpack import unpack_into
 from tradespace.spec.cuda import CHUNK_ROWS
 
+INT_ROWS = 1024  # tokens that the int8 product takes at once: its sums take 4 bytes each
 INT_MM_ROWS = 17  # torch's int8 product takes no fewer rows
 
 
@@ -20,21 +21,11 @@ def large_linear(x_TC: Tensor, weight: PackedWeight, room: Tensor, bias_R: Tenso
     """out_TR = x @ W.T (+ bias). `room`: elements of x's dtype that a tile of the matrix is dequantized into (where rows lie as they are it stays unused)."""
     T, C = x_TC.shape
     out = torch.empty((T, weight.rows), dtype=x_TC.dtype, device=x_TC.device) if out_TR is None else out_TR
-    if weight.layout.kind == "w8a8":
-        codes_TC = torch.empty((max(T, INT_MM_ROWS), C), dtype=torch.int8, device=x_TC.device)
-        scale_T = torch.empty(T, device=x_TC.device)
-        quantize_rows(x_TC, codes_TC[:T], scale_T)
-        assert weight.scale is not None
-        sums_TR = torch.ops.aten._int_mm(codes_TC, weight.codes.T)[:T]
-        torch.mul(sums_TR, scale_T[:, None] * weight.scale.view(1, -1), out=out) if out.dtype == torch.float32 else out.copy_(
-            sums_TR * (scale_T[:, None] * weight.scale.view(1, -1))
-        )
-    elif weight.layout.kind == "f8a8":
-        codes_TC, scale_T = torch.empty((T, C), dtype=torch.float8_e4m3fn, device=x_TC.device), torch.empty(T, device=x_TC.device)
+    if weight.layout.kind in ("w8a8", "f8a8"):
+        codes_TC, scale_T = torch.empty((T, C), dtype=weight.codes.dtype, device=x_TC.device), torch.empty(T, device=x_TC.device)
         quantize_rows(x_TC, codes_TC, scale_T)
-        assert weight.scale is not None
-        out.copy_(scaled_linear(codes_TC, scale_T, weight.codes, weight.scale.view(-1), x_TC.dtype))
-    elif weight.layout.kind == "bf16":
+        return quantized_linear(codes_TC, scale_T, weight, out, bias_R)
+    if weight.layout.kind == "bf16":
         torch.mm(x_TC, weight.codes.T, out=out)
     else:
         step = min(weight.rows, room.numel() // C // CHUNK_ROWS * CHUNK_ROWS or room.numel() // C)
@@ -64,7 +55,27 @@ def transposed_linear(dy_TR: Tensor, weight: PackedWeight, room: Tensor) -> Tens
     return dx_TC
 
 
-def scaled_linear(codes_TC: Tensor, scale_T: Tensor, weight_RC: Tensor, weight_scale_R: Tensor, dtype: torch.dtype, bias_R: Tensor | None = None) -> Tensor:
-    """e4m3 activations (a scale per token) times an e4m3 matrix (a scale per row, row-major), on fp8 tensor cores: torch's scaled product."""
-    out = torch.ops.aten._scaled_mm(codes_TC, weight_RC.T, scale_T[:, None], weight_scale_R[None, :], out_dtype=dtype, use_fast_accum=True)
-    return out if bias_R is None else out.add_(bias_R)
+def quantized_linear(codes_TC: Tensor, scale_T: Tensor, weight: PackedWeight, out_TR: Tensor, bias_R: Tensor | None = None) -> Tensor:
+    """out_TR = (codes · scale) @ W.T (+ bias) for 8-bit codes with a scale per token, on 8-bit tensor cores: e4m3 by torch's scaled product, int8 by its
+    integer product, INT_ROWS tokens at a time, as that writes sums of 32 bits.
+    """
+    assert weight.scale is not None, "an 8-bit matrix has a scale for each row"
+    scale_R = weight.scale.view(-1)
+    if weight.layout.kind == "f8a8":
+        scaled_linear(codes_TC, scale_T, weight.codes, scale_R, out_TR)
+    else:
+        for start in range(0, len(codes_TC), INT_ROWS):
+            part_TC, part_T, part_TR = (x[start : start + INT_ROWS] for x in (codes_TC, scale_T, out_TR))
+            short = INT_MM_ROWS - len(part_TC)
+            sums_TR = torch.ops.aten._int_mm(torch.nn.functional.pad(part_TC, (0, 0, 0, short)) if short > 0 else part_TC, weight.codes.T)[: len(part_TC)]
+            part_TR.copy_(sums_TR.mul(part_T[:, None]).mul_(scale_R))
+    return out_TR if bias_R is None else out_TR.add_(bias_R)
+
+
+def scaled_linear(codes_TC: Tensor, scale_T: Tensor, weight_RC: Tensor, weight_scale_R: Tensor, out_TR: Tensor) -> Tensor:
+    """out_TR = e4m3 activations (a scale per token) times an e4m3 matrix (a scale per row, row-major), on fp8 tensor cores: torch's scaled product."""
+    if not codes_TC.is_cuda or out_TR.dtype == torch.float32:  # only CUDA has the product, and not with fp32 results for scales per row
+        return out_TR.copy_((codes_TC.float() * scale_T[:, None]) @ (weight_RC.float() * weight_scale_R[:, None]).T)
+    return torch.ops.aten._scaled_mm.out(
+        codes_TC, weight_RC.T, scale_T[:, None], weight_scale_R[None, :], out_dtype=out_TR.dtype, use_fast_accum=True, out=out_TR
+    )

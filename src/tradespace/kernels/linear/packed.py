@@ -116,10 +116,19 @@ def fill(weight: PackedWeight, rows: slice | Tensor, codes_RC: Tensor, parts: Ma
     else:
         weight.codes[ids // CHUNK_ROWS, :, ids % CHUNK_ROWS] = pack_rows(codes_RC.to(device).contiguous().view(torch.uint8), layout)
     for name, part_RG in parts.items():
-        held_WRP = getattr(weight, name)
-        part_RG = part_RG.to(device, held_WRP.dtype)
-        padded = torch.nn.functional.pad(part_RG, (0, held_WRP.shape[0] * held_WRP.shape[2] - part_RG.shape[1]))
-        held_WRP[:, ids] = padded.view(len(ids), held_WRP.shape[0], held_WRP.shape[2]).transpose(0, 1)
+        _fill_words(getattr(weight, name), ids, part_RG)
+
+
+def fill_scales(weight: PackedWeight, ids: Tensor, scale_RG: Tensor) -> None:
+    """Writes the scales of these rows alone."""
+    assert weight.scale is not None, f"{weight.format_name} has no scales"
+    _fill_words(weight.scale, ids, scale_RG)
+
+
+def _fill_words(held_WRP: Tensor, ids: Tensor, part_RG: Tensor) -> None:
+    part_RG = part_RG.to(held_WRP.device, held_WRP.dtype)
+    padded = torch.nn.functional.pad(part_RG, (0, held_WRP.shape[0] * held_WRP.shape[2] - part_RG.shape[1]))
+    held_WRP[:, ids] = padded.view(len(ids), held_WRP.shape[0], held_WRP.shape[2]).transpose(0, 1)
 
 
 def codes_of(weight: PackedWeight, rows: slice | Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:

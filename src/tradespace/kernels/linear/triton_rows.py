@@ -18,24 +18,13 @@ from tradespace.errors import UnsupportedError
 from tradespace.kernels.attention.triton_interpreter import interprets
 from tradespace.kernels.linear.levels import LEVELS
 from tradespace.kernels.linear.packed import PackedWeight
+from tradespace.kernels.linear.scratch import Scratch
 from tradespace.kernels.linear.triton_rows_kernel import rows_kernel
 from tradespace.kernels.linear.triton_rows_tiles import RowTiles, find_tiles
 from tradespace.kernels.triton_launch import ceil_div, launch, padded, present
-from tradespace.spec.cuda import COUNTERS, FEW_ROWS, PARTIALS, squares_tiles
+from tradespace.spec.cuda import FEW_ROWS, squares_tiles
 
 TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
-
-
-class Scratch:
-    """Partial sums and counters of split products, one for all that run one after the other. Counters are zero between products."""
-
-    def __init__(self, device: torch.device | str):
-        self.partial = torch.zeros(PARTIALS, dtype=torch.float32, device=device)
-        self.counters = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
-
-    @property
-    def nbytes(self) -> int:
-        return self.partial.nbytes + self.counters.nbytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from tradespace.kernels.activation.triton_functions import activation
 from tradespace.kernels.linear.triton_decode import e4m3, four, two
-from tradespace.kernels.triton_launch import follow
+from tradespace.kernels.triton_launch import after, release
 
 
 @triton.jit
@@ -52,7 +52,7 @@ def run_of(x, t, column, num_tokens, num_columns, x_stride, EVEN: tl.constexpr):
     seen = (t < num_tokens)[:, None]
     if not EVEN:
         seen = seen & (column < num_columns)[None, :]
-    return tl.load(x + t[:, None] * x_stride + column[None, :], mask=seen, other=0)
+    return tl.load(x + t[:, None] * x_stride + column[None, :], mask=seen, other=0.0)
 
 
 @triton.jit
@@ -135,7 +135,7 @@ def rows_kernel(
     """One program per tile of N rows of the result (gated: of both its halves) and split of the columns. SQUARES, NEXT: partial sums of a token, padded."""
     tile = tl.program_id(0)
     split = tl.program_id(1)
-    follow(PDL)
+    after(PDL)
     n = tile * N + tl.arange(0, N)
     rows = tl.minimum(n, num_rows - 1)
     t = tl.arange(0, M)
@@ -151,6 +151,7 @@ def rows_kernel(
         up = tl.zeros([N, M], tl.int32 if KIND == "w8a8" else tl.float32)
         up = product(up, x, codes, scale, zero, nested, table, offset, begin, end, rows + gate_rows, t, num_tokens, num_columns, x_stride, row_stride,
                      scale_stride, first_row, num_groups, KIND, BYTES, NESTED, ZERO, GROUPS, K, EVEN, FAST, TYPE, STAGES)  # fmt: skip
+    release(PDL)
     if KIND == "w8a8" or KIND == "f8a8":
         per_token = tl.load(x_scale + t, mask=t < num_tokens, other=0.0)[None, :]
         acc = acc.to(tl.float32) * per_token

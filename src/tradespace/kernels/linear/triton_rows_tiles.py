@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from tradespace.kernels.triton_device import listed_device
 from tradespace.spec.cuda import COUNTERS, PARTIALS
 
 FILE = Path(__file__).with_name("triton_rows_tiles.json")
@@ -42,11 +43,7 @@ def _table() -> dict[str, dict[str, dict[str, dict]]]:
 def find_tiles(kind: str, group: int, M: int, rows: int, columns: int, *, gated: bool, device: torch.device) -> RowTiles:
     """The tiles for M tokens (padded) and a matrix of this size: the measured entry with the nearest number of weights at that M, or the next larger M."""
     table = _table()
-    name = "interpreter"
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        known = sorted((key for key in table if key.startswith("sm")), key=lambda key: int(key[2:]))
-        name = max((key for key in known if int(key[2:]) <= 10 * major + minor), key=lambda key: int(key[2:]), default=known[0])
+    name = listed_device(table, device)
     entries = table[name].get(f"{kind}-{group}" if group else kind) or table[name]["any"]
     by_size = entries[min((key for key in entries if int(key) >= M), key=int, default=max(entries, key=int))]
     size = rows * columns * (2 if gated else 1)

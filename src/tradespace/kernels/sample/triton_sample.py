@@ -13,8 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from tradespace.kernels.triton_launch import ceil_div, launch, padded
+from tradespace.spec.cuda import SAMPLE_CHUNK
 
-CHUNK = 2048
+CHUNK = SAMPLE_CHUNK
 LANES = 256
 SHIFTS = (27, 23, 19, 15, 11, 7, 3, 0)  # of the passes: 31 bits, from the top
 GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)
@@ -29,14 +30,6 @@ def mixed(state):
     state = (state ^ (state >> 30)) * FIRST
     state = (state ^ (state >> 27)) * SECOND
     return state ^ (state >> 31)
-
-
-@triton.jit
-def key_of(seed, sample, position):
-    """`noise.noise_key` on the device."""
-    state = mixed(seed.to(tl.uint64) + GOLDEN)
-    state = mixed((state ^ sample.to(tl.uint64)) + GOLDEN)
-    return mixed((state ^ position.to(tl.uint64)) + GOLDEN)
 
 
 @triton.jit
@@ -55,6 +48,25 @@ def tempered(logits, place, inside, largest, temperature):
 
 
 @triton.jit
+def leave_best(values, place, found_max, found_at, row, chunk, chunks, V):
+    """A chunk's largest value and the first place that holds it, where the last chunk to finish finds them."""
+    most = tl.max(values, 0)
+    tl.store(found_max + row * chunks + chunk, most)
+    tl.store(found_at + row * chunks + chunk, tl.min(tl.where(values == most, place, V), 0))
+    tl.debug_barrier()
+
+
+@triton.jit
+def best_chunk(found_max, found_at, row, chunks, V, CHUNKS: tl.constexpr):
+    """(largest value, the first place that holds it) of what all chunks left."""
+    index = tl.arange(0, CHUNKS)
+    every = tl.load(found_max + row * chunks + index, mask=index < chunks, other=float("-inf"), cache_modifier=".cg")
+    at = tl.load(found_at + row * chunks + index, mask=index < chunks, other=V, cache_modifier=".cg")
+    most = tl.max(every, 0)
+    return most, tl.min(tl.where(every == most, at, V), 0)
+
+
+@triton.jit
 def best_kernel(logits, found_max, found_at, counters, largest, limits, tokens, V, row_stride, chunks, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
     """The first index of each row's largest logit, by chunks; a NaN counts as infinite. -1 where that is not finite."""
     row = tl.program_id(0).to(tl.int64)
@@ -62,16 +74,9 @@ def best_kernel(logits, found_max, found_at, counters, largest, limits, tokens, 
     place = chunk * CHUNK + tl.arange(0, CHUNK)
     x = tl.load(logits + row * row_stride + place, mask=place < V, other=float("-inf"))
     x = tl.where(x == x, x, float("inf"))
-    most = tl.max(x, 0)
-    tl.store(found_max + row * chunks + chunk, most)
-    tl.store(found_at + row * chunks + chunk, tl.min(tl.where(x == most, place, V), 0))
-    tl.debug_barrier()
+    leave_best(x, place, found_max, found_at, row, chunk, chunks, V)
     if tl.atomic_add(counters + row, 1, sem="acq_rel") == chunks - 1:
-        index = tl.arange(0, CHUNKS)
-        every = tl.load(found_max + row * chunks + index, mask=index < chunks, other=float("-inf"), cache_modifier=".cg")
-        at = tl.load(found_at + row * chunks + index, mask=index < chunks, other=V, cache_modifier=".cg")
-        most = tl.max(every, 0)
-        token = tl.min(tl.where(every == most, at, V), 0)
+        most, token = best_chunk(found_max, found_at, row, chunks, V, CHUNKS)
         finite = (most < float("inf")) & (most > float("-inf"))
         tl.store(largest + row, most)
         tl.store(limits + row, FINITE)
@@ -136,7 +141,7 @@ def narrow_kernel(logits, largest, limits, lows, targets, part, counters, temper
 
 
 @triton.jit
-def draw_kernel(logits, largest, limits, temperatures, min_ps, seeds, samples, positions, found_max, found_at, counters, tokens, V, row_stride, chunks,
+def draw_kernel(logits, largest, limits, temperatures, min_ps, keys, found_max, found_at, counters, tokens, V, row_stride, chunks,
                 CHUNK: tl.constexpr, CHUNKS: tl.constexpr):  # fmt: skip
     """argmax of tempered logit + noise over what the limit leaves. Rows of temperature 0 keep their best token."""
     row = tl.program_id(0).to(tl.int64)
@@ -150,18 +155,11 @@ def draw_kernel(logits, largest, limits, temperatures, min_ps, seeds, samples, p
         if min_p > 0.0:
             limit = tl.minimum(limit, tl.abs(tl.log(min_p)).to(tl.int32, bitcast=True))
         kept = (place < V) & (tl.abs(z).to(tl.int32, bitcast=True) <= limit)
-        key = key_of(tl.load(seeds + row), tl.load(samples + row), tl.load(positions + row))
+        key = tl.load(keys + row).to(tl.uint64, bitcast=True)
         score = tl.where(kept, gumbel_of(key, place.to(tl.int64)) + z.to(tl.float64), float("-inf"))
-        most = tl.max(score, 0)
-        tl.store(found_max + row * chunks + chunk, most)
-        tl.store(found_at + row * chunks + chunk, tl.min(tl.where(score == most, place, V), 0))
-        tl.debug_barrier()
+        leave_best(score, place, found_max, found_at, row, chunk, chunks, V)
         if tl.atomic_add(counters + row, 1, sem="acq_rel") == chunks - 1:
-            index = tl.arange(0, CHUNKS)
-            every = tl.load(found_max + row * chunks + index, mask=index < chunks, other=float("-inf"), cache_modifier=".cg")
-            at = tl.load(found_at + row * chunks + index, mask=index < chunks, other=V, cache_modifier=".cg")
-            most = tl.max(every, 0)
-            token = tl.min(tl.where(every == most, at, V), 0)
+            _, token = best_chunk(found_max, found_at, row, chunks, V, CHUNKS)
             if tl.load(tokens + row) >= 0:
                 tl.store(tokens + row, token.to(tl.int64))
             tl.store(counters + row, 0)
@@ -210,13 +208,12 @@ class DeviceSampling:
         top_k_R: Tensor,
         top_p_R: Tensor,
         min_p_R: Tensor,
-        seed_R: Tensor,
-        sample_R: Tensor,
-        position_R: Tensor,
+        key_R: Tensor,
         with_top_k: bool = True,
         with_top_p: bool = True,
     ) -> Tensor:
-        """tokens_R: a draw from what each row's parameters leave (fp32; top_k int32; seed, sample, position int64); the best where temperature is 0.
+        """tokens_R: a draw from what each row's parameters leave (fp32; top_k int32; keys, those of `noise.noise_key`, int64 bit patterns); the best where
+        temperature is 0.
 
         `with_top_k` and `with_top_p` False promise that no row has such: known to the host, so that a captured step need not look for limits.
         """
@@ -235,7 +232,7 @@ class DeviceSampling:
                 )  # fmt: skip
         launch(
             draw_kernel, (R, chunks), logits_RV,
-            logits_RV, self.largest, self.limits, temperature_R, min_p_R, seed_R, sample_R, position_R, self.found_score, self.found_at, self.counters,
+            logits_RV, self.largest, self.limits, temperature_R, min_p_R, key_R, self.found_score, self.found_at, self.counters,
             tokens_R, V, logits_RV.stride(0), chunks, CHUNK=CHUNK, CHUNKS=block, num_warps=8,
         )  # fmt: skip
         return tokens_R

@@ -6,7 +6,6 @@ from tradespace.planner.candidate import Candidate
 from tradespace.planner.export.parts import DTYPES, Export, command, common_notes, memory_share, streamed_gib
 
 _KV = {"bf16": "bf16", "fp16": "auto", "fp8": "fp8_e4m3"}
-_TORCHAO = {"int8": "int8wo", "int4": "int4wo-128", "int4-g128": "int4wo-128", "int4-g64": "int4wo-64", "int4-g32": "int4wo-32"}
 _ATTENTION = {"flash": "fa3", "sdpa": "torch_native"}
 
 
@@ -18,9 +17,6 @@ def export(candidate: Candidate, model: str) -> Export:
         arguments += ["--dtype", DTYPES[weights]]
     elif weights == "fp8":
         arguments += ["--quantization", "fp8"]
-    elif weights in _TORCHAO:
-        arguments += ["--torchao-config", _TORCHAO[weights]]
-        notes.append(f"{weights}: torchao rounds in groups of its own, so bytes and loss differ a little")
     else:
         notes.append(f"weights in {weights}: SGLang reads them from a checkpoint only; make one with: tradespace quantize {model} --format {weights}")
     arguments += ["--context-length", str(plan.max_context), "--max-running-requests", str(plan.max_sequences)]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from tradespace.planner.candidate import Candidate
 from tradespace.planner.export.parts import DTYPES, Export, command, common_notes, memory_share, streamed_gib
 
-_ON_THE_FLY = {"fp8": "fp8", "nf4": "bitsandbytes"}  # what it quantizes to while loading
+_ON_THE_FLY = {"fp8": "fp8", "int8": "int8_per_channel_weight_only"}  # what it quantizes to while loading
+_GONE = ("nf4",)  # formats of bitsandbytes, which vLLM 0.33 does not have
 _KV = {"bf16": "auto", "fp16": "auto", "fp8": "fp8"}
 _BLOCKS = (8, 16, 32, 64, 128)
 
@@ -18,6 +19,8 @@ def export(candidate: Candidate, model: str) -> Export:
         arguments += ["--dtype", DTYPES[weights]]
     elif weights in _ON_THE_FLY:
         arguments += ["--quantization", _ON_THE_FLY[weights]]
+    elif weights in _GONE:
+        notes.append(f"weights in {weights}: vLLM has no such format (0.33 reads nothing of bitsandbytes); plan with --weights int4 or fp8 for it")
     else:
         notes.append(f"weights in {weights}: vLLM reads them from a checkpoint only; make one with: tradespace quantize {model} --format {weights}")
     arguments += ["--max-model-len", str(plan.max_context), "--max-num-seqs", str(plan.max_sequences)]

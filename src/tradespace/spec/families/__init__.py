@@ -7,6 +7,7 @@ function, enter it in FAMILIES, and tests compare its parameter count with trans
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from difflib import get_close_matches
 from typing import Any
 
@@ -14,6 +15,7 @@ from tradespace.errors import InputError, UnsupportedError
 from tradespace.spec.families import eyes, falcon, gemma, gpt, hybrid, latent, llama, local_global, moe, phi
 from tradespace.spec.families.reader import ConfigReader, shown
 from tradespace.spec.model import ModelSpec
+from tradespace.spec.published import published_bytes
 
 Family = Callable[[ConfigReader], ModelSpec]
 
@@ -100,4 +102,5 @@ def model_spec_from_config(config: Mapping[str, Any], name: str) -> ModelSpec:
         raise UnsupportedError(f"{name}: unknown model_type {shown(family)}. {hint}")
     reader = ConfigReader(config, name=name, family=family)
     reader.raw("model_type")
-    return FAMILIES[family](reader)
+    model = FAMILIES[family](reader)
+    return model if model.quantization is None else replace(model, published_bytes=published_bytes(config, model))

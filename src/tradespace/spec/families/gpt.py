@@ -15,13 +15,14 @@ _GPT2_SUMMARY = ("summary_type", "summary_use_proj", "summary_activation", "summ
 
 def _learned_positions(config: ConfigReader, *, act: str, shared_head: bool) -> ModelSpec:
     """GPT-2's decoder; `shared_head`: one head of keys and values for all queries."""
-    D = config.integer("n_embd", "hidden_size")
-    L = config.integer("n_layer", "num_hidden_layers", high=MAX_LAYERS)
+    # the names of transformers, its own synonyms, and those of short sheets (num_layers, hidden_dim, ffn_embed_dim, max_seq_len) that go round
+    D = config.integer("n_embd", "hidden_size", "hidden_dim")
+    L = config.integer("n_layer", "num_hidden_layers", "num_layers", high=MAX_LAYERS)
     N = config.integer("n_head", "num_attention_heads", high=MAX_HEADS)
-    context = config.integer("n_positions", "max_position_embeddings", default=1024, high=MAX_VOCAB)
+    context = config.integer("n_positions", "max_position_embeddings", "max_seq_len", default=1024, high=MAX_VOCAB)
     scaled = config.flag("scale_attn_weights", default=True)
     mixer = Attention(N=N, K=1 if shared_head else N, H=even_split(config, D, N, "n_head"), scale=None if scaled else 1.0, qkv_bias=True, out_bias=True)
-    F = config.integer("n_inner", default=4 * D)
+    F = config.integer("n_inner", "ffn_embed_dim", default=4 * D)
     ffn = DenseFFN(F=F, activation=activation(config, "activation_function", default=act), gated=False, bias=True)
     return ModelSpec(
         name=config.name,
@@ -44,7 +45,7 @@ def gpt2(config: ConfigReader) -> ModelSpec:
     config.require("scale_attn_by_inverse_layer_idx", False)
     model = _learned_positions(config, act="gelu_new", shared_head=False)
     # n_ctx repeats n_positions; reorder_and_upcast_attn only changes the order of one multiplication
-    config.finish(harmless=("n_ctx", "reorder_and_upcast_attn", *_GPT2_SUMMARY))
+    config.finish(harmless=("n_ctx", "name", "reorder_and_upcast_attn", *_GPT2_SUMMARY))
     return model
 
 

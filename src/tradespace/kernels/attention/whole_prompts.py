@@ -1,0 +1,40 @@
+"""Attention of whole prompts on a CUDA device, through torch's fused kernels: cuDNN's, or FlashAttention-2 where that cannot take the shape.
+
+They are faster than ours over a paged cache where a step holds a few long prompts from their first token on; they know no pages. One call for each run of
+prompts of the same length.
+"""
+
+from __future__ import annotations
+
+from itertools import groupby
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from tradespace.spec.mixers import Attention
+
+LEAST_TOKENS = 512  # of a prompt: shorter ones are as fast in pages
+MOST_RUNS = 8
+
+
+def fused_prefill(mixer: Attention, lengths: tuple[int, ...], sinks_N: Tensor | None) -> bool:
+    """Whether a step of whole prompts of these lengths does better here."""
+    plain = mixer.logit_softcap is None and sinks_N is None and mixer.pattern is None and mixer.Hv == mixer.H and mixer.H <= 128 and mixer.H % 8 == 0
+    if not plain or not lengths or min(lengths) < LEAST_TOKENS or sum(1 for _ in groupby(lengths)) > MOST_RUNS:
+        return False
+    return mixer.window is None or max(lengths) <= mixer.window
+
+
+def prefill(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, lengths: tuple[int, ...], mixer: Attention, out_TNHv: Tensor) -> Tensor:
+    """out_TNHv: each prompt's queries over its own keys and values, causally."""
+    start = 0
+    for length, run in groupby(lengths):
+        count = sum(1 for _ in run)
+        rows = slice(start, start + count * length)
+        q, k, v = (x[rows].unflatten(0, (count, length)).transpose(1, 2) for x in (q_TNH, k_TKH, v_TKH))
+        with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
+            found = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=mixer.softmax_scale, enable_gqa=mixer.G > 1)
+        out_TNHv[rows].unflatten(0, (count, length)).copy_(found.transpose(1, 2))
+        start = rows.stop
+    return out_TNHv

@@ -1,0 +1,215 @@
+"""The GPU engine on an H100: decode, the request mixes that vLLM was measured with, prefill, start-up, memory under a flood, and a 70B model on 40 GB.
+
+Random weights of the Llama-3-8B shape (speed does not depend on them), token-id prompts, greedy, a seed for the lengths. Every mix runs once untimed, then
+`REPEATS` times. vLLM's figures are those of the issue, measured on another day on such a card: here for orientation, not of this run.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from tradespace.cost.memory import ledger
+from tradespace.engine.request import SamplingParams
+from tradespace.errors import TradespaceError, UnsupportedError
+from tradespace.lab.common import command_line, markdown_table
+from tradespace.measure.record import Figure, Record, new_record
+from tradespace.spec.device import DeviceSpec
+from tradespace.spec.kv import KVPlan
+from tradespace.spec.model import ModelSpec
+from tradespace.spec.plan import Plan
+from tradespace.spec.weights import WeightPlan
+from tradespace.spec.zoo import find_model
+from tradespace.units import GiB
+
+REPEATS = 3
+BLOCK = 32
+FORMATS = (("bf16", "bf16"), ("int8", "bf16"), ("fp8", "bf16"), ("int4-g128", "bf16"))
+ENGINES = (("bf16", "bf16"), ("fp8-a8", "fp8"))  # of the mixes: weights, cache
+MIXES = ((256, 64, 512, 128), (1024, 64, 1024, 256), (512, 128, 128, 128))  # requests, shortest and longest prompt, output
+VLLM = {"bf16": {1: 154, 32: 4611, 256: 9608, 1024: 9073, 512: 14648, "prefill": 41754}}
+VLLM["fp8-a8"] = {1: 234, 32: 6574, 256: 12672, 1024: 11698, 512: 19111, "prefill": 61217}
+BUDGETS = (8, 16, 24, 40, 70)  # GiB
+
+
+def plan_for(spec: ModelSpec, weights: str, store: str, *, sequences: int, context: int, step: int, memory_bytes: int) -> Plan:
+    """A CUDA plan whose cache holds all sequences at full length, or what the budget leaves. The embedding stays in bf16: only rows of it are read."""
+    held = WeightPlan(default=weights, exceptions={} if weights == "bf16" else {"embed": "bf16"}, layout="cuda")
+    return Plan(
+        model=spec.name,
+        weights=held,
+        kv=KVPlan(store=store, block_size=BLOCK),
+        attention="paged",
+        linear="cuda",
+        max_sequences=sequences,
+        max_context=context,
+        step_tokens=step,
+        kv_tokens=sequences * -(-context // BLOCK) * BLOCK,
+        device="h100-80gb",
+        memory_bytes=memory_bytes,
+    )
+
+
+class Bench:
+    """One built engine, timed."""
+
+    def __init__(self, spec: ModelSpec, plan: Plan):
+        from tradespace.build_cuda import build_on_device
+
+        started = time.perf_counter()
+        self.built = build_on_device(spec, None, plan, tokenizer=None)
+        self.start_up_s = time.perf_counter() - started
+        self.draw = random.Random(0)
+        self.run(self.prompts(4, 64, 64), 8)
+
+    def prompts(self, count: int, shortest: int, longest: int) -> list[list[int]]:
+        V = self.built.spec.V
+        return [[self.draw.randrange(10, V - 10) for _ in range(self.draw.randint(shortest, longest))] for _ in range(count)]
+
+    def run(self, prompts: Sequence[Sequence[int]], output: int) -> tuple[float, int]:
+        """(seconds, tokens generated)."""
+        import torch
+
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        done = self.built.engine.generate(list(prompts), SamplingParams(temperature=0.0, max_tokens=output, ignore_eos=True))
+        return time.perf_counter() - started, sum(len(completion.output_ids) for completion in done)
+
+    def decode(self, sequences: int, prompt: int) -> list[float]:
+        """tok/s between the 8th and the 136th token."""
+        found = []
+        for _ in range(REPEATS + 1):
+            short, _ = self.run(self.prompts(sequences, prompt, prompt), 8)
+            long, _ = self.run(self.prompts(sequences, prompt, prompt), 136)
+            found.append(sequences * 128 / (long - short))
+        return found[1:]
+
+    def mix(self, requests: int, shortest: int, longest: int, output: int) -> list[float]:
+        """Output tok/s."""
+        prompts, found = self.prompts(requests, shortest, longest), []
+        for _ in range(REPEATS + 1):
+            seconds, tokens = self.run(prompts, output)
+            found.append(tokens / seconds)
+        return found[1:]
+
+    def close(self) -> None:
+        import torch
+
+        del self.built
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def _row(part: str, what: str, weights: str, values: Sequence[float], unit: str, **more: Any) -> dict[str, Any]:
+    spread = (max(values) - min(values)) / statistics.median(values) if len(values) > 1 else 0.0
+    return {"part": part, "what": what, "weights": weights, "value": statistics.median(values), "spread": spread, "unit": unit, "values": list(values), **more}
+
+
+def _decodes(spec: ModelSpec, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    rows = []
+    for weights, store in FORMATS:
+        bench = Bench(spec, plan_for(spec, weights, store, sequences=32, context=1024, step=512, memory_bytes=40 * GiB))
+        for sequences in (1, 32):
+            rows.append(_row("decode", f"decode, {sequences} at once, context 128", weights, bench.decode(sequences, 128), "tok/s"))
+        rows.append(_row("decode", "start-up, random weights, kernels compiled on the way", weights, [bench.start_up_s], "s"))
+        bench.close()
+        bench = Bench(spec, plan_for(spec, weights, store, sequences=32, context=1024, step=512, memory_bytes=40 * GiB))
+        rows.append(_row("decode", "start-up, random weights, kernels compiled before", weights, [bench.start_up_s], "s"))
+        bench.close()
+        say(f"{weights}: " + ", ".join(f"{row['value']:.4g} {row['unit']}" for row in rows[-4:]))
+    return rows
+
+
+def _mixes(spec: ModelSpec, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    rows = []
+    for weights, store in ENGINES:
+        bench = Bench(spec, plan_for(spec, weights, store, sequences=256, context=4352, step=8192, memory_bytes=75 * GiB))
+        peers = VLLM[weights]
+        rows.append(_row("mixes", "decode, 32 at once, context 128", weights, bench.decode(32, 128), "tok/s", vllm=peers[32]))
+        for mix in MIXES:
+            name = f"{mix[0]} requests, prompts {mix[1]}-{mix[2]}, {mix[3]} out"
+            rows.append(_row("mixes", name, weights, bench.mix(*mix), "out tok/s", vllm=peers[mix[0]]))
+        values = []
+        for _ in range(REPEATS + 1):
+            seconds, _ = bench.run(bench.prompts(8, 4096, 4096), 1)
+            values.append(8 * 4096 / seconds)
+        rows.append(_row("mixes", "prefill, 8 prompts of 4,096", weights, values[1:], "tok/s", vllm=peers["prefill"]))
+        bench.close()
+        say(f"{weights}, cache {store}: " + ", ".join(f"{row['value']:,.0f}" for row in rows[-5:]))
+    return rows
+
+
+def _memory(spec: ModelSpec, device: DeviceSpec, requests: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Predicted against what the driver counts, under a flood."""
+    rows = []
+    for budget in BUDGETS:
+        weights = "int4-g128" if budget == 8 else "int8" if budget == 16 else "bf16"
+        plan = plan_for(spec, weights, "bf16", sequences=256, context=2048, step=2048, memory_bytes=budget * GiB)
+        bench = Bench(spec, plan)
+        plan = bench.built.plan
+        seconds, tokens = bench.run(bench.prompts(requests, 16, 256), 16)
+        used = bench.built.meter.used_bytes()
+        predicted = ledger(spec, plan, device).total_bytes("device").require()
+        row = _row("memory", f"{budget} GiB, {requests} requests at once", weights, [used / GiB], "GiB", predicted=predicted / GiB, budget=budget)
+        rows.append(row | {"off": predicted / used - 1, "kept": used <= budget * GiB, "method": bench.built.meter.described, "tok_s": tokens / seconds})
+        bench.close()
+        say(f"{budget} GiB: {used / GiB:.2f} used, {predicted / GiB:.2f} predicted")
+    return rows
+
+
+def _large(say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Llama-2-70B's shape in int4 on 40 GB."""
+    spec = find_model("llama-2-70b")
+    bench = Bench(spec, plan_for(spec, "int4-g128", "int8", sequences=4, context=1024, step=512, memory_bytes=40 * 10**9))
+    rows = [_row("70B", "llama-2-70b, decode of one sequence, context 128", "int4-g128", bench.decode(1, 128), "tok/s")]
+    used = bench.built.meter.used_bytes()
+    rows.append(_row("70B", "llama-2-70b, device bytes under 40 GB", "int4-g128", [used / 1e9], "GB", kept=used <= 40 * 10**9))
+    bench.close()
+    say(f"70B: {rows[0]['value']:.1f} tok/s in {rows[1]['value']:.1f} GB")
+    return rows
+
+
+def run(*, quick: bool, say: Callable[[str], None], only: Sequence[str]) -> Record:
+    """Measures these parts; one that fails is a row that says why."""
+    import torch
+
+    from tradespace.llm_cuda import device_spec
+
+    if not torch.cuda.is_available():
+        raise UnsupportedError("gpu-speed measures a CUDA device, and there is none here")
+    device, spec = device_spec(0), replace(find_model("llama-3-8b"), max_context=40960)
+    work: dict[str, Callable[[], list[dict[str, Any]]]] = {
+        "decode": lambda: _decodes(spec, say),
+        "mixes": lambda: _mixes(spec, say),
+        "memory": lambda: _memory(spec, device, 200 if quick else 2000, say),
+        "70B": lambda: _large(say),
+    }
+    rows: list[dict[str, Any]] = []
+    for part in only:
+        try:
+            rows += work[part]()
+        except (TradespaceError, torch.OutOfMemoryError) as error:
+            rows.append({"part": part, "what": "failed", "weights": "", "value": 0.0, "spread": 0.0, "unit": "", "error": str(error)})
+            say(f"{part}: {error}")
+        gc.collect()
+        torch.cuda.empty_cache()
+    figures = {f"{row['part']}:{row['what']} {row['weights']}": Figure.of(row["values"], row["unit"]) for row in rows if "error" not in row}
+    return new_record("gpu-speed", command=command_line(), device=device, repeats=REPEATS, figures=figures, rows=rows)
+
+
+def markdown(record: Record) -> str:
+    """One line a measurement, with vLLM's figure where there is one."""
+    rows = []
+    for row in record.rows:
+        peer = row.get("vllm")
+        beside = f"{row['value'] / peer:.2f} × {peer:,} of vLLM 0.24" if peer else ""
+        if "predicted" in row:
+            beside = f"{row['predicted']:.2f} predicted ({row['off']:+.1%}), budget {'kept' if row['kept'] else 'EXCEEDED'}"
+        rows.append((row["what"], row["weights"], f"{row['value']:,.4g} {row['unit']}", f"{row['spread']:.1%}", row.get("error") or beside))
+    return markdown_table(("what", "weights", "measured", "spread", "beside"), rows)
