@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -147,7 +148,9 @@ def test_what_cannot_be_done_is_refused_by_name(server, body, status, word):
     assert word in found.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("raw", [b"{", b"\xff\xfe", b"[" * 10_000, b'{"model": "tiny", "prompt": "' + b"a" * (5 * 2**20) + b'"}'])
+@pytest.mark.parametrize(
+    "raw", [b"{", b"\xff\xfe", '{"prompt": "a"}'.encode("utf-16"), b"[" * 10_000, b'{"model": "tiny", "prompt": "' + b"a" * (5 * 2**20) + b'"}']
+)
 def test_no_bytes_bring_it_down(server, raw):
     found = server.http.post("/v1/completions", content=raw, headers={"Content-Type": "application/json"})
     assert 400 <= found.status_code < 500
@@ -159,6 +162,34 @@ def test_a_client_that_goes_away_frees_its_blocks(server):
     with server.http.stream("POST", "/v1/completions", json={"model": "tiny", "prompt": "a", "max_tokens": 500, "ignore_eos": True, "stream": True}) as found:
         next(found.iter_lines())
     server.until(lambda: server.load()["running"] == 0 and server.load()["used_blocks"] == 0, "free again")
+
+
+def test_a_client_with_200_long_prompts_does_not_starve_one_with_a_short_one(server):
+    """Round robin by key, and prompts in chunks: the short one is answered while nearly all of the others still wait."""
+    long = {"model": "tiny", "prompt": [7] * 400, "max_tokens": 40, "ignore_eos": True, "user": "many"}
+
+    async def both() -> tuple[int, int]:
+        done = 0
+        async with httpx.AsyncClient(base_url=server.url, timeout=300, limits=httpx.Limits(max_connections=None)) as http:
+
+            async def one() -> None:
+                nonlocal done
+                assert (await http.post("/v1/completions", json=long)).status_code == 200
+                done += 1
+
+            others = [asyncio.create_task(one()) for _ in range(200)]
+            while done < 4:  # they are all there, and the first have been served
+                await asyncio.sleep(0.01)
+            before = done
+            short = await http.post("/v1/completions", json={"model": "tiny", "prompt": [5], "max_tokens": 4, "ignore_eos": True, "user": "one"})
+            assert short.status_code == 200
+            between = done - before
+            await asyncio.gather(*others)
+        return between, done
+
+    between, done = asyncio.run(both())
+    # at most those that ran already (4), those handed to the engine beforehand (1), and as many again that end while it takes its own turn
+    assert between <= 16 and done == 200
 
 
 def test_metrics_have_the_names_that_dashboards_know(server):

@@ -8,15 +8,16 @@ from tradespace.errors import CorruptFileError, InputError
 
 pytest.importorskip("torch", reason="the experiments that render the tables belong to the torch half")
 
-from tradespace.lab.readme import render
+from tradespace.lab.readme import RENDERED, render
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_the_readme_says_what_the_records_say():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", RENDERED)
+def test_the_documents_say_what_the_records_say(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
     assert "<!-- record: " in text
-    assert render(text, ROOT / "results") == text, "README.md differs from results/: run make readme"
+    assert render(text, ROOT / "results") == text, f"{name} differs from results/: run make readme"
 
 
 def test_a_figure_typed_by_hand_is_found():

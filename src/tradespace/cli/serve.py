@@ -65,7 +65,10 @@ def serve(
     served_name: Annotated[list[str] | None, typer.Option("--served-model-name", help="Names that clients may ask for; the first is the answer's.")] = None,
     timeout: Annotated[float | None, typer.Option("--request-timeout", min=0.001, help="Most seconds of a request.")] = None,
     grace: Annotated[float, typer.Option("--grace", min=0.0, help="Seconds that requests get to end after SIGTERM.")] = 30.0,
-    max_body: Annotated[str, typer.Option("--max-body", help="Most bytes of a request.")] = "4MiB",
+    max_body: Annotated[str, typer.Option("--max-body", help="Most bytes of a request.")] = "2MiB",
+    grammars: Annotated[
+        bool, typer.Option("--grammars/--no-grammars", help="Whether outputs can be bound to a schema, regex or grammar; that takes 176 MiB of the budget.")
+    ] = True,
     tool_parser: Annotated[str, typer.Option("--tool-parser", help="How the model writes calls: auto, hermes, qwen, llama.")] = "auto",
     metrics_prefix: Annotated[str, typer.Option("--metrics-prefix", help="Prefix of the metrics' names.")] = "vllm",
     plan: PlanFile = None,
@@ -87,10 +90,12 @@ def serve(
     """
     values: dict[str, Any] = {name: value for name, value in context_.params.items() if name not in ("context_", "json")}
     try:
+        from tradespace.server.log import protect_log
         from tradespace.server.running import serve as run
         from tradespace.server.service import Settings
     except ModuleNotFoundError as error:
         raise TradespaceError(f"serving needs {error.name}, which is not installed. Run: pip install 'tradespace[serve]'") from error
+    protect_log()
     keys = tuple(values["api_key"] or ())
     if any(not key for key in keys):
         raise InputError("--api-key is empty. Give a key, or leave the flag away")
@@ -104,7 +109,7 @@ def serve(
     settings = Settings(
         model=values["model"], names=tuple(values["served_name"] or (Path(values["model"]).name or values["model"],)), api_keys=keys,
         max_queue=values["max_queue"], max_body_bytes=parse_bytes(values["max_body"]), timeout_s=values["timeout"], grace_s=values["grace"],
-        tool_style=values["tool_parser"], metrics_prefix=values["metrics_prefix"],
+        tool_style=values["tool_parser"], metrics_prefix=values["metrics_prefix"], grammars=values["grammars"],
     )  # fmt: skip
     options = {name: values[name] for name in OPENED}
     run(settings, {**options, "concurrency": values["max_num_seqs"]}, host=values["host"], port=values["port"])

@@ -1,7 +1,7 @@
 """Logits → tokens, batched over rows with each request's own parameters. Every row is computed from itself alone.
 
-Order of work, as in transformers: bias, min_tokens, penalties, constraint (here, in torch, on a copy of a row that has any), then temperature, top-k, top-p,
-min-p and the draw (`kernels/sample`). Plain greedy rows cost one argmax.
+Order of work, as in transformers: bias, min_tokens, penalties, constraint (here, in torch, on a copy of a row that has more than a constraint), then
+temperature, top-k, top-p, min-p and the draw (`kernels/sample`). Plain greedy rows cost one argmax.
 
 Rows are copied in groups of about `chunk_elements` logits, so the workspace does not grow with the batch: `workspace_bytes`.
 """
@@ -49,8 +49,17 @@ class SampleRow:
     @property
     def is_adjusted(self) -> bool:
         """Whether logits are changed before anything is chosen."""
+        return self._is_bent or self.request.constraint is not None
+
+    @property
+    def is_only_constrained(self) -> bool:
+        """Whether a constraint alone changes them, and nobody asks what they were."""
+        return self.request.constraint is not None and not self._is_bent and self.params.logprobs is None
+
+    @property
+    def _is_bent(self) -> bool:
         params = self.params
-        return bool(params.logit_bias) or params.penalizes or self.below_min_tokens or self.request.constraint is not None
+        return bool(params.logit_bias) or params.penalizes or self.below_min_tokens
 
     @property
     def noise_key(self) -> int:
@@ -83,7 +92,11 @@ class Sampler:
         return 4 * max(self.chunk_elements, vocab_size) + self.kernel.workspace_bytes(vocab_size)
 
     def sample(self, logits_RV: Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
-        """One token for each row. `logits_RV` fp32, left unchanged; `rows[i]` says whose row i is."""
+        """One token for each row; `rows[i]` says whose row i is.
+
+        `logits_RV` fp32, left unchanged but for rows that only a constraint adjusts and whose log-probabilities nobody asks for: a copy of each would cost a
+        step more than the constraint does.
+        """
         assert logits_RV.shape[0] == len(rows), f"{logits_RV.shape[0]} rows of logits for {len(rows)} samples"
         tokens = self._choose(logits_RV if self.num_tokens is None else logits_RV[:, : self.num_tokens], rows) if rows else []
         found = []
@@ -93,13 +106,17 @@ class Sampler:
         return found
 
     def _choose(self, logits_RV: Tensor, rows: Sequence[SampleRow]) -> list[int | None]:
-        adjusted = [i for i, row in enumerate(rows) if row.is_adjusted]
+        constrained = {i for i, row in enumerate(rows) if row.is_only_constrained}
+        for i in constrained:
+            constrain_(logits_RV[i], rows[i])
+        adjusted = [i for i, row in enumerate(rows) if row.is_adjusted and i not in constrained]
         if not adjusted:
             if all(row.params.greedy for row in rows):
                 return self.kernel.best(logits_RV)
             return self._draw(logits_RV, range(len(rows)), rows)
         found: list[int | None] = [None] * len(rows)
-        plain = [i for i, row in enumerate(rows) if not row.is_adjusted]
+        others = set(adjusted)
+        plain = [i for i in range(len(rows)) if i not in others]
         for i, token in zip(plain, self._draw(logits_RV, plain, [rows[i] for i in plain]), strict=True):
             found[i] = token
         step = max(1, self.chunk_elements // logits_RV.shape[-1])
@@ -136,8 +153,13 @@ def adjust_(logits_RV: Tensor, rows: Sequence[SampleRow]) -> None:
         if params.penalizes:
             penalize_(logits_V, row)
         if row.request.constraint is not None:
-            assert not row.drafts, "drafts of a constrained request"
-            row.request.constraint.allow_(logits_V)
+            constrain_(logits_V, row)
+
+
+def constrain_(logits_V: Tensor, row: SampleRow) -> None:
+    """-inf for what the request's constraint forbids, in place."""
+    assert row.request.constraint is not None and not row.drafts, "a constrained request has no drafts"
+    row.request.constraint.allow_(logits_V)
 
 
 def penalize_(logits_V: Tensor, row: SampleRow) -> None:

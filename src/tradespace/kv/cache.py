@@ -199,8 +199,7 @@ class KVCache:
         if self.order != "slots":
             raise EngineError(TILED)
         planes, half = self._planes[layer], len(self._planes[layer]) // 2
-        scales = (planes[1][..., 0], planes[3][..., 0]) if half == 2 else (None, None)
-        return planes[0], planes[half], *scales
+        return (planes[0], planes[2], planes[1][..., 0], planes[3][..., 0]) if half == 2 else (planes[0], planes[1], None, None)
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copies block src to block dst for every (src, dst), in every layer, as if all at once: what copy-on-write needs. Holds nothing beside the planes."""

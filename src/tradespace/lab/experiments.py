@@ -91,6 +91,18 @@ EXPERIMENTS: dict[str, Experiment] = {
         Experiment(
             name="quantize_safety", question="does quantize keep its budget, survive SIGKILL, and does int4 run as int4?", minutes=12, module="quantizing"
         ),
+        Experiment(
+            name="serve-constraints",
+            question="is constrained output valid, and what does it cost?",
+            minutes=8,
+            module="serving.constraints",
+            parts=("valid", "cost"),
+        ),
+        Experiment(name="serve-overload", question="does the server stay whole when far too much arrives?", minutes=14, module="serving.overload"),
+        Experiment(name="serve-faults", question="does the server answer others whatever some clients do?", minutes=8, module="serving.faults"),
+        Experiment(name="serve-prefix", question="what does the prefix cache gain over HTTP?", minutes=6, module="serving.prefix"),
+        Experiment(name="serve-throughput", question="what does HTTP cost of the engine's tokens a second?", minutes=3, module="serving.throughput"),
+        Experiment(name="serve-scores", question="does lm-eval over HTTP score as tradespace eval does?", minutes=5, module="serving.scores"),
         Experiment(name="plan-speed", question="how long does the search over the whole space take?", minutes=1, module="plan_speed"),
         Experiment(name="first-block", question="how long is it from a clone to the first table, without torch?", minutes=2, module="first_block"),
         Experiment(name="demo", question="what does make demo print here?", minutes=1, module="commands", runner="run_demo"),

@@ -1,7 +1,7 @@
-"""Renders the README's tables from `results/`: what stands between `<!-- record: NAME -->` and `<!-- end -->` is never typed by hand.
+"""Renders the tables of the README and of docs/howto/serve.md: what stands between `<!-- record: NAME -->` and `<!-- end -->` is never typed by hand.
 
-python -m tradespace.lab.readme            rewrites README.md
-python -m tradespace.lab.readme --check    exit code 1 and the names where README and records differ
+python -m tradespace.lab.readme            rewrites them
+python -m tradespace.lab.readme --check    exit code 1 and the names where they and the records differ
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from tradespace.errors import CorruptFileError, InputError
 from tradespace.lab.experiments import EXPERIMENTS
 from tradespace.measure.record import Record, read_record, write_atomically
 
+RENDERED = ("README.md", "docs/howto/serve.md")
 _SECTION = re.compile(r"<!-- record: (?P<name>[\w-]+) -->\n(?P<body>.*?)<!-- end -->", re.DOTALL)
 
 
@@ -45,17 +46,17 @@ def circumstances(record: Record) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Rewrites (or with --check compares) the README beside `results/` in the present folder."""
-    readme, results = Path("README.md"), Path("results")
-    text = readme.read_text(encoding="utf-8")
-    rendered = render(text, results)
-    if "--check" in arguments:
-        if rendered != text:
-            print("README.md differs from results/: run make readme", file=sys.stderr)
-            return 1
-        return 0
-    write_atomically(readme, rendered)
-    return 0
+    """Rewrites (or with --check compares) the documents beside `results/` in the present folder."""
+    differs = False
+    for name in RENDERED:
+        text = Path(name).read_text(encoding="utf-8")
+        rendered = render(text, Path("results"))
+        if "--check" not in arguments:
+            write_atomically(Path(name), rendered)
+        elif rendered != text:
+            print(f"{name} differs from results/: run make readme", file=sys.stderr)
+            differs = True
+    return 1 if differs else 0
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def _smi(query: str, index: int) -> list[list[str]]:
 def _nvml_process_bytes(index: int) -> int | None:
     """Of our own process, or None where NVML is not there or does not know us."""
     if importlib.util.find_spec("pynvml") is not None:
-        import pynvml
+        import pynvml  # pyright: ignore[reportMissingImports]
 
         try:
             pynvml.nvmlInit()

@@ -195,7 +195,7 @@ def limit_heap_growth(threshold_bytes: int = MiB) -> bool:
 
 
 class MemoryMeter:
-    """Samples this process and its descendants in a daemon thread while a `with` block runs.
+    """Samples this process (or another, `root_pid`) and its descendants in a daemon thread while a `with` block runs.
 
     peak_bytes        highest bytes of the tree (see the module's text for what is counted)
     method            "pss" or "rss"
@@ -211,8 +211,9 @@ class MemoryMeter:
     True
     """
 
-    def __init__(self, period_s: float = 0.02) -> None:
+    def __init__(self, period_s: float = 0.02, *, root_pid: int | None = None) -> None:
         self.period_s = period_s
+        self.root_pid = os.getpid() if root_pid is None else root_pid
         self.method = memory_method()
         self.peak_bytes = 0
         self.samples = 0
@@ -264,8 +265,7 @@ class MemoryMeter:
 
     def _sample_locked(self, *, walk: bool) -> None:
         start = time.perf_counter()
-        root_pid = os.getpid()
-        pids = [root_pid, *child_pids(root_pid)]
+        pids = [self.root_pid, *child_pids(self.root_pid)]
         # a fork halves the shares of what it shares, an end gives them back: no resident size tells, so everybody is walked again
         walk = walk or set(pids) != self._readings.keys()
         self._readings = {pid: self._readings.get(pid) or _ProcessReading() for pid in pids}

@@ -78,7 +78,8 @@ class DeviceStep:
     def __init__(self, transformer: Transformer, *, step_tokens: int, logit_rows: int, max_sequences: int, max_context: int):
         spec = transformer.spec
         self.spec, self.transformer = spec, transformer
-        self.device, self.dtype = transformer.embed.packed.codes.device, transformer.dtype  # pyright: ignore[reportAttributeAccessIssue]
+        assert isinstance(transformer.embed, CudaWeight), "a CUDA plan holds every matrix packed"
+        self.device, self.dtype = transformer.embed.packed.codes.device, transformer.dtype
         self.step_tokens, self.logit_rows, self.max_sequences, self.max_context = step_tokens, logit_rows, max_sequences, max_context
         self.halves = _halves(transformer)
         weights = [module for module in transformer.modules() if isinstance(module, CudaWeight)]

@@ -47,7 +47,7 @@ _ERROR = {
     }
 }
 _WHY = {
-    400: "It makes no sense, or can never fit.", 401: "No valid API key.", 404: "No such model.", 413: "The body is too large.",
+    400: "It makes no sense, or can never fit.", 408: "The body did not come.", 401: "No valid API key.", 404: "No such model.", 413: "The body is too large.",
     429: "The queue is full; Retry-After says when to try again.", 500: "The engine failed.", 503: "The engine is not there.", 504: "The deadline has passed.",
 }  # fmt: skip
 
@@ -58,8 +58,8 @@ def _documented(*statuses: int, stream: bool = False) -> dict[int | str, dict[st
     return {200: {"description": "Good.", "content": content}, **found}
 
 
-_GENERATING = _documented(400, 401, 404, 413, 429, 500, 503, 504, stream=True)
-_PLAIN = _documented(400, 401, 404, 413, 500, 503)
+_GENERATING = _documented(400, 401, 404, 408, 413, 429, 500, 503, 504, stream=True)
+_PLAIN = _documented(400, 401, 404, 408, 413, 429, 500, 503)
 
 
 def create_app(service: Service) -> FastAPI:
@@ -185,7 +185,7 @@ def _add_watching(app: FastAPI, service: Service) -> None:
             {
                 "model": service.name, "plan": service.ready.plan, "chat": service.tokenizer.chat_template is not None,
                 "memory": {
-                    "budget_bytes": snapshot.budget_bytes + service.settings.front_bytes, "now_bytes": snapshot.now_bytes + front,
+                    "budget_bytes": snapshot.budget_bytes + service.settings.outside_bytes, "now_bytes": snapshot.now_bytes + front,
                     "peak_bytes": snapshot.peak_bytes + service.settings.front_bytes, "front_bytes": front,
                 },
                 "ledger": [{"name": name, "predicted": predicted, "measured": measured} for name, predicted, measured in snapshot.ledger],
@@ -204,5 +204,6 @@ def _add_watching(app: FastAPI, service: Service) -> None:
             snapshot = await asyncio.wait_for(service.link.snapshot(), 5)
         except (TradespaceError, TimeoutError):
             snapshot = None
-        text = service.metrics.text(service.link.load, service.link.admission.num_waiting, snapshot, service.settings.front_bytes)
+        settings, waiting = service.settings, service.link.admission.num_waiting
+        text = service.metrics.text(service.link.load, waiting, snapshot, settings.front_bytes, settings.outside_bytes)
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")

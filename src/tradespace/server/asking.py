@@ -8,6 +8,7 @@ from typing import Any
 
 from tradespace.errors import InputError
 from tradespace.loading.tokenizer import Tokenizer
+from tradespace.server.json_schema import check_enforced
 from tradespace.server.messages import Grammar, Limits, Ready
 from tradespace.server.schema import MAX_GRAMMAR_CHARS, CompletionRequest, Message, Sampling, TextPart, Tool
 
@@ -66,7 +67,10 @@ def grammar_of(body: Sampling) -> Grammar | None:
         if kind == "json_schema":
             if body.response_format.json_schema is None:
                 raise InputError("response_format of type json_schema needs json_schema: {name, schema}")
-            found.append(schema_grammar(body.response_format.json_schema.schema_))
+            wanted = body.response_format.json_schema
+            if wanted.strict is not False:
+                check_enforced(wanted.schema_)
+            found.append(schema_grammar(wanted.schema_))
         elif kind == "json_object":
             found.append(Grammar("json_object"))
     if body.regex is not None:

@@ -11,9 +11,9 @@ from starlette.responses import JSONResponse, Response
 
 from tradespace.errors import InputError
 from tradespace.server.answering import chat_logprobs, usage
-from tradespace.server.asking import chat_ids, check_model, fit_tokens, grammar_of, sampling_of, schema_grammar
+from tradespace.server.asking import chat_ids, check_model, fit_tokens, grammar_of, sampling_of, schema_grammar, text_of
 from tradespace.server.schema import ChatRequest
-from tradespace.server.service import Service, Waiting, Wanted, new_id, sse, streamed
+from tradespace.server.service import Service, Waiting, Wanted, new_id, off_loop, sse, streamed
 from tradespace.server.tools import Call, ToolText, forced_schema, style_of
 
 
@@ -31,7 +31,7 @@ async def chat(service: Service, request: Request, body: ChatRequest) -> Respons
         if grammar is not None:
             raise InputError("a forced call of a tool and a grammar exclude each other")
         grammar = schema_grammar(forced)
-    ids = chat_ids(service.tokenizer, body.messages, tools)
+    ids = await off_loop(sum(len(text_of(message.content)) for message in body.messages), chat_ids, service.tokenizer, body.messages, tools)
     most = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     params["max_tokens"] = fit_tokens(ready.limits, len(ids), most)
     waiting = service.submit(
@@ -62,12 +62,14 @@ async def chat(service: Service, request: Request, body: ChatRequest) -> Respons
 
 
 async def _events(service: Service, body: ChatRequest, waiting: Waiting, head: dict[str, Any], splitters: list[ToolText | None]) -> AsyncIterator[bytes]:
-    with_usage = body.stream_options is not None and body.stream_options.include_usage
-    extra = {"usage": None} if with_usage else {}
+    options = body.stream_options
+    with_usage, continuous = (options is not None and options.include_usage), (options is not None and options.continuous_usage_stats)
     count = cached = 0
     begun, num_calls = set[int](), [0] * len(splitters)
 
     def event(index: int, delta: dict[str, Any], reason: str | None = None, logprobs: Any = None) -> bytes:
+        so_far = usage(len(waiting.jobs[0].prompt_ids), count, cached) if continuous else None
+        extra = {"usage": so_far} if with_usage or continuous else {}
         return sse({**head, "choices": [{"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}], **extra})
 
     async for _, piece in waiting:

@@ -13,7 +13,7 @@ from tradespace.errors import InputError
 from tradespace.server.answering import Output, completion_logprobs, usage
 from tradespace.server.asking import check_model, fit_tokens, grammar_of, prompts_of, sampling_of
 from tradespace.server.schema import CompletionRequest
-from tradespace.server.service import Service, Waiting, Wanted, new_id, sse, streamed
+from tradespace.server.service import Service, Waiting, Wanted, new_id, off_loop, sse, streamed
 
 
 async def complete(service: Service, request: Request, body: CompletionRequest) -> Response:
@@ -28,7 +28,9 @@ async def complete(service: Service, request: Request, body: CompletionRequest) 
     params = sampling_of(body, ready, logprobs=body.logprobs)
     if body.echo and body.logprobs is not None:
         params["prompt_logprobs"] = body.logprobs
-    grammar, prompts = grammar_of(body), prompts_of(body, service.tokenizer, ready.limits)
+    grammar, several = grammar_of(body), [body.prompt] if isinstance(body.prompt, str) else body.prompt
+    size = sum(len(one) for one in several if isinstance(one, str))
+    prompts = await off_loop(size, prompts_of, body, service.tokenizer, ready.limits)
     wanted = [
         Wanted(ids, {**params, "max_tokens": fit_tokens(ready.limits, len(ids), max(1, body.max_tokens) if body.max_tokens is not None else None)}, grammar)
         for ids in prompts
@@ -77,7 +79,8 @@ def _choice(service: Service, body: CompletionRequest, index: int, echo: str, id
 async def _events(service: Service, body: CompletionRequest, waiting: Waiting, head: dict[str, Any], echoes: list[str]) -> AsyncIterator[bytes]:
     n, begun, counts, lengths = body.n or 1, set[int](), [0] * len(echoes), dict[int, int]()
     cached = [0] * len(echoes)
-    with_usage = body.stream_options is not None and body.stream_options.include_usage
+    options = body.stream_options
+    with_usage, continuous = (options is not None and options.include_usage), (options is not None and options.continuous_usage_stats)
     async for job, piece in waiting:
         index = job * n + piece.sample
         output = Output()
@@ -96,7 +99,8 @@ async def _events(service: Service, body: CompletionRequest, waiting: Waiting, h
             lengths[index] = start + sum(map(len, choice["logprobs"]["tokens"]))
         if body.max_tokens == 0 and piece.finish_reason is None:
             choice["finish_reason"] = None
-        yield sse({**head, "choices": [choice]} | ({"usage": None} if with_usage else {}))
+        so_far = usage(len(waiting.jobs[job].prompt_ids), counts[job], cached[job]) if continuous else None
+        yield sse({**head, "choices": [choice]} | ({"usage": so_far} if with_usage or continuous else {}))
     if with_usage:
         generated = 0 if body.max_tokens == 0 else sum(counts)
         yield sse({**head, "choices": [], "usage": usage(sum(len(job.prompt_ids) for job in waiting.jobs), generated, sum(cached))})

@@ -24,35 +24,39 @@ from torch import Tensor
 
 from tradespace.errors import InputError, UnsupportedError
 from tradespace.loading.tokenizer import Tokenizer
+from tradespace.measure.memory import parse_kb_fields, return_freed_memory
 from tradespace.server.messages import Grammar, Submit
 from tradespace.units import MiB
 
 COMPILE_S = 10.0  # a grammar that takes longer is refused
-COMPILE_BYTES = 512 * MiB  # of address space beyond what the process has
-RESULT_BYTES = 16 * MiB
-KEPT = 32  # compiled grammars
+COMPILE_BYTES = 96 * MiB  # of data beyond what the process has
+RESULT_BYTES = 8 * MiB
+KEPT_BYTES = 24 * MiB  # of compiled grammars
 
 
 class GrammarState:
-    """One output's place in its grammar."""
+    """One output's place in its grammar. bitmask: (1, V/32), bits of the tokens that may come next; kept: bits (V/32) of those that ever may."""
 
-    def __init__(self, matcher: Any, bitmask: Tensor, apply: Any, barred: Tensor | None = None):
-        self._matcher, self._bitmask, self._apply, self._barred = matcher, bitmask, apply, barred
+    def __init__(self, matcher: Any, bitmask: Tensor, kept: np.ndarray | None = None):
+        self._matcher, self._bitmask, self._kept = matcher, bitmask, kept
+        self._bits = bitmask.numpy()[0]
 
     def allow_(self, logits_V: Tensor) -> None:
         """-inf for every token that may not come next, in place."""
         if self._matcher.is_terminated():
             return
         self._matcher.fill_next_token_bitmask(self._bitmask)
-        if self._barred is not None:
-            self._bitmask &= ~self._barred
-        self._apply(logits_V.unsqueeze(0), self._bitmask.to(logits_V.device), vocab_size=logits_V.shape[-1])
+        if self._kept is not None:
+            np.bitwise_and(self._bits, self._kept, out=self._bits)
+        # a pass over bytes: the library's own function goes over 32 integers for each word of the mask
+        forbidden_V = np.unpackbits(~self._bits.view(np.uint8), bitorder="little", count=logits_V.shape[-1])
+        logits_V.masked_fill_(torch.from_numpy(forbidden_V.view(np.bool_)).to(logits_V.device), -torch.inf)
 
     def accept(self, token: int) -> bool:
         return self._matcher.is_terminated() or self._matcher.accept_token(token)
 
     def copy(self) -> GrammarState:
-        return GrammarState(self._matcher.fork(), self._bitmask, self._apply, self._barred)
+        return GrammarState(self._matcher.fork(), self._bitmask, self._kept)
 
 
 class Compiler:
@@ -65,7 +69,7 @@ class Compiler:
         self._pending: set[int] = set()
         self._compiled: OrderedDict[Grammar, Any] = OrderedDict()
         self._library: Any = None
-        self._control: Tensor | None = None
+        self._printed: np.ndarray | None = None
         self._thread: threading.Thread | None = None
 
     @property
@@ -113,13 +117,18 @@ class Compiler:
         compiled = self._compiled.get(grammar)
         if compiled is None:
             compiled = xgrammar.CompiledGrammar.deserialize_json(self._in_child(xgrammar, info, grammar), info)
+            return_freed_memory()  # the text of the automaton takes several times its room on its way
             self._compiled[grammar] = compiled
-            if len(self._compiled) > KEPT:
+            while len(self._compiled) > 1 and sum(other.memory_size_bytes for other in self._compiled.values()) > KEPT_BYTES:
                 self._compiled.popitem(last=False)
         self._compiled.move_to_end(grammar)
         bitmask = torch.empty(1, (self.vocab_size + 31) // 32, dtype=torch.int32)
-        barred = self._control if grammar.kind in ("json_object", "json_schema") else None
-        return GrammarState(xgrammar.GrammarMatcher(compiled), bitmask, xgrammar.apply_token_bitmask_inplace, barred)
+        kept = self._printed if grammar.kind in ("json_object", "json_schema") else None
+        matcher = xgrammar.GrammarMatcher(compiled)
+        matcher.fill_next_token_bitmask(bitmask)
+        if not (bitmask.numpy()[0] & (-1 if kept is None else kept)).any():
+            raise InputError(f"the {grammar.kind} is not valid: nothing fits it, not even an empty answer")
+        return GrammarState(matcher, bitmask, kept)
 
     def _load(self) -> tuple[Any, Any]:
         if self._library is None:
@@ -131,7 +140,7 @@ class Compiler:
                 raise UnsupportedError("this model names no end token: a constrained output could not end")
             words = [self.tokenizer.token_bytes(token) for token in range(self.vocab_size)]
             info = xgrammar.TokenizerInfo(words, xgrammar.VocabType.RAW, vocab_size=self.vocab_size, stop_token_ids=sorted(self.tokenizer.eos_ids))
-            self._library, self._control = (xgrammar, info), _control_tokens(words)
+            self._library, self._printed = (xgrammar, info), _printed_tokens(words)
         return self._library
 
     def _in_child(self, xgrammar: Any, info: Any, grammar: Grammar) -> str:
@@ -169,20 +178,19 @@ class Compiler:
         return text
 
 
-def _control_tokens(words: list[bytes]) -> Tensor:
-    """Bits (1, V/32) of the tokens with a control character: JSON takes none in a string unescaped (RFC 8259, section 7), and the library's automata do."""
+def _printed_tokens(words: list[bytes]) -> np.ndarray:
+    """Bits (V/32) of the tokens without a control character: JSON takes none in a string unescaped (RFC 8259, section 7), and the library's automata do."""
     bits = np.zeros(-(-len(words) // 32) * 32, np.uint8)
-    bits[: len(words)] = [any(byte < 0x20 for byte in word) for word in words]
-    return torch.from_numpy(np.packbits(bits, bitorder="little").view(np.int32).copy()).unsqueeze(0)
+    bits[: len(words)] = [all(byte >= 0x20 for byte in word) for word in words]
+    return np.packbits(bits, bitorder="little").view(np.int32).copy()
 
 
 def _compile_and_exit(xgrammar: Any, info: Any, grammar: Grammar, write: int) -> None:
     """In the child: writes "+" and the automaton, or "-" and what is wrong; never returns."""
     try:
-        with open("/proc/self/statm", encoding="ascii") as stream:
-            pages = int(stream.read().split()[0])
-        limit = pages * resource.getpagesize() + COMPILE_BYTES
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        with open("/proc/self/status", encoding="ascii", errors="replace") as stream:
+            limit = parse_kb_fields(stream.read())["VmData"] + COMPILE_BYTES
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_enabled=False)
         match grammar.kind:
@@ -197,7 +205,9 @@ def _compile_and_exit(xgrammar: Any, info: Any, grammar: Grammar, write: int) ->
                 compiled = compiler.compile_grammar(grammar.text)
         answer = b"+" + compiled.serialize_json().encode()
     except BaseException as error:
-        answer = b"-" + f"{type(error).__name__}: {error}"[:400].encode(errors="replace")
+        # nothing said is how the parent learns that memory ran out
+        short = isinstance(error, MemoryError) or "bad_alloc" in str(error)
+        answer = b"" if short else b"-" + f"{type(error).__name__}: {error}"[:400].encode(errors="replace")
     try:
         while answer:
             answer = answer[os.write(write, answer) :]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import socket
 import subprocess
@@ -21,10 +22,12 @@ from queue import SimpleQueue
 from typing import Any
 
 from tradespace.errors import EngineError, InputError, TradespaceError
+from tradespace.measure.memory import return_freed_memory
 from tradespace.server.admission import Admission
 from tradespace.server.messages import Abort, Failed, Grammar, Limits, Load, Piece, Progress, Ready, Refused, Snapshot, Submit, Watch
 
 SOCKET_BYTES = 4 << 20
+IDLE_S = 1.0  # after so long without a request, freed memory goes back to the system
 News = Piece | Exception
 
 
@@ -90,6 +93,7 @@ class Link:
         self._started: asyncio.Future[Ready] | None = None
         self._closing = False
         self._restart: asyncio.Task[None] | None = None
+        self._idle: asyncio.TimerHandle | None = None
 
     # ------------------------------------------------------------------------------------------------------------ the process
 
@@ -253,6 +257,16 @@ class Link:
         self.on_end(job, reason)
         if admit:
             self._admit()
+        if not self._jobs:
+            if self._idle is not None:
+                self._idle.cancel()
+            self._idle = asyncio.get_running_loop().call_later(IDLE_S, self._rest)
+
+    def _rest(self) -> None:
+        """What a crowd of requests held goes back to the system once they have gone: the heap would keep it."""
+        if not self._jobs:
+            gc.collect()
+            return_freed_memory()
 
     def _take(self, message: object) -> None:
         match message:

@@ -13,6 +13,10 @@ from typing import Any, Literal
 from tradespace.engine.request import FinishReason, SamplingParams, TokenLogprobs
 from tradespace.spec.kv import Retain
 from tradespace.spec.kv import num_blocks as blocks_for
+from tradespace.units import MiB
+
+# Beside the engine: the grammar library with the vocabulary in it (40 MiB), one grammar that is compiled in a fork (96) or read back (56), those kept (24).
+GRAMMAR_BYTES = 176 * MiB
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,7 +75,7 @@ class Metrics:
             self.ttft.observe(job.first_s - job.arrived_s)
             self.prompt_tokens.inc(len(job.prompt_ids))
 
-    def text(self, load: Load, waiting: int, snapshot: Snapshot | None, front_bytes: int) -> bytes:
+    def text(self, load: Load, waiting: int, snapshot: Snapshot | None, front_bytes: int, outside_bytes: int) -> bytes:
         """The exposition format."""
         self.running.set(load.running)
         self.waiting.set(load.waiting + waiting)
@@ -85,7 +85,7 @@ class Metrics:
                 for kind, value in (("predicted", predicted), ("measured", measured)):
                     if value is not None:
                         self.ledger.labels(self._model, name, kind).set(value)
-            self.memory.labels(self._model, "budget").set(snapshot.budget_bytes + front_bytes)
+            self.memory.labels(self._model, "budget").set(snapshot.budget_bytes + outside_bytes)
             self.memory.labels(self._model, "now").set(snapshot.now_bytes + front_bytes)
             self.memory.labels(self._model, "peak").set(snapshot.peak_bytes + front_bytes)
         return generate_latest(self.registry)

@@ -20,6 +20,7 @@ class Strict(BaseModel):
 
 class StreamOptions(Strict):
     include_usage: bool = False
+    continuous_usage_stats: bool = False  # as vLLM has it: what has been used so far, in every event
 
 
 class JsonSchema(Strict):

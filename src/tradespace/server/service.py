@@ -6,10 +6,10 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -34,13 +34,29 @@ class Settings:
     names: tuple[str, ...]
     api_keys: tuple[str, ...] = ()
     max_queue: int = 1024
-    max_body_bytes: int = 4 << 20
+    max_body_bytes: int = 2 << 20
     max_depth: int = 64
     timeout_s: float | None = None
     grace_s: float = 30.0
     tool_style: str = "auto"
     metrics_prefix: str = "vllm"
+    grammars: bool = True
     front_bytes: int = 0
+    grammar_bytes: int = 0
+
+    @property
+    def outside_bytes(self) -> int:
+        """What of the budget is not the engine's own."""
+        return self.front_bytes + self.grammar_bytes
+
+
+INLINE_CHARS = 4096  # shorter texts are encoded in less time than a thread takes to hand them back
+T = TypeVar("T")
+
+
+async def off_loop(size: int, work: Callable[..., T], *args: Any) -> T:
+    """`work(*args)`, in a thread where what it reads has more than INLINE_CHARS characters: nobody else's events wait for it."""
+    return work(*args) if size <= INLINE_CHARS else await asyncio.to_thread(work, *args)
 
 
 class ClientGone(Exception):
@@ -90,6 +106,8 @@ class Service:
         _ = self.ready
         for one in wanted:
             SamplingParams(**one.params)  # says what is wrong
+            if one.grammar is not None and not self.settings.grammars:
+                raise InputError(f"this server binds no output to a {one.grammar.kind}: it was started with --no-grammars")
         jobs: list[Job] = []
         news: asyncio.Queue[News] = asyncio.Queue()
         key = self.key_of(request, user)

@@ -18,6 +18,7 @@ from tradespace.errors import BudgetError, InputError, TradespaceError
 from tradespace.llm import LLM
 from tradespace.measure.memory import process_bytes
 from tradespace.server.constraints import Compiler
+from tradespace.server.log import protect_log
 from tradespace.server.messages import Abort, Failed, Limits, Load, Piece, Progress, Ready, Refused, Snapshot, Submit, Watch
 
 
@@ -170,6 +171,7 @@ def main() -> None:
     # a terminal's Ctrl-C and a supervisor's SIGTERM reach the whole group; the front decides when this process ends, by closing the socket
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    protect_log()
     connection = Connection(int(sys.argv[1]))
     model, options = connection.recv()
     serve(connection, model, options)

@@ -27,7 +27,7 @@ _PCIE = {3: 15.75, 4: 31.5, 5: 63.0}  # GB/s of 16 lanes, one direction: GT/s ·
 
 # Measured 2026-11-22, one H100 80GB HBM3, driver 580.159.04, torch 2.11.0+cu130: 619 MiB for the context, 74 MiB more once a bf16 matmul and attention have
 # loaded their kernels, and 480 MiB that the driver holds back from the total it shows. A tiny eager add, started from Python: 12.3 µs, 12.2 to 23.8.
-_CUDA_RUNTIME_MIB = 619 + 74 + 480
+_CUDA_RUNTIME_MIB = 612 + 225  # context; what libraries and kernels take on first use (the step's, lab gpu-speed)
 _CUDA_OP_S = 12.3e-6
 _H100_MEASURED = "measured on an H100, 2026-11-22"
 # Measured 2026-11-22 on an EPYC of the Zen 5 kind, torch 2.13.0+cpu: an add of two 8-element tensors takes 0.96 µs.

@@ -1,0 +1,153 @@
+"""What of JSON Schema the grammar library enforces, and what it passes over in silence: a schema that uses the latter is refused here, with the reason.
+
+The library (xgrammar) drops `not`, `uniqueItems`, conditions and others without an error, and treats `oneOf` as `anyOf`; an answer could then break the schema
+that it was promised to keep. Keywords that only describe, and those that the specification (draft 2020-12) makes annotations, are let through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from tradespace.errors import InputError
+
+_DROPPED = (
+    "not", "if", "then", "else", "contains", "minContains", "maxContains", "dependentRequired", "dependentSchemas", "dependencies", "$dynamicRef",
+    "$recursiveRef",
+)  # fmt: skip
+_DESCRIBING = frozenset(
+    (
+        "title", "description", "default", "examples", "$schema", "$id", "$comment", "$defs", "definitions", "deprecated", "readOnly", "writeOnly",
+        "discriminator", "strict", "contentMediaType", "contentEncoding",
+    )
+)  # fmt: skip
+_LENGTHS, _BOUNDS = ("minLength", "maxLength"), ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
+_NUMBERS = frozenset({"integer", "number"})
+
+
+def check_enforced(schema: Any) -> None:
+    """Raises InputError where an answer could break `schema` though it keeps the grammar made from it. What is malformed is the library's to refuse.
+
+    >>> check_enforced({"type": "object", "properties": {"a": {"type": "integer", "minimum": 1}}, "required": ["a"]})
+    """
+    for where, reason in _unenforced(schema, schema, ""):
+        raise InputError(f"the JSON schema at {where or 'its root'} {reason}. Leave it out, or set strict to false to have the rest enforced")
+
+
+def _unenforced(schema: Any, root: Any, where: str) -> Iterator[tuple[str, str]]:
+    if not isinstance(schema, Mapping):
+        return
+    for keyword in _DROPPED:
+        if keyword in schema:
+            yield where, f"uses {keyword}, which cannot be enforced"
+    if schema.get("uniqueItems"):
+        yield where, "uses uniqueItems, which cannot be enforced"
+    yield from ((where, reason) for reason in _combined(schema, root))
+    yield from ((where, reason) for reason in _typed(schema))
+    for name in ("properties", "patternProperties", "$defs", "definitions"):
+        for key, inner in _items(schema.get(name)):
+            yield from _unenforced(inner, root, f"{where}/{name}/{key}")
+    for name in ("anyOf", "oneOf", "allOf", "prefixItems"):
+        for index, inner in enumerate(_list(schema.get(name))):
+            yield from _unenforced(inner, root, f"{where}/{name}/{index}")
+    for name in ("items", "additionalProperties", "propertyNames", "unevaluatedProperties", "unevaluatedItems"):
+        yield from _unenforced(schema.get(name), root, f"{where}/{name}")
+
+
+def _combined(schema: Mapping[str, Any], root: Any) -> Iterator[str]:
+    """Keywords that the library reads alone, dropping what stands beside them."""
+    beside = set(schema) - _DESCRIBING
+    for keyword in ("$ref", "anyOf", "oneOf", "allOf", "enum", "const"):
+        if keyword not in schema:
+            continue
+        others = sorted(beside - {keyword} - ({"type"} if keyword in ("enum", "const", "allOf") else set()))
+        if others:
+            yield f"has {', '.join(others)} beside {keyword}, which cannot be enforced together"
+    if isinstance(reference := schema.get("$ref"), str) and reference != "#" and not reference.startswith("#/"):
+        yield f"refers to {reference[:80]}: only references into the schema itself (#/…) are followed"
+    if len(_list(schema.get("allOf"))) > 1:
+        yield "combines several schemas with allOf, which cannot be enforced"
+    if options := _list(schema.get("oneOf")):
+        for index, one in enumerate(options):
+            if any(not _disjoint(_resolved(one, root), _resolved(other, root)) for other in options[:index]):
+                yield "uses oneOf with options that one value may fit at once, which cannot be enforced. Use anyOf, or tell them apart by a constant property"
+                break
+    if "type" in schema:
+        values = [schema["const"]] if "const" in schema else _list(schema.get("enum"))
+        if any(not (_kinds(value) & _types(schema)) for value in values):
+            yield "names a type that its enum or const does not have"
+
+
+def _typed(schema: Mapping[str, Any]) -> Iterator[str]:
+    """Keywords that hold only beside a type, or not beside each other."""
+    types = _types(schema)
+    given = [name for name in (*_LENGTHS, "pattern", *_BOUNDS) if name in schema]
+    if given and "type" not in schema:
+        yield f"has {', '.join(given)} without a type: that cannot be enforced. Say the type"
+    if "multipleOf" in schema and "number" in types:
+        yield "uses multipleOf of a number, which cannot be enforced (of an integer it can)"
+    shapes = [name for name in ("pattern", "format") if name in schema]
+    if "string" in types and (len(shapes) > 1 or (shapes and any(name in schema for name in _LENGTHS))):
+        yield f"has {' and '.join([*shapes, *(name for name in _LENGTHS if name in schema)])}, which cannot be enforced together"
+    if "patternProperties" in schema and ("properties" in schema or "propertyNames" in schema):
+        yield "has patternProperties beside properties or propertyNames, which cannot be enforced together"
+    absent = [name for name in _list(schema.get("required")) if name not in dict(_items(schema.get("properties")))]
+    if absent:
+        yield f"requires '{str(absent[0])[:60]}', which its properties do not describe"
+
+
+def _items(value: Any) -> Sequence[tuple[str, Any]]:
+    return list(value.items()) if isinstance(value, Mapping) else []
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _types(schema: Mapping[str, Any]) -> frozenset[str]:
+    found = schema.get("type")
+    return frozenset([found] if isinstance(found, str) else [name for name in _list(found) if isinstance(name, str)])
+
+
+def _kinds(value: Any) -> frozenset[str]:
+    """Names of the types that a value has."""
+    if isinstance(value, bool):
+        return frozenset({"boolean"})
+    if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
+        return _NUMBERS
+    for kind, name in ((float, "number"), (str, "string"), (list, "array"), (dict, "object")):
+        if isinstance(value, kind):
+            return frozenset({name})
+    return frozenset({"null"})
+
+
+def _resolved(schema: Any, root: Any) -> Any:
+    for _ in range(16):
+        reference = schema.get("$ref") if isinstance(schema, Mapping) else None
+        if not isinstance(reference, str) or not reference.startswith("#/"):
+            return schema
+        schema = root
+        for part in reference[2:].split("/"):
+            schema = schema.get(part.replace("~1", "/").replace("~0", "~")) if isinstance(schema, Mapping) else None
+    return schema
+
+
+def _disjoint(one: Any, other: Any) -> bool:
+    """Whether no value fits both, as far as types and constant properties tell."""
+    if not isinstance(one, Mapping) or not isinstance(other, Mapping):
+        return False
+    values = [_constants(schema) for schema in (one, other)]
+    if values[0] is not None and values[1] is not None:
+        return not any(a == b for a in values[0] for b in values[1])
+    kinds = [_types(schema) | (_NUMBERS if "number" in _types(schema) else frozenset()) for schema in (one, other)]
+    if kinds[0] and kinds[1] and not kinds[0] & kinds[1]:
+        return True
+    if kinds[0] == kinds[1] == {"object"}:
+        shared = set(_list(one.get("required"))) & set(_list(other.get("required")))
+        inner = [dict(_items(schema.get("properties"))) for schema in (one, other)]
+        return any(_disjoint(inner[0].get(name), inner[1].get(name)) for name in shared)
+    return False
+
+
+def _constants(schema: Mapping[str, Any]) -> list[Any] | None:
+    return [schema["const"]] if "const" in schema else _list(schema["enum"]) if "enum" in schema else None
