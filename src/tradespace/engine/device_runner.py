@@ -133,6 +133,11 @@ class DeviceRunner:
         return self.model.spec.V
 
     @property
+    def adapters(self) -> tuple[str, ...]:
+        """None: the device's step multiplies packed weights alone."""
+        return ()
+
+    @property
     def nbytes(self) -> int:
         """Bytes on the device beside the model's buffers, the cache and the graphs."""
         return self.decode_inbox.device_nbytes + self.inbox.device_nbytes + self.chosen_R.nbytes + self.sampling.nbytes

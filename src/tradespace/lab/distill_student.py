@@ -148,7 +148,7 @@ def main(arguments: list[str], say: Callable[[str], None] = print) -> int:
             train, held_out = stored["train"], stored["held_out"]
     else:
         train, held_out = tokens_of_books()
-    train, test = train.astype(np.int32), held_out[: HELD_OUT_BLOCKS * CONTEXT].astype(np.int32).tolist()
+    train, test = train.astype(np.int32).tolist(), held_out[: HELD_OUT_BLOCKS * CONTEXT].astype(np.int32).tolist()
     if options.steps < 100:
         train, test = train[: 200 * CONTEXT], test[: 4 * CONTEXT]
     teacher = load_teacher(options.teacher, device)

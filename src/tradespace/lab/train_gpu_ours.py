@@ -105,7 +105,7 @@ def _plan(spec: ModelSpec, case: Any, T: int) -> TrainPlan:
 def _tiny_plan(spec: ModelSpec, case: Any) -> TrainPlan:
     from tradespace.spec.training import qlora_weights
 
-    weights = qlora_weights("nf4", "bf16", "cuda" if torch.cuda.is_available() else "stored") if case.method == "qlora" else WeightPlan(default="bf16")
+    weights = qlora_weights("nf4", "bf16", "cuda-codes" if torch.cuda.is_available() else "stored") if case.method == "qlora" else WeightPlan(default="bf16")
     return TrainPlan(
         model=spec.name,
         method=case.method,

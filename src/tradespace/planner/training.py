@@ -158,7 +158,7 @@ def candidates(question: Question) -> list[TrainCandidate]:
     found: list[tuple[int, TrainCandidate]] = []
     for number, (method, fmt, optimizer) in enumerate(rungs(question)):
         weights = (
-            qlora_weights(fmt, "bf16", "cuda" if question.device.kind == "cuda" and cuda.runs(fmt) else "stored")
+            qlora_weights(fmt, "bf16", "cuda-codes" if question.device.kind == "cuda" and cuda.runs(fmt) else "stored")
             if method == "qlora"
             else WeightPlan(default=fmt)
         )
