@@ -21,7 +21,7 @@ from tradespace.engine.beam import BeamOutput, BeamParams
 from tradespace.engine.engine import Engine, Prompt, TextStream
 from tradespace.engine.request import Completion, SamplingParams
 from tradespace.engine.scheduler import Policy
-from tradespace.errors import BudgetError, InputError
+from tradespace.errors import BudgetError, InputError, UnsupportedError
 from tradespace.formats import DTYPES
 from tradespace.kernels.native import is_compiled, unavailable
 from tradespace.loading.gguf import held_headers
@@ -252,9 +252,9 @@ def open(
                  native kernels for exact products
     prefix_sharing  prompts with equal first tokens share what the cache holds of them; default: where the plan allows it (paged, full retention, continuous)
     kv_store, kv_retain  fix how the cache holds keys and values ("int8", "k=int8,v=int4") and what it keeps ("sliding:1020,4", "h2o:1024", "recent:sqrt")
+    adapters     LoRA adapters in PEFT's format, folders by name: nothing is merged, and each request names its own (`SamplingParams.adapter`)
     device       "cpu", "cuda", "cuda:1"; default: the first CUDA device that can be used, else the CPU
     random_weights  draw the weights of a model of the zoo (or of a config.json) instead of reading any: for speed and memory, on a CUDA device
-    adapters     LoRA adapters in PEFT's format, folders by name: nothing is merged, and each request names its own (`SamplingParams.adapter`)
     say          receives one line per decision (the default is silent); progress shows bars on a terminal
 
     Raises BudgetError (need, have, and the nearest plan that fits) where the budget cannot be met, InputError for a model or flag that makes no sense.
@@ -263,13 +263,17 @@ def open(
 
     sharing = None if prefix_sharing is None else "on" if prefix_sharing else "off"
     fixed = {"weights": weights, "attention": attention, "activations": activations, "kv_store": kv_store, "kv_retain": kv_retain}
+    folders = {name: Path(folder) for name, folder in (adapters or {}).items()}
     fixed |= {"prefix_sharing": sharing}
     place = find_place(device)
     if place is not None:
         if scheduling != "continuous":
             raise InputError("a CUDA device schedules continuously; fixed batches are for --device cpu")
+        if folders:
+            raise UnsupportedError("adapters are served on a CPU so far. Give --device cpu, or merge the adapter into the model")
         same = {"memory": memory, "plan": plan, "context": context, "concurrency": concurrency, "goal": goal, "fixed": fixed, "pattern": pattern}
         return open_on_device(place, str(model), **same, revision=revision, offline=offline, progress=progress, random_weights=random_weights, say=say)
+    fixed |= {"linear": "torch" if folders and plan is None else None}
     if random_weights:
         raise InputError("random weights are drawn on a CUDA device; there is none, or --device cpu was given. Give a checkpoint")
     # the first run on a machine measures it and compiles the kernels, in processes of their own that end before the budget begins to count
@@ -280,8 +284,6 @@ def open(
     limit_heap_growth()
     meter = MemoryMeter().__enter__()
     try:
-        folders = {name: Path(folder) for name, folder in (adapters or {}).items()}
-        fixed |= {"linear": "torch" if folders and chosen is None else None}
         return _open(
             meter, machine, str(model), budget, chosen, context, concurrency, goal, fixed, pattern, scheduling, revision, offline, progress, say, folders
         )

@@ -49,12 +49,12 @@ MinP = Annotated[float | None, typer.Option("--min-p", min=0.0, max=1.0, help="K
 RepetitionPenalty = Annotated[float | None, typer.Option("--repetition-penalty", "--repeat-penalty", help="Above 1: repeat less.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Same seed, same text.")]
 Samples = Annotated[int, typer.Option("--n", min=1, help="Answers to each prompt, each with a draw of its own; the prompt is computed once.")]
-Beams = Annotated[int, typer.Option("--beams", min=1, help="Search this many likeliest answers together (beam search) and print the best; 1: none.")]
-LengthPenalty = Annotated[float, typer.Option("--length-penalty", help="With --beams: above 0 favours longer answers.")]
 Adapters = Annotated[
     list[str] | None,
     typer.Option("--adapter", help="A LoRA adapter as NAME=DIR, beside the weights and never merged; one for all prompts, or one for each in their order."),
 ]
+Beams = Annotated[int, typer.Option("--beams", min=1, help="Search this many likeliest answers together (beam search) and print the best; 1: none.")]
+LengthPenalty = Annotated[float, typer.Option("--length-penalty", help="With --beams: above 0 favours longer answers.")]
 Stop = Annotated[list[str] | None, typer.Option("--stop", help="End the answer before this text; may be given several times.")]
 
 
@@ -103,11 +103,11 @@ def run(
     import tradespace as ts
 
     texts = read_prompts(prompts or [], prompt_file or [])
+    adapters = parse_adapters(adapter or [], len(texts))
     wanted = None
     if beams > 1:
         wanted = ts.BeamParams(num_beams=beams, max_tokens=max_tokens, length_penalty=length_penalty)
         refuse_sampling(n=n, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed, stop=stop)
-    adapters = parse_adapters(adapter or [], len(texts))
     notes = console(stderr=True)
     with ts.open(
         model,
@@ -164,6 +164,19 @@ def run(
             notes.print(report_table(llm.report()))
 
 
+def parse_adapters(given: list[str], num_prompts: int) -> dict[str, Path]:
+    """Folders by name of NAME=DIR words. Raises InputError for other words, and for a number of adapters that is neither one nor one a prompt."""
+    found: dict[str, Path] = {}
+    for word in given:
+        name, equals, folder = word.partition("=")
+        if not equals or not name or not folder or name in found:
+            raise InputError(f"--adapter {word}: write NAME=DIR, each name once, such as --adapter tidy=run/adapter")
+        found[name] = Path(folder)
+    if len(found) > 1 and len(found) != num_prompts:
+        raise InputError(f"{len(found)} adapters for {num_prompts} prompts. Give one adapter for all prompts, or one for each, in their order")
+    return found
+
+
 def refuse_sampling(**settings: object) -> None:
     """Raises InputError for a setting that draws tokens: a beam search takes the likeliest."""
     given = next((name for name, value in settings.items() if value not in (None, [], 1 if name == "n" else None)), None)
@@ -178,19 +191,6 @@ def show_beams(texts: list[str], found: list[list[BeamOutput]], *, model: str, l
         return
     for number, (text, outputs) in enumerate(zip(texts, found, strict=True), 1):
         print(f"[{number}] {text.strip()[:80]}\n{outputs[0].text}\n" if len(texts) > 1 else outputs[0].text)
-
-
-def parse_adapters(given: list[str], num_prompts: int) -> dict[str, Path]:
-    """Folders by name of NAME=DIR words. Raises InputError for other words, and for a number of adapters that is neither one nor one a prompt."""
-    found: dict[str, Path] = {}
-    for word in given:
-        name, equals, folder = word.partition("=")
-        if not equals or not name or not folder or name in found:
-            raise InputError(f"--adapter {word}: write NAME=DIR, each name once, such as --adapter tidy=run/adapter")
-        found[name] = Path(folder)
-    if len(found) > 1 and len(found) != num_prompts:
-        raise InputError(f"{len(found)} adapters for {num_prompts} prompts. Give one adapter for all prompts, or one for each, in their order")
-    return found
 
 
 def stream_to_terminal(llm: LLM, prompt: str | list[int], params: SamplingParams) -> None:

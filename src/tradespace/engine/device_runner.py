@@ -124,11 +124,6 @@ class DeviceRunner:
         self._turn = 0
 
     @property
-    def adapters(self) -> tuple[str, ...]:
-        """None: the CUDA step multiplies by the weights alone."""
-        return ()
-
-    @property
     def vocab_size(self) -> int:
         return self.model.spec.V
 

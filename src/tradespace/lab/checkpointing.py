@@ -41,8 +41,8 @@ def run(*, quick: bool, say: Callable[[str], None]) -> Record:
     """Seconds first (every k of one model, in turn, round by round), then bytes of the same, then the least bytes of deeper models."""
     L, rounds = (16, 1) if quick else (DEEP, 3)
     trainer, plan = _deep(L)
-    ways: list[tuple[Kind, int, tuple[Segment, ...]]] = [(kind, 0, every(1, L, kind)) for kind in BY_LAYER]
-    ways += [("full", k, every(k, L)) for k in range(1, L + 1)]  # pyright: ignore[reportAssignmentType] - a literal in a list is a str to it
+    by_layer: list[tuple[Kind, int, tuple[Segment, ...]]] = [(kind, 0, every(1, L, kind)) for kind in BY_LAYER]
+    ways = by_layer + [("full", k, every(k, L)) for k in range(1, L + 1)]
     seconds: dict[tuple[str, int], list[float]] = {(kind, k): [] for kind, k, _ in ways}
     for number in range(rounds + 1):  # the first one warms up
         for kind, k, segments in ways:
@@ -89,8 +89,9 @@ def _wide(rounds: int, say: Callable[[str], None]) -> list[dict[str, object]]:
         segments = every(1, spec.L, kind)
         recompute(trainer.model, segments)
         measured, predicted = peak_allocated(trainer.advance), activation_peak(spec, plan, segments)[1]
-        row = {"part": "wide", "kind": kind, "k": 1 if kind == "full" else 0, "L": spec.L, "bytes": measured, "predicted_bytes": predicted}
-        rows.append({**row, "seconds": median(seconds[kind])})
+        row: dict[str, object] = {"part": "wide", "kind": kind, "k": 1 if kind == "full" else 0, "L": spec.L, "bytes": measured, "predicted_bytes": predicted}
+        row["seconds"] = median(seconds[kind])
+        rows.append(row)
         say(f"wide, {kind}: {format_bytes(measured)} ({format_bytes(predicted)} predicted), {format_seconds(median(seconds[kind]))}")
     return rows
 

@@ -18,7 +18,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
 }  # fmt: skip
-TINY = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+TINY: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -28,7 +28,7 @@ def peer(case: Any, T: int, tiny: bool) -> dict[str, Any]:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shape, vocab, T = (TINY, 512, 64) if tiny else (SHAPES[case.model], 128_256, T)
-    config = LlamaConfig(**shape, vocab_size=vocab, max_position_embeddings=8192, rope_theta=500_000.0)  # pyright: ignore[reportCallIssue]
+    config = LlamaConfig(**shape, vocab_size=vocab, max_position_embeddings=8192, rope_parameters={"rope_type": "default", "rope_theta": 500_000.0})
     torch.set_default_dtype(torch.bfloat16)
     with device:
         model = LlamaForCausalLM(config)
@@ -76,9 +76,9 @@ def _to_nf4(model: torch.nn.Module, device: torch.device) -> None:
         for name, child in list(module.named_children()):
             if isinstance(child, torch.nn.Linear) and name != "lm_head":
                 coded = Linear4bit(child.in_features, child.out_features, bias=False, compute_dtype=torch.bfloat16, compress_statistics=True, quant_type="nf4")
-                coded.weight = Params4bit(child.weight.data.cpu(), requires_grad=False, quant_type="nf4", compress_statistics=True)  # pyright: ignore[reportCallIssue]
+                held = child.weight.data.cpu()
+                coded.weight = Params4bit(held, requires_grad=False, quant_type="nf4", compress_statistics=True)  # pyright: ignore[reportCallIssue]
                 setattr(module, name, coded.to(device))
                 child.weight = None  # pyright: ignore[reportAttributeAccessIssue] - its bytes are wanted before the next one
-    model.is_loaded_in_4bit = True  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
     if device.type == "cuda":
         torch.cuda.empty_cache()

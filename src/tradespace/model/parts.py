@@ -60,7 +60,7 @@ class Parts:
             found = NativeWeight(fmt, tensor.shape, activations=self.activations)
         elif self.cuda and tensor.role in QUANTIZABLE_ROLES:
             found = CudaWeight(fmt, tensor.shape, device=self.device, scratch=self.scratch, workspace=self.workspace)
-        elif self.plan.layout == "cuda" and tensor.role in QUANTIZABLE_ROLES and fmt not in FLOATS:
+        elif self.plan.layout == "cuda-codes" and tensor.role in QUANTIZABLE_ROLES and fmt not in FLOATS:
             found = CudaWeight(fmt, tensor.shape, device=self.device, workspace=self.workspace)
         else:
             found = build_weight(fmt, tensor.shape, dense=self.dense, device=self.device, linear=self.linear, workspace=self.workspace)

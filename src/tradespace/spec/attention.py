@@ -32,10 +32,10 @@ KERNELS: dict[str, AttentionKernel] = {
         AttentionKernel(
             name="native", memory="O(T)", runs_since="0.2", idea="C++, online softmax over the cache's own pages, split over keys; arXiv:2311.01282"
         ),
+        AttentionKernel(name="documents", memory="O(T)", runs_since="0.3", idea="torch's fused kernel, whole documents of a training step one by one"),
         AttentionKernel(
             name="paged", memory="O(T)", runs_since="0.3", idea="Triton, over the cache's own pages, split over keys; arXiv:2309.06180, 2311.01282"
         ),
-        AttentionKernel(name="documents", memory="O(T)", runs_since="0.3", idea="torch's fused kernel, whole documents of a training step one by one"),
         AttentionKernel(name="flash", memory="O(T)", runs_since="0.2", idea="tiles in SRAM, forward and backward, Triton; arXiv:2205.14135, 2307.08691"),
     )
 }

@@ -13,8 +13,8 @@ from tradespace.spec.formats import FORMATS, WeightFormat, find_format
 from tradespace.spec.model import ModelSpec
 from tradespace.spec.tensors import QUANTIZABLE_ROLES, TensorSpec, model_tensors
 
-LAYOUTS = ("stored", "native", "cuda")
 FLOATS = ("fp32", "bf16", "fp16")
+LAYOUTS = ("stored", "native", "cuda", "cuda-codes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,7 @@ class WeightPlan:
 
     Norms are held in fp32; biases, sinks, position tables and routers in `dense` (the dtype of the activations). `layout` is how the formats lie in memory:
     "stored" as `formats/` has them, "native" packed for the CPU kernels (`spec/native.py`), whose activations are fp32, "cuda" packed for the CUDA kernels
-    (`spec/cuda.py`), whose activations are bf16.
+    (`spec/cuda.py`), whose activations are bf16, "cuda-codes" with codes packed for those and floats as stored: what adapters learn beside on a device.
     """
 
     default: str = "bf16"
@@ -36,7 +36,9 @@ class WeightPlan:
             raise InputError(f"unknown weight layout '{self.layout}'. Known: {', '.join(LAYOUTS)}")
         if self.layout == "native" and (strange := [name for name in (self.default, *self.exceptions.values()) if not native.runs(name)]):
             raise InputError(f"the native kernels do not read {', '.join(strange)}. They read {', '.join(native.FORMAT_KINDS)}")
-        if self.layout == "cuda" and (strange := [name for name in (self.default, *self.exceptions.values()) if name not in FLOATS and not cuda.runs(name)]):
+        floats = FLOATS if self.layout == "cuda-codes" else ()
+        named = (self.default, *self.exceptions.values())
+        if self.layout in ("cuda", "cuda-codes") and (strange := [name for name in named if name not in floats and not cuda.runs(name)]):
             raise InputError(f"the CUDA kernels do not read {', '.join(strange)}. They read {', '.join(cuda.FORMATS)}")
         for key, name in self.exceptions.items():
             find_format(name)
@@ -68,7 +70,8 @@ class WeightPlan:
     def nbytes(self, tensor: TensorSpec) -> int:
         if self.layout == "native" and tensor.role in QUANTIZABLE_ROLES:
             return native.packed_bytes(self.format_of(tensor).name, prod(tensor.shape[:-1]), tensor.shape[-1])
-        if self.layout == "cuda" and tensor.role in QUANTIZABLE_ROLES and self.format_of(tensor).name not in FLOATS:
+        coded = self.layout == "cuda" or (self.layout == "cuda-codes" and self.format_of(tensor).name not in FLOATS)
+        if coded and tensor.role in QUANTIZABLE_ROLES:
             return cuda.packed_bytes(self.format_of(tensor).name, tensor.shape)
         return self.format_of(tensor).nbytes(tensor.shape)
 
@@ -95,7 +98,7 @@ def tile_rows(rows: int, columns: int, elements: int = TILE_ELEMENTS) -> int:
 
 def tile_elements(plan: WeightPlan) -> int:
     """Of the tile that a plan's matrices are dequantized in."""
-    return CUDA_TILE_ELEMENTS if plan.layout == "cuda" else TILE_ELEMENTS
+    return CUDA_TILE_ELEMENTS if plan.layout == "cuda-codes" else TILE_ELEMENTS
 
 
 def workspace_shape(shapes: Iterable[tuple[int, ...]], elements: int = TILE_ELEMENTS) -> tuple[int, int]:
