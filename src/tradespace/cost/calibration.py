@@ -51,7 +51,7 @@ SAMPLER_BYTES_PER_LOGIT = Constant(9, "measured: allocations of top-k and top-p 
 SAMPLER_LOGITS_AT_ONCE = Constant(2**18, "set: engine/sampler.py: rows are sampled in chunks of so many logits")
 # what torch's CPU library keeps for each shape of a bf16 product: compiled code and its descriptors; and for all fp32 products: packing buffers
 PRODUCT_KERNEL_BYTES = Constant(0.60 * MiB, "measured: growth of the process over 4 matrices × 18 numbers of rows, torch 2.13, AVX-512")
-FP32_PRODUCT_BYTES = Constant(9.5 * MiB, "measured: growth of the process over 4 matrices × 18 numbers of rows, torch 2.13, two threads")
+FP32_PRODUCT_BYTES = Constant(13 * MiB, "measured: growth of the process over 4 matrices × 18 numbers of rows, torch 2.13, two threads")
 
 # ---------------------------------------------------------------------------------------------------------------- seconds
 
