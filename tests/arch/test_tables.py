@@ -33,8 +33,8 @@ def test_cache_axes():
 
 def test_attention_and_linear_kernels():
     assert set(ATTENDS) == runs(KERNELS)
-    # the native product belongs to its packed weights (formats.native)
-    assert set(LINEAR) | {"native"} == set(LINEAR_KERNELS)
+    # the native product, and that of a CUDA step, belong to their packed weights (formats.native, formats.cuda)
+    assert set(LINEAR) | {"native", "cuda"} == set(LINEAR_KERNELS)
 
 
 def test_planner_and_kernels_refuse_the_same_layers():

@@ -158,5 +158,5 @@ def test_calibration_covers_every_format():
         for phase in ("decode", "prefill"):
             assert all(0 < calibration.find_calibration(kind, name, phase).efficiency <= 1 for name in FORMATS)
     assert "assumed" in calibration.find_calibration("cuda", "bf16", "decode").label
-    with pytest.raises(InputError, match="cpu, cuda, mps"):
+    with pytest.raises(InputError, match="cpu, cuda, cuda step, mps"):
         calibration.find_calibration("abacus", "bf16", "decode")

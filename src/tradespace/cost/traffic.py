@@ -217,7 +217,8 @@ def prefill_beside(
     flops += attention_flops(summary, lambda window: causal_pairs(prompt_tokens, reach(window, axes.kv)))
     remade = [remade_work(summary, share, axes, start) for start in range(0, prompt_tokens, chunk)] if axes.kv.retain.rebuilds or axes.kv.of_input else []
     peer_bytes, transfers = peer_work(summary, prompt_tokens, e, degree)
-    ops = (layer_ops(axes.kernel) + attention_ops(axes.kernel, mean_keys)) * model.L + calibration.STEP_OPS.value
+    around = 0.0 if axes.kernel == "paged" else calibration.STEP_OPS.value  # a captured step holds its embedding, logits and sampling
+    ops = (layer_ops(axes.kernel) + attention_ops(axes.kernel, mean_keys)) * model.L + around
     return StepWork(
         read_bytes=cached + written + scores + 2 * model.V * 4 + sum(size for _, size in remade),
         flops=(flops + sum(ops for ops, _ in remade)) / degree,

@@ -117,7 +117,9 @@ class Pricer:
     def step_bytes(self, part: Part, cache: Cache, kernel: str, step_tokens: int, sequences: int) -> StepBytes:
         """Of the largest step with so many sequences."""
         gathered = part.dense in cache.copied
-        key = (part.number, cache.number, kernel, step_tokens, gathered, sequences)
+        # what a CUDA step reads has a table of each sequence's blocks
+        block = cache.block if kernel == "paged" else 0
+        key = (part.number, cache.number, kernel, step_tokens, gathered, sequences, block)
         found = self._stepped.get(key)
         if found is None:
             found = self._stepped[key] = self._step_bytes(part, cache, kernel, step_tokens, gathered, sequences)
@@ -164,7 +166,7 @@ class Pricer:
             feeding = once("feeding", (part.body, step_tokens, linear, rebuilds), lambda: workspace.feeding_bytes(summary, weights, shape))
             layers = max(mixing, feeding) + workspace.rope_rows_bytes(summary.rope_dims, workspace.passing(shape))
         head = once("head", (part.number, step_tokens, linear, sequences), lambda: workspace.head_bytes(summary, weights, shape))
-        return StepBytes(once("beside", (part.number, step_tokens, linear, sequences), beside), layers, head)
+        return StepBytes(once("beside", (part.number, step_tokens, linear, sequences, cache.block if kernel == "paged" else 0), beside), layers, head)
 
     def always_bytes(self, max_sequences: int, step_tokens: int, block_size: int) -> float:
         """Of the compute pool, without weights."""
