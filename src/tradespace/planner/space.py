@@ -219,7 +219,9 @@ def build_space(model: ModelSpec, device: DeviceSpec, workload: Workload, pins: 
     if pins.get("weights") == "stored" and not own:
         raise InputError(f"weights 'stored': {model.name} comes from no file with quantized weights of its own. Name a format: {', '.join(FORMATS)}")
     heads = _one_of(pins, "head", ("same", "dense"))
-    found = [] if pins.get("weights") == "stored" else [p for layout in ("stored", "native", "cuda") for p in weight_plans(model, _formats(pins), heads, layout)]
+    found = (
+        [] if pins.get("weights") == "stored" else [p for layout in ("stored", "native", "cuda") for p in weight_plans(model, _formats(pins), heads, layout)]
+    )
     if "weights" not in pins or pins["weights"] == "stored":
         found = [*own, *found]
     weights = tuple(plan for plan in dict.fromkeys(found) if _computed(plan, kernels))
