@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from math import exp
+from typing import Any
 
 from tradespace.lab.claims_found import NOT_MEASURED, Found, judged
 from tradespace.lab.fitting import exponent
@@ -27,7 +28,7 @@ def root_of_layers(record: Record) -> Found:
     return judged(abs(power - 0.5) <= 0.1, f"L^{power:.2f} over L = {', '.join(str(L) for L, _ in least)}, each at its best k")
 
 
-def _wide(record: Record) -> dict[str, dict] | None:
+def _wide(record: Record) -> dict[str, Mapping[str, Any]] | None:
     found = {row["kind"]: row for row in record.rows if row["part"] == "wide"}
     return found if {"none", "norms", "full"} <= found.keys() else None
 
