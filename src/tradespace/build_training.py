@@ -11,10 +11,13 @@ from tradespace.adapt.lora import Shape, adapter_parameters, lora
 from tradespace.adapt.recompute import recompute
 from tradespace.errors import UnsupportedError
 from tradespace.formats import DenseWeight, Weight
+from tradespace.kernels.attention.packed import attend, trains
 from tradespace.loading.weights import Source
+from tradespace.model.layer import Layer
 from tradespace.model.transformer import Transformer
 from tradespace.quantize.rtn import fill_rtn
 from tradespace.quantize.source import StoredWeights
+from tradespace.spec.mixers import Attention
 from tradespace.spec.model import ModelSpec
 from tradespace.spec.tensors import model_tensors
 from tradespace.spec.training import TrainPlan, refusal, trained
@@ -27,9 +30,13 @@ def build_model(spec: ModelSpec, weights: WeightPlan, *, context: int, attention
     """Uninitialised, for training or as a teacher; `attention` by default the library's fused kernel. Raises UnsupportedError for what cannot be trained."""
     if (reason := refusal(spec)) is not None:
         raise UnsupportedError(f"{spec.name} cannot be trained yet: {reason}")
-    if attention is None:
-        attention = "documents" if torch.device(device).type == "cuda" else "sdpa"
-    return Transformer(spec, weights, attention=attention, max_context=context, device=device)
+    on_device = torch.device(device).type == "cuda"
+    model = Transformer(spec, weights, attention=attention or ("flash" if on_device else "sdpa"), max_context=context, device=device)
+    if on_device and attention is None:
+        for layer, described in zip(model.layers, spec.layers, strict=True):
+            if isinstance(layer, Layer) and layer.attn is not None and isinstance(described.mixer, Attention) and trains(described.mixer):
+                layer.attn.attend = attend  # the library's kernel where documents are whole; flash knows windows and patterns, too
+    return model
 
 
 @torch.no_grad()

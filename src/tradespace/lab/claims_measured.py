@@ -8,6 +8,7 @@ from typing import Any
 
 from tradespace.lab.claims_found import CONFIRMED, HOLDS_IF, NOT_MEASURED, REFUTED, Found, judged, near
 from tradespace.lab.claims_kv import KV
+from tradespace.lab.claims_training import TRAINING
 from tradespace.lab.fitting import exponent, misfit
 from tradespace.measure.record import Record
 from tradespace.spec.attention import score_matrix_bytes
@@ -358,4 +359,5 @@ VERDICTS: dict[int, Callable[[Record], Found]] = {
     113: tiles_both,
     117: quarter,
     **KV,
+    **TRAINING,
 }

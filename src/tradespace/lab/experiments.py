@@ -86,6 +86,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         Experiment(name="architecture", question="what do fewer KV heads, depth and a narrow feed-forward cost in loss?", minutes=12, module="architecture"),
         Experiment(name="batch-size", question="how many tokens to a loss, by batch size?", minutes=10, module="batch_size"),
         Experiment(name="distill-student", question="what does a teacher give a student?", minutes=6, module="distill_student", on="cuda"),
+        Experiment(name="qlora-curve", question="does QLoRA learn as bitsandbytes + PEFT does?", minutes=6, module="qlora_curve"),
         Experiment(name="train-gpu", question="how fast does a GPU train, in how many bytes, beside its peers?", minutes=5, module="train_gpu", on="cuda"),
         Experiment(name="calibration", question="what do the cost model's measured constants come to here?", minutes=12, module="calibrate"),
         Experiment(

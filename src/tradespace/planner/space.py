@@ -168,8 +168,6 @@ def build_space(model: ModelSpec, device: DeviceSpec, workload: Workload, pins: 
         reasons.append(weights_refusal(kernel) if retain.evicts else None)
         if kernel == "flash" and device.kind != "cuda":
             reasons.append("flash is a kernel for CUDA devices")
-        if kernel == "documents":
-            reasons.append("documents trains on whole sequences and reads no cache")
         if kernel == "native":
             reasons.append(None if device.kind == "cpu" else "native is a kernel for CPUs")
             reasons.append(device.no_native or None)

@@ -20,7 +20,7 @@ from tradespace.spec.device import DeviceSpec
 from tradespace.spec.estimate import Estimate
 from tradespace.spec.model import ModelSpec
 from tradespace.spec.training import BY_LAYER, KINDS, Segment, TrainPlan, best_k, every, qlora_weights, refusal, selective_refusal
-from tradespace.spec.weights import WeightPlan
+from tradespace.spec.weights import TRAINING_LAYOUT, WeightPlan
 from tradespace.units import format_bytes
 
 # (method, base format, optimizer): what is learned with, from all parameters in fp32 states down to adapters over codes
@@ -158,7 +158,7 @@ def candidates(question: Question) -> list[TrainCandidate]:
     found: list[tuple[int, TrainCandidate]] = []
     for number, (method, fmt, optimizer) in enumerate(rungs(question)):
         weights = (
-            qlora_weights(fmt, "bf16", "cuda-codes" if question.device.kind == "cuda" and cuda.runs(fmt) else "stored")
+            qlora_weights(fmt, "bf16", TRAINING_LAYOUT if question.device.kind == "cuda" and cuda.runs(fmt) else "stored")
             if method == "qlora"
             else WeightPlan(default=fmt)
         )

@@ -32,7 +32,6 @@ KERNELS: dict[str, AttentionKernel] = {
         AttentionKernel(
             name="native", memory="O(T)", runs_since="0.2", idea="C++, online softmax over the cache's own pages, split over keys; arXiv:2311.01282"
         ),
-        AttentionKernel(name="documents", memory="O(T)", runs_since="0.3", idea="torch's fused kernel, whole documents of a training step one by one"),
         AttentionKernel(
             name="paged", memory="O(T)", runs_since="0.3", idea="Triton, over the cache's own pages, split over keys; arXiv:2309.06180, 2311.01282"
         ),
@@ -51,15 +50,13 @@ def find_kernel(name: str) -> AttentionKernel:
 
 def refusal(kernel: str, mixer: Attention) -> str | None:
     """Why `kernel` cannot compute such a layer, whatever the device and the dtype; None: it can. Both the planner and the kernels ask here."""
-    if kernel in ("sdpa", "documents") and mixer.logit_softcap is not None:
+    if kernel == "sdpa" and mixer.logit_softcap is not None:
         return "torch's fused attention cannot cap the scores (logit_softcap)"
-    if kernel in ("sdpa", "documents") and mixer.sinks:
+    if kernel == "sdpa" and mixer.sinks:
         return "torch's fused attention has no learned sinks"
     if kernel in ("sdpa", "native") and mixer.pattern is not None:
         held = "would need a mask of n² elements" if kernel == "sdpa" else "knows causal attention and windows only"
         return f"{kernel} {held}: no {mixer.pattern.kind} pattern"
-    if kernel == "documents" and (mixer.Hv != mixer.H or mixer.pattern is not None or mixer.window is not None):
-        return "documents takes plain causal attention, without windows or patterns, with keys and values of one size"
     if kernel == "flash" and max(mixer.H, mixer.Hv) > FLASH_WIDTH:
         return f"flash takes heads of up to {FLASH_WIDTH}, not {max(mixer.H, mixer.Hv)}"
     if kernel == "flash" and mixer.softmax_scale <= 0:

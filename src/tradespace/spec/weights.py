@@ -14,7 +14,8 @@ from tradespace.spec.model import ModelSpec
 from tradespace.spec.tensors import QUANTIZABLE_ROLES, TensorSpec, model_tensors
 
 FLOATS = ("fp32", "bf16", "fp16")
-LAYOUTS = ("stored", "native", "cuda", "cuda-codes")
+LAYOUTS = ("stored", "native", "cuda")  # that the planner of inference chooses from
+TRAINING_LAYOUT = "cuda-codes"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,13 +33,13 @@ class WeightPlan:
 
     def __post_init__(self):
         find_format(self.default)
-        if self.layout not in LAYOUTS:
-            raise InputError(f"unknown weight layout '{self.layout}'. Known: {', '.join(LAYOUTS)}")
+        if self.layout not in (*LAYOUTS, TRAINING_LAYOUT):
+            raise InputError(f"unknown weight layout '{self.layout}'. Known: {', '.join((*LAYOUTS, TRAINING_LAYOUT))}")
         if self.layout == "native" and (strange := [name for name in (self.default, *self.exceptions.values()) if not native.runs(name)]):
             raise InputError(f"the native kernels do not read {', '.join(strange)}. They read {', '.join(native.FORMAT_KINDS)}")
-        floats = FLOATS if self.layout == "cuda-codes" else ()
+        floats = FLOATS if self.layout == TRAINING_LAYOUT else ()
         named = (self.default, *self.exceptions.values())
-        if self.layout in ("cuda", "cuda-codes") and (strange := [name for name in named if name not in floats and not cuda.runs(name)]):
+        if self.layout in ("cuda", TRAINING_LAYOUT) and (strange := [name for name in named if name not in floats and not cuda.runs(name)]):
             raise InputError(f"the CUDA kernels do not read {', '.join(strange)}. They read {', '.join(cuda.FORMATS)}")
         for key, name in self.exceptions.items():
             find_format(name)
@@ -70,7 +71,7 @@ class WeightPlan:
     def nbytes(self, tensor: TensorSpec) -> int:
         if self.layout == "native" and tensor.role in QUANTIZABLE_ROLES:
             return native.packed_bytes(self.format_of(tensor).name, prod(tensor.shape[:-1]), tensor.shape[-1])
-        coded = self.layout == "cuda" or (self.layout == "cuda-codes" and self.format_of(tensor).name not in FLOATS)
+        coded = self.layout == "cuda" or (self.layout == TRAINING_LAYOUT and self.format_of(tensor).name not in FLOATS)
         if coded and tensor.role in QUANTIZABLE_ROLES:
             return cuda.packed_bytes(self.format_of(tensor).name, tensor.shape)
         return self.format_of(tensor).nbytes(tensor.shape)
@@ -98,7 +99,7 @@ def tile_rows(rows: int, columns: int, elements: int = 0) -> int:
 
 def tile_elements(plan: WeightPlan) -> int:
     """Of the tile that a plan's matrices are dequantized in."""
-    return CUDA_TILE_ELEMENTS if plan.layout == "cuda-codes" else TILE_ELEMENTS
+    return CUDA_TILE_ELEMENTS if plan.layout == TRAINING_LAYOUT else TILE_ELEMENTS
 
 
 def workspace_shape(shapes: Iterable[tuple[int, ...]], elements: int = 0) -> tuple[int, int]:

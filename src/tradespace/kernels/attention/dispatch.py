@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tradespace.errors import UnsupportedError
-from tradespace.kernels.attention import chunked, native, packed, paged_view, reference, sdpa, triton_flash
+from tradespace.kernels.attention import chunked, native, paged_view, reference, sdpa, triton_flash
 from tradespace.kernels.view import KVView, StepBatch
 from tradespace.spec.attention import find_kernel, weights_refusal
 from tradespace.spec.mixers import Attention
@@ -29,7 +29,6 @@ KERNELS: dict[str, Callable[[], Attend]] = {
     "chunked": lambda: chunked.attend,
     "sdpa": sdpa.Sdpa,
     "native": lambda: native.attend,
-    "documents": lambda: packed.attend,
     "flash": lambda: triton_flash.attend,
     "paged": lambda: paged_view.attend,
 }
@@ -38,7 +37,6 @@ _SUPPORTS = {
     "chunked": chunked.supports,
     "sdpa": sdpa.supports,
     "native": native.supports,
-    "documents": packed.supports,
     "flash": triton_flash.supports,
     "paged": paged_view.supports,
 }

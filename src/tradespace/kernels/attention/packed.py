@@ -14,7 +14,6 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from tradespace.errors import UnsupportedError
 from tradespace.kernels.view import KVView, PackedView, Span, StepBatch
-from tradespace.spec.attention import refusal
 from tradespace.spec.mixers import Attention
 
 
@@ -25,16 +24,17 @@ def fits(mixer: Attention, batch: StepBatch) -> bool:
     return whole and mixer.Hv == mixer.H and mixer.pattern is None and (mixer.window is None or longest <= mixer.window)
 
 
-def supports(mixer: Attention, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why this kernel cannot take such a layer; None: it can."""
-    return refusal("documents", mixer)
+def trains(mixer: Attention) -> bool:
+    """Whether `attend` computes such a layer, whatever its documents' lengths."""
+    plain = mixer.Hv == mixer.H and mixer.pattern is None and mixer.window is None
+    return plain and not mixer.sinks and not mixer.alibi and mixer.logit_softcap is None
 
 
 def attend(q_TNH: Tensor, view: KVView, batch: StepBatch, mixer: Attention, sinks_N: Tensor | None = None) -> Tensor:
-    """As every kernel, over whole documents without a cache."""
-    assert sinks_N is None, "dispatch gave this kernel a layer that it does not support"
+    """As every kernel, over whole documents without a cache. Raises UnsupportedError for what is none."""
+    assert sinks_N is None and trains(mixer), "asked before it was put in place"
     if not isinstance(view, PackedView) or not fits(mixer, batch):
-        raise UnsupportedError("attention kernel documents takes whole documents without a cache: it trains. Choose sdpa, flash or chunked to generate")
+        raise UnsupportedError("this kernel takes whole documents without a cache: it trains. Build the model by another one to generate")
     return attend_packed(q_TNH, view.k_TKH, view.v_TKH, batch, mixer)
 
 
