@@ -178,8 +178,8 @@ class Buffers:
     def nbytes(self, step_tokens: int, logit_rows: int) -> int:
         """Bytes for `step_tokens` tokens, `logit_rows` rows of fp32 logits, and the sums of squares of few rows."""
         each = 2 * (3 * self.stream + self.keys + self.wide + self.mixed) + self.codes + (4 if self.codes else 0)
-        # the rows that logits are computed of are gathered: stream, and a token id each
-        return each * step_tokens + (4 * self.logits + 2 * self.stream + 8) * logit_rows + 4 * FEW_ROWS * squares_tiles(self.stream)
+        # the rows that logits are computed of are gathered
+        return each * step_tokens + (4 * self.logits + 2 * self.stream) * logit_rows + 4 * FEW_ROWS * squares_tiles(self.stream)
 
 
 def buffers(model: ModelSpec, formats: Iterable[str]) -> Buffers:
