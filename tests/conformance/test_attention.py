@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from conformance.attention_cases import LAYOUTS, Case, make_case, mixers, model_of, oracle, sequences
@@ -17,6 +17,7 @@ from tradespace.spec.mixers import Attention
 torch.set_num_threads(1)
 # flash has shapes of its own (test_triton_flash.py): under the interpreter these would take minutes
 COMPILED = [name for name in KERNELS if name != "flash"]
+CACHED = [name for name in COMPILED if name != "documents"]  # which is for training
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 
@@ -35,7 +36,7 @@ def assert_close(out: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) 
         assert worst <= TOLERANCE[dtype] * scale, f"{worst} from the definition; values up to {scale}"
 
 
-@pytest.mark.parametrize("kernel", COMPILED)
+@pytest.mark.parametrize("kernel", CACHED)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @settings(max_examples=60, deadline=None)
 @given(mixer=mixers(), cuts=sequences, dtype=st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float16]), seed=st.integers(0, 10**6))
@@ -51,6 +52,7 @@ def test_kernel_matches_the_definition(kernel, layout, mixer, cuts, dtype, seed)
 @settings(max_examples=15, deadline=None)
 @given(mixer=mixers(softcap=False, sinks=False), lengths=st.lists(st.sampled_from([1, 2, 9, 64, 129, 300]), max_size=4), seed=st.integers(0, 10**6))
 def test_packed_documents_without_a_cache(kernel, mixer, lengths, seed):
+    assume(supports(kernel, mixer, torch.float32) is None)
     case = make_case(mixer, [(0, length) for length in lengths], "paged", torch.float32, seed)
     empty = torch.zeros((0, mixer.K, mixer.H)), torch.zeros((0, mixer.K, mixer.Hv))
     view = PackedView(torch.cat([empty[0], *case.keys]), torch.cat([empty[1], *case.values]))

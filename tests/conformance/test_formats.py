@@ -104,6 +104,8 @@ def test_every_way_to_read_agrees(name, shape, batch, seed):
     assert y_TR.dtype == dense_RC.dtype and y_TR.shape == (batch, rows)
     # activations of w8a8 are off by half a step of their token's scale, and rotated ones are rounded once more
     bound = {"fp32": 1e-5, "fp16": 2e-3}.get(name, 2e-2) * (x_TC.double().abs() @ own_RC.abs().T + bias_R.double().abs() + 1e-3)
+    if name == "fp8-a8":  # three bits of mantissa: a sixteenth of itself, or half a step of the smallest
+        bound = bound + (x_TC.double().abs() / 16 + x_TC.double().abs().amax(1, keepdim=True) / 448 / 1024) @ own_RC.abs().T
     if name == "w8a8" or name.startswith("e8"):
         step = x_TC.double().abs().amax(1, keepdim=True) / 255 if name == "w8a8" else x_TC.double().norm(dim=1, keepdim=True) * 2**-8
         bound = bound + step * (own_RC.abs().sum(1) if name == "w8a8" else own_RC.norm(dim=1))

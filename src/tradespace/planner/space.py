@@ -219,9 +219,7 @@ def build_space(model: ModelSpec, device: DeviceSpec, workload: Workload, pins: 
     if pins.get("weights") == "stored" and not own:
         raise InputError(f"weights 'stored': {model.name} comes from no file with quantized weights of its own. Name a format: {', '.join(FORMATS)}")
     heads = _one_of(pins, "head", ("same", "dense"))
-    found = (
-        [] if pins.get("weights") == "stored" else [p for layout in ("stored", "native", "cuda") for p in weight_plans(model, _formats(pins), heads, layout)]
-    )
+    found = [] if pins.get("weights") == "stored" else _every_layout(model, pins, heads)
     if "weights" not in pins or pins["weights"] == "stored":
         found = [*own, *found]
     weights = tuple(plan for plan in dict.fromkeys(found) if _computed(plan, kernels))
@@ -247,6 +245,10 @@ def build_space(model: ModelSpec, device: DeviceSpec, workload: Workload, pins: 
         must_stream="resident" not in placement,
         refused=refused,
     )
+
+
+def _every_layout(model: ModelSpec, pins: Mapping[str, str], heads: tuple[str, ...]) -> list[WeightPlan]:
+    return [plan for layout in ("stored", "native", "cuda") for plan in weight_plans(model, _formats(pins), heads, layout)]
 
 
 def _computed(plan: WeightPlan, kernels: tuple[str, ...]) -> bool:

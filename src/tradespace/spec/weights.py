@@ -88,13 +88,13 @@ TILE_ELEMENTS = 2**21
 CUDA_TILE_ELEMENTS = 2**27  # on a device it is the product that wants to be large
 
 
-def tile_rows(rows: int, columns: int, elements: int = TILE_ELEMENTS) -> int:
-    """Rows of the tile in which a (rows, columns) matrix is dequantized: at most `elements` elements, at least one row.
+def tile_rows(rows: int, columns: int, elements: int = 0) -> int:
+    """Rows of the tile in which a (rows, columns) matrix is dequantized: at most `elements` elements (0: TILE_ELEMENTS), at least one row.
 
     >>> tile_rows(960, 576), tile_rows(49152, 576), tile_rows(2, 2**22)
     (960, 3640, 1)
     """
-    return min(rows, max(1, elements // columns))
+    return min(rows, max(1, (elements or TILE_ELEMENTS) // columns))
 
 
 def tile_elements(plan: WeightPlan) -> int:
@@ -102,7 +102,7 @@ def tile_elements(plan: WeightPlan) -> int:
     return CUDA_TILE_ELEMENTS if plan.layout == TRAINING_LAYOUT else TILE_ELEMENTS
 
 
-def workspace_shape(shapes: Iterable[tuple[int, ...]], elements: int = TILE_ELEMENTS) -> tuple[int, int]:
+def workspace_shape(shapes: Iterable[tuple[int, ...]], elements: int = 0) -> tuple[int, int]:
     """(elements of the largest tile, most rows) over the shapes of all quantized matrices: what `formats.Workspace` holds. (0, 0) for none.
 
     >>> workspace_shape([(960, 576), (49152, 576)])
