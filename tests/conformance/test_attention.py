@@ -17,7 +17,7 @@ from tradespace.spec.mixers import Attention
 torch.set_num_threads(1)
 # flash has shapes of its own (test_triton_flash.py): under the interpreter these would take minutes
 COMPILED = [name for name in KERNELS if name != "flash"]
-CACHED = [name for name in COMPILED if name != "documents"]  # which is for training
+
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 
@@ -36,7 +36,7 @@ def assert_close(out: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) 
         assert worst <= TOLERANCE[dtype] * scale, f"{worst} from the definition; values up to {scale}"
 
 
-@pytest.mark.parametrize("kernel", CACHED)
+@pytest.mark.parametrize("kernel", COMPILED)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @settings(max_examples=60, deadline=None)
 @given(mixer=mixers(), cuts=sequences, dtype=st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float16]), seed=st.integers(0, 10**6))

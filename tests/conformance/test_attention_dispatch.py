@@ -52,8 +52,8 @@ def test_flash_is_for_cuda(monkeypatch):
 def test_when_nothing_fits_every_reason_is_listed():
     with pytest.raises(UnsupportedError) as caught:
         choose("sdpa", Attention(N=4, K=2, H=16, alibi=True), torch.float32)
-    # the native kernel comes with its own weights and cache, flash and paged are for CUDA, documents for training: they stand in for nobody here
-    assert all(name in str(caught.value) for name in KERNELS if name not in ("native", "flash", "paged", "documents"))
+    # the native kernel comes with its own weights and cache, flash and paged are for CUDA: they stand in for nobody here
+    assert all(name in str(caught.value) for name in KERNELS if name not in ("native", "flash", "paged"))
 
 
 def test_a_kernel_that_nobody_wrote_is_never_replaced(monkeypatch):

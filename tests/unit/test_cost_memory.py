@@ -197,7 +197,7 @@ def test_only_scattered_keys_are_gathered():
 @settings(max_examples=60, deadline=None)
 @given(
     name=st.sampled_from(list(FORMATS)),
-    kernel=st.sampled_from([name for name in KERNELS if name not in ("native", "paged", "documents")]),
+    kernel=st.sampled_from([name for name in KERNELS if name not in ("native", "paged")]),
     layout=st.sampled_from(["paged", "contiguous"]),
     context=st.integers(1, 20),
     sequences=st.integers(1, 8),

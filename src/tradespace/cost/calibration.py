@@ -70,7 +70,6 @@ KERNEL_OPS: dict[str, Constant] = {
     "sdpa": Constant(4, "assumed: mask and one fused call, per sequence"),
     "flash": Constant(1, "assumed: one launch for the whole batch"),
     "native": Constant(0, "set: one call runs all operations of all layers"),
-    "documents": Constant(4, "assumed: one fused call, per document of a training step"),
     "paged": Constant(0, "set: a captured step is one launch"),
 }
 ALL_REDUCE_LATENCY_S = Constant(15e-6, "assumed: one small all-reduce over a peer link")
