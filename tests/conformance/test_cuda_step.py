@@ -51,7 +51,7 @@ def inputs(spans: list[Span], tokens: list[int], rows: list[int], singles: int =
     ids=["plain bf16", "head norms int8", "sandwich int4", "ungated fp8 activations"],
 )
 def test_logits_are_those_of_the_reference(spec, weights, store, tolerance):
-    """A chunk of many tokens, one of few beside another sequence's decode, then a decode step: as far off as the activations' bf16 and the cache's codes are."""
+    """A chunk of many tokens, one of few beside another sequence's decode, then a decode step: as far off as bf16 and the cache's codes are."""
     plan = WeightPlan(default=weights, exceptions={"embed": "bf16"}, layout="cuda")
     transformer = Transformer(spec, plan, attention="paged", linear="cuda", max_context=CONTEXT)
     fill_random(transformer, seed=1)
