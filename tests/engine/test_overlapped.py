@@ -172,3 +172,19 @@ def test_an_interrupt_ends_everything():
     with pytest.raises(KeyboardInterrupt):
         engine.step()
     assert request.finish_reason == "abort" and UNKNOWN not in request.token_ids and not engine.has_work
+
+
+def test_beams_are_those_of_the_plain_engine():
+    """They are queued past `add`, with log-probabilities that only the host has, beside a request whose steps overlap."""
+    from tradespace.engine.beam import BeamParams, beam_search
+
+    plain, overlapped = engines(num_blocks=24, prefix_sharing=True)
+    params = BeamParams(num_beams=3, max_tokens=6, ignore_eos=True)
+    expected = beam_search(plain, [1, 2, 3, 4, 5], params)
+    other = overlapped.add([4, 4, 2], SamplingParams(temperature=0.0, max_tokens=9, ignore_eos=True))
+    overlapped.step()
+    overlapped.step()
+    assert [beam.output_ids for beam in beam_search(overlapped, [1, 2, 3, 4, 5], params)] == [beam.output_ids for beam in expected]
+    while overlapped.has_work:
+        overlapped.step()
+    assert UNKNOWN not in other.token_ids and other.num_outputs == 9

@@ -7,7 +7,7 @@ last step left it on the device. `execute` is the same for those who want logits
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -97,7 +97,6 @@ class InFlight:
     host: Tensor
     count: int
     event: Any = None
-    extra: dict[str, Any] = field(default_factory=dict)
 
     def tokens(self) -> list[int | None]:
         """A token for each row of logits; None where the logits hold no finite number. Waits for the device."""

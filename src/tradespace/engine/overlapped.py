@@ -13,8 +13,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from tradespace.engine.engine import Engine, Prompt
-from tradespace.engine.request import Constraint, Request, SamplingParams
+from tradespace.engine.engine import Engine
+from tradespace.engine.request import Request
 from tradespace.engine.sampler import Sampled, Sampler
 from tradespace.engine.scheduler import Scheduler
 from tradespace.engine.step import Step
@@ -44,29 +44,16 @@ class OverlappedEngine(Engine):
     ):
         super().__init__(runner, scheduler, sampler, tokenizer, eos_ids=eos_ids, on_step=on_step)
         self._flying: InFlight | None = None
-        self._careful: dict[str, Request] = {}  # those whose steps cannot overlap
         self._landed_s = 0.0
 
     @property
     def has_work(self) -> bool:
         return self.scheduler.has_work or self._flying is not None
 
-    def add(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0, id: str | None = None, constraint: Constraint | None = None
-    ) -> Request:
-        """As `Engine.add`."""
-        request = super().add(prompt, params, priority=priority, id=id, constraint=constraint)
-        if self.runner.needs_logits(request):
-            self._careful |= {member.id: member for member in (request, *request.siblings)}
-        return request
-
     def fork(self, request: Request) -> Request:
         """As `Engine.fork`: from all that is known once the step under way is through."""
         self._settle()
-        forked = super().fork(request)
-        if request.id in self._careful:
-            self._careful[forked.id] = forked
-        return forked
+        return super().fork(request)
 
     def abort(self, request: Request) -> None:
         """As `Engine.abort`, once the step under way is through."""
@@ -76,9 +63,8 @@ class OverlappedEngine(Engine):
 
     def step(self) -> list[Request]:
         """As `Engine.step`; the requests that it returns got tokens of the step before."""
-        for id in [id for id, request in self._careful.items() if request.finished]:
-            del self._careful[id]
-        if self._careful:
+        # asked of the scheduler and not kept: beams and forks are queued there, past `add`
+        if any(map(self.runner.needs_logits, (*self.scheduler.running, *self.scheduler.waiting))):
             changed = self._guarded(self._land)
             return self._joined(changed, super().step())
         return self._guarded(self._advance)

@@ -50,13 +50,13 @@ class DeviceMeter:
 
     @classmethod
     def start(cls, index: int = 0) -> DeviceMeter:
-        """Raises UnsupportedError where other processes use the device and ours cannot be told from theirs."""
+        """What is in use now is not ours."""
         rows = _smi("--query-gpu=memory.used", index)
         used = int(rows[0][0]) * MiB if rows and rows[0][0].isdigit() else 0
         return cls(index, used)
 
     def used_bytes(self) -> int:
-        """What this process takes now; the context must be there."""
+        """What this process takes now; the context must be there. Raises UnsupportedError where others use the device and ours cannot be told from theirs."""
         import torch
 
         if self.method != "driver":
