@@ -11,6 +11,7 @@ from tradespace.kernels.attention import KERNELS, workspace_bytes
 from tradespace.kernels.attention.chunked import attend as chunked
 from tradespace.kernels.view import PackedView, StepBatch
 from tradespace.spec.attention import chunk_size, refusal
+from tradespace.spec.attention_workspace import tile_packing_bytes
 from tradespace.spec.mixers import Attention
 
 
@@ -48,8 +49,6 @@ STEPS = {
 @pytest.mark.parametrize("mixer", list(MIXERS))
 def test_no_step_exceeds_its_bound(mixer, step, layout, dtype):
     spec, cuts = MIXERS[mixer], STEPS[step]
-    if dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
-        pytest.xfail("with AMX torch's fused attention packs keys and values for its tiles, which the formula does not count yet")
     case = make_case(spec, cuts, layout, dtype, 0)
     for name in ("reference", "chunked", "sdpa"):  # native attention is part of a recorded step, whose buffers tests/native measures
         if refusal(name, spec) is not None:
@@ -70,6 +69,8 @@ def test_no_step_exceeds_its_bound(mixer, step, layout, dtype):
             found = peak_bytes(lambda kernel=kernel: kernel(case.q_TNH, case.cache.view(0), case.batch, spec, case.sinks_N))
         assert found <= bound, f"{name} held {found:,} bytes; the formula allows {bound:,}"
         if step == "late chunk" or (step, name, mixer) == ("decode many", "sdpa", "gqa"):  # where there is much to hold the bound is no fantasy
+            if name == "sdpa" and not torch.cpu._is_amx_tile_supported():  # what is packed for tiles is booked where there are none, too
+                bound -= tile_packing_bytes(spec, sum(new for _, new in cuts), max(before + new for before, new in cuts), dtype.itemsize)
             assert bound <= 3 * found + 2**19, f"{name} held {found:,} bytes; the formula books {bound:,}"
 
 

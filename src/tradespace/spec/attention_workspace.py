@@ -19,6 +19,7 @@ SDPA_QUERIES = 128  # prefill: queries per call
 SDPA_FEW = 8  # up to so many queries a sequence are rows of one product
 GATHER_BYTES = 6 * 2**20  # keys and values of one shared call
 _FUSED_ROWS, _FUSED_KEYS = 32, 512  # the tile of scores that each thread of torch's fused CPU kernel holds
+_PACKED_QUERIES = 64  # below this many queries or keys nothing is packed
 
 
 def workspace_bytes(
@@ -136,4 +137,11 @@ def _sdpa(mixer: Attention, step_tokens: int, max_context: int, max_sequences: i
     mask_rows = drafted * mixer.G if drafted > 1 else 1
     prepared = padded_keys * (8 + mask_rows * element_bytes)
     tiles = threads * _FUSED_ROWS * (_FUSED_KEYS * (4 + element_bytes) + (2 + wide) * 4)
-    return max(many, few) + ruler + prepared + tiles
+    return max(many, few) + ruler + prepared + tiles + tile_packing_bytes(mixer, num_queries, max_context, element_bytes)
+
+
+def tile_packing_bytes(mixer: Attention, num_queries: int, max_context: int, element_bytes: int) -> int:
+    """Where a CPU has tiles (AMX) torch packs 16-bit keys and values for them: for every query head, whole blocks of keys. Booked on every CPU."""
+    if element_bytes != 2 or min(num_queries, max_context) < _PACKED_QUERIES:
+        return 0
+    return mixer.N * 2 * max(mixer.H, mixer.Hv) * (-(-max_context // _FUSED_KEYS) * _FUSED_KEYS) * element_bytes
