@@ -24,8 +24,8 @@ def _normal(generator: torch.Generator, *shape: int) -> torch.Tensor:
 
 
 def test_tables_agree():
-    # native steps bring their own: `formats.native`, `model.recorded`
-    assert set(LINEAR) == set(ACTIVATIONS) == set(SOFTCAPS) == {name for name, _ in NORMS} == set(LINEAR_KERNELS) - {"native"}
+    # native and CUDA steps bring their own: `formats.native`, `model.recorded`, `model.cuda_step`
+    assert set(LINEAR) == set(ACTIVATIONS) == set(SOFTCAPS) == {name for name, _ in NORMS} == set(LINEAR_KERNELS) - {"native", "cuda"}
 
 
 def _row_functions(C: int, R: int, dtype: torch.dtype, generator: torch.Generator):

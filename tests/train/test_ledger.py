@@ -7,7 +7,7 @@ from itertools import pairwise, product
 
 import pytest
 
-from tradespace.cost.training import activation_peak, fixed_lines, terms, train_ledger, with_segments
+from tradespace.cost.training import PRODUCT_BYTES, activation_peak, fixed_lines, terms, train_ledger, with_segments
 from tradespace.errors import BudgetError
 from tradespace.measure.allocations import peak_allocated
 from tradespace.planner import training
@@ -32,7 +32,9 @@ def test_predicted_is_measured(policy, fmt):
         trainer.advance()
         measured = peak_allocated(trainer.advance)
         plan = plan_of(trainer, policy, micro=micro, context=context, fused=fused, loss_tokens=128, fmt=fmt)
-        assert activation_peak(spec, plan)[1] == pytest.approx(measured, rel=0.05)
+        predicted = activation_peak(spec, plan)[1]
+        # what torch's product library packs for a moment differs by processor and threads: it has a line of its own
+        assert 0.95 * (measured - PRODUCT_BYTES[fmt]) < predicted < 1.05 * measured
         ledger = {line.name: line.bytes.value for line in fixed_lines(spec, plan)}
         assert ledger["weights"] == sum(parameter.nbytes for parameter in trainer.parameters.values())
         assert ledger["optimizer"] == trainer.optimizer.nbytes

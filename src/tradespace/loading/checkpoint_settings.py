@@ -11,6 +11,7 @@ from typing import Any
 
 from tradespace.errors import UnsupportedError
 from tradespace.loading.rawfile import shown
+from tradespace.spec.published import plain_expression
 
 MAX_NAMES = 2**17  # modules that a list may name
 MAX_PATTERN_CHARS = 512
@@ -71,10 +72,6 @@ class Settings:
                 raise UnsupportedError(f"{self.path}.{name[:80]} = {shown(value)}: {why}")
 
 
-# .* and alternation cover what exporters write; nested repetition would let a pattern in a config run for ever
-_PLAIN_PATTERN = re.compile(r"(?:[\w\s.\-:,/]|\\[.dw\-]|\.\*|\.\+|\\d\+|\\d\*|\[[\w\-^]+\][+*]?|\(\?:|[()|^$])*")
-
-
 def name_matcher(settings: Settings, key: str, patterns: Sequence[str]) -> Callable[[str], bool]:
     """Whether a module's name is one of `patterns`: a whole name, or "re:" and a regular expression that matches from its beginning.
 
@@ -84,13 +81,10 @@ def name_matcher(settings: Settings, key: str, patterns: Sequence[str]) -> Calla
     compiled = []
     for pattern in patterns:
         if pattern.startswith("re:"):
-            body = pattern[3:]
-            if not _PLAIN_PATTERN.fullmatch(body) or re.search(r"\)[*+?{]", body):
-                raise settings.refused(key, f"the pattern {shown(pattern)} is more than names, .*, \\d+, [sets] and (alter|natives)")
-            try:
-                compiled.append(re.compile(body))
-            except re.error as error:
-                raise settings.refused(key, f"{shown(pattern)} is not a regular expression: {error}") from error
+            expression = plain_expression(pattern[3:])
+            if expression is None:
+                raise settings.refused(key, f"the pattern {shown(pattern)} is no regular expression, or more than names, .*, \\d+, [sets] and (alter|natives)")
+            compiled.append(expression)
     return lambda name: name in exact or any(expression.match(name) for expression in compiled)
 
 

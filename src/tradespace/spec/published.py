@@ -46,6 +46,8 @@ _MODULES = {
 }
 _EXPERTS = {"minimax_m2": "block_sparse_moe.experts.0", "gemma4": "experts.0", "gemma4_text": "experts.0"}
 _SHARED = {"gemma4": "mlp", "gemma4_text": "mlp"} | dict.fromkeys(("qwen2_moe", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text"), "mlp.shared_expert")
+# .* and alternation cover what exporters write; nested repetition would let a pattern in a config run for ever
+_PLAIN = re.compile(r"(?:[\w\s.\-:,/]|\\[.dw\-]|\.\*|\.\+|\\d\+|\\d\*|\[[\w\-^]+\][+*]?|\(\?:|[()|^$])*")
 _PREFIXES = ("model.", "model.language_model.", "language_model.model.")  # as published; under eyes in two ways
 
 
@@ -101,17 +103,33 @@ def module_names(tensor: TensorSpec, model: ModelSpec) -> tuple[str, ...]:
     return tuple(f"{prefix}layers.{tensor.layer}.{_MODULES[within].format(**parts)}" for prefix in _PREFIXES)
 
 
-def _matcher(entries: Iterable[str]) -> Callable[[tuple[str, ...]], bool]:
-    """Whether one of a config's entries names a module under one of its names: in full, as a pattern, by a part between dots, or by what it lies in."""
+def _matcher(entries: Iterable[str]) -> Callable[[tuple[str, ...]], bool] | None:
+    """Whether one of a config's entries names a module under one of its names: in full, as a pattern, by a part between dots, or by what it lies in.
+
+    None: one is an expression that is not understood, or whose search could take for ever.
+    """
     found = []
     for entry in entries:
         if entry.startswith("re:"):
-            found.append(re.compile(entry[3:]))
+            expression = plain_expression(entry[3:])
+            if expression is None:
+                return None
+            found.append(expression)
         elif "*" in entry:
             found.append(re.compile(f"{translate(entry)}|{translate(entry.rstrip('*').rstrip('.') + '.*')}"))
         else:
             found.append(re.compile(rf"(.*\.)?{re.escape(entry)}(\..*)?$"))
     return lambda names: any(pattern.match(name) for pattern in found for name in names)
+
+
+def plain_expression(body: str) -> re.Pattern[str] | None:
+    """A config's regular expression, compiled, if it is one of names, .*, \\d+, [sets] and (alter|natives) that no search can take for ever with; else None."""
+    if not _PLAIN.fullmatch(body) or re.search(r"\)[*+?{]", body):
+        return None
+    try:
+        return re.compile(body)
+    except re.error:
+        return None
 
 
 def _left_out(settings: Mapping[str, Any]) -> list[str] | None:
@@ -127,9 +145,9 @@ def _left_out(settings: Mapping[str, Any]) -> list[str] | None:
 
 def _schemes(settings: Mapping[str, Any], model: ModelSpec) -> tuple[Scheme, ...] | None:
     method, left_out = settings.get("quant_method"), _left_out(settings)
-    if left_out is None:
+    kept = None if left_out is None else _matcher(left_out)
+    if kept is None:
         return None
-    kept = _matcher(left_out)
     block = settings.get("weight_block_size")
     if method == "fp8" and isinstance(block, list) and len(block) == 2 and all(isinstance(side, int) and side > 0 for side in block):
         held = WeightFormat(name="fp8 in blocks", bits=8, group=block[1], scale_rows=block[0], scale_bytes=4)
@@ -154,9 +172,9 @@ def _grouped(group: Any, kept: Callable[[tuple[str, ...]], bool], modelopt: bool
         held, beside = WeightFormat(name="nvfp4", bits=4, group=16, scale_bytes=1), 4 + 4  # the matrix's scale and its input's
     elif modelopt and (bits, size, kind) == (8, None, "float"):
         held, beside = WeightFormat(name="fp8", bits=8), 4 + 4
-    elif not modelopt and kind == "int" and isinstance(bits, int) and isinstance(size, int) and 32 % bits == 0 and weights.get("symmetric") is True:
+    elif not modelopt and kind == "int" and bits in (2, 4, 8) and isinstance(size, int) and size > 0 and weights.get("symmetric") is True:
         held, beside = WeightFormat(name="packed", bits=bits, group=size, scale_bytes=2), 2 * 8  # rows and columns
     else:
         return None
     asked = (lambda names: True) if "Linear" in targets else _matcher(targets)
-    return Scheme(held, beside, lambda names: asked(names) and not kept(names))
+    return None if asked is None else Scheme(held, beside, lambda names: asked(names) and not kept(names))
