@@ -74,11 +74,9 @@ def read_plan(plan: Plan | str | Path) -> Plan:
 
 
 def check_plan(plan: Plan, spec: ModelSpec, flags: Mapping[str, object]) -> None:
-    """Whether a plan from outside can be obeyed to the letter here. Raises InputError for a flag that contradicts it, UnsupportedError for what cannot run."""
-    stated = [name.replace("_", "-") for name, value in flags.items() if value is not None]
-    if stated:
-        flag = " and --".join(stated).replace("_", "-")
-        raise InputError(f"--plan is obeyed to the letter, and it states its own {', '.join(stated)}. Leave --{flag} away, or change the plan")
+    """Whether a plan from outside can be obeyed to the letter on this CPU. Raises InputError for a flag that contradicts it, UnsupportedError for what cannot
+    run."""
+    _check_stated(plan, spec, flags)
     if plan.device not in ("cpu", api.find_machine(None).name):
         try:
             kind = find_device(plan.device).kind
@@ -86,9 +84,28 @@ def check_plan(plan: Plan, spec: ModelSpec, flags: Mapping[str, object]) -> None
             here = f"This machine is '{api.find_machine(None).name}', and 'cpu' means any"
             raise InputError(f"plan: {error}. {here}: change `device`, or plan anew on this machine") from None
         if kind != "cpu":
-            raise UnsupportedError(f"this plan is for {plan.device}; this version runs on the CPU alone. Plan without --device: tradespace plan {spec.name}")
+            raise UnsupportedError(f"this plan is for {plan.device}, and this is to run on the CPU. Plan without --device: tradespace plan {spec.name}")
     check_runs(plan, spec)
     if plan.attention == "flash" and not interprets():  # another kernel in its place would need more than the plan counts with
-        raise UnsupportedError("plan: attention by flash, a kernel for CUDA devices; this version runs on the CPU alone. Set attention to sdpa or chunked")
+        raise UnsupportedError("plan: attention by flash, a kernel for CUDA devices, and this is to run on the CPU. Set attention to sdpa or chunked")
+
+
+def check_device_plan(plan: Plan, spec: ModelSpec, flags: Mapping[str, object], device: DeviceSpec) -> None:
+    """As `check_plan`, on the CUDA device `device`: whether it can run there is known once it is built."""
+    _check_stated(plan, spec, flags)
+    if plan.linear != "cuda":
+        raise UnsupportedError(
+            f"plan: linear by '{plan.linear}', a kernel for CPUs, and this is to run on {device.name}. Use --device cpu, or plan anew: "
+            f"tradespace plan {spec.name} --device {device.name}"
+        )
+    if plan.device != device.name:
+        raise InputError(f"this plan is for {plan.device}, and the card is {device.name}: change `device`, or plan anew with --device {device.name}")
+
+
+def _check_stated(plan: Plan, spec: ModelSpec, flags: Mapping[str, object]) -> None:
+    stated = [name.replace("_", "-") for name, value in flags.items() if value is not None]
+    if stated:
+        flag = " and --".join(stated).replace("_", "-")
+        raise InputError(f"--plan is obeyed to the letter, and it states its own {', '.join(stated)}. Leave --{flag} away, or change the plan")
     if plan.max_context > spec.max_context:
         raise InputError(f"plan: max_context {plan.max_context} exceeds the {spec.max_context} tokens that {spec.name} was made for")

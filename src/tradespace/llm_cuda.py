@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tradespace import api
-from tradespace.choosing import choose_plan, read_plan
+from tradespace.choosing import check_device_plan, choose_plan, read_plan
 from tradespace.cost.memory import Ledger, ledger
 from tradespace.defaults import Defaults
 from tradespace.errors import BudgetError, InputError, UnsupportedError
@@ -165,8 +165,8 @@ def open_on_device(
             tokenizer = Tokenizer.from_files(files)
         if chosen is None:
             chosen = choose_plan(spec, device, budget, context, concurrency, goal, **fixed, stored=stored)  # pyright: ignore[reportArgumentType]
-        if chosen.linear != "cuda":
-            raise UnsupportedError(f"this plan computes with '{chosen.linear}' on the CPU; on a CUDA device linear is 'cuda'. Plan with --device {device.name}")
+        else:
+            check_device_plan(chosen, spec, {"context": context, "attention_pattern": pattern, **fixed}, device)
         chosen = replace(chosen, memory_bytes=budget, device=device.name)
         need = round(ledger(spec, chosen, device).total_bytes().require())
         if need > budget:

@@ -14,9 +14,12 @@ import pytest
 
 import tradespace as ts
 from cli.tiny_model import ROOMY, make_home, make_tokenizer, oracle, save_folder
+from tradespace.choosing import check_device_plan
 from tradespace.defaults import Defaults
 from tradespace.llm import LLM
 from tradespace.loading.resolve import resolve
+from tradespace.spec.device_zoo import find_device
+from tradespace.spec.zoo import find_model
 
 PROMPTS = ["why is the sky blue?", "a", "the plan is made. " * 12, "0123456789 und Größe ✓"]
 GREEDY = ts.SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)
@@ -338,3 +341,20 @@ def test_the_examples_of_the_documentation_hold():
     found = doctest.testmod(importlib.import_module("tradespace.api"))
     assert found.attempted >= 3
     assert found.failed == 0
+
+
+def test_a_plan_for_a_card_is_obeyed_to_the_letter_or_refused():
+    """What a CUDA device asks of a plan before anything is loaded."""
+    spec, card = find_model("llama-3.2-1b"), find_device("h100-80gb")
+    frontier = ts.plan("llama-3.2-1b", memory="16GiB", device="h100-80gb", context=1024, runnable_only=True, pins={"linear": "cuda"})
+    assert frontier.best is not None
+    plan = frontier.best.plan
+    check_device_plan(plan, spec, {"context": None, "weights": None}, card)
+    with pytest.raises(ts.InputError, match="obeyed to the letter.*states its own context, weights"):
+        check_device_plan(plan, spec, {"context": 64, "weights": "int8"}, card)
+    with pytest.raises(ts.InputError, match="is for a100-80gb, and the card is h100-80gb"):
+        check_device_plan(dataclasses.replace(plan, device="a100-80gb"), spec, {}, card)
+    with pytest.raises(ts.InputError, match="max_context"):
+        check_device_plan(dataclasses.replace(plan, max_context=2**20), spec, {}, card)
+    with pytest.raises(ts.UnsupportedError, match="--device cpu"):
+        check_device_plan(dataclasses.replace(plan, linear="torch"), spec, {}, card)

@@ -7,7 +7,6 @@ weights and text: there the largest difference of a logit is shown. Keys and val
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +33,6 @@ POSITIONS = 512
 EXACT_BAR = 1e-4  # of a logit
 
 
-@dataclass(frozen=True, slots=True)
-class Said:
-    """What a model said to one window: log-probabilities (positions, V), and, where it is ours, the logits that they come from."""
-
-    logprobs: Tensor
-    logits: Tensor | None = None
-
-
 def run(*, quick: bool, say: Callable[[str], None]) -> Record:
     """Every file on both texts (quick: the first of each)."""
     version = require_llama_cpp().__version__
@@ -52,14 +43,14 @@ def run(*, quick: bool, say: Callable[[str], None]) -> Record:
         name = NAMES.get((model, file_format), f"{model} {(file_format or '').upper()}")
         for text, parts in list(TEXTS.items())[: 1 if quick else None]:
             window = token_window(tokenizer, read_text(*parts), POSITIONS)
-            reference, exact, int8 = (
-                _ours(path, *how, window) for how in (("sdpa", "fp32", "auto"), ("native", "stored", "fp32"), ("native", "stored", "auto"))
-            )
+            logits = torch.cat(list(_ours(path, "sdpa", "fp32", "auto", window)))
+            largest = _largest_difference(logits, _ours(path, "native", "stored", "fp32", window))
+            reference = logits.log_softmax(-1)
+            del logits
+            int8 = torch.cat([piece.log_softmax(-1) for piece in _ours(path, "native", "stored", "auto", window)])
             with LlamaCpp(Path(path)) as oracle:
-                theirs = Said(torch.cat(list(oracle.logprobs(window[:-1]))))  # the last token is only predicted
+                theirs = torch.cat(list(oracle.logprobs(window[:-1])))  # the last token is only predicted
             ours, llama = (_divergence(reference, other, window) for other in (int8, theirs))
-            assert reference.logits is not None and exact.logits is not None, "ours gives logits"
-            largest = float((reference.logits - exact.logits).abs().max())
             row = {"model": name, "text": text, "num_tokens": ours.num_tokens, "ours_kl": ours.mean_kl, "ours_error": ours.kl_error}
             row |= {"llama_cpp_kl": llama.mean_kl, "llama_cpp_error": llama.kl_error, "ours_top1": ours.top1_agreement, "llama_cpp_top1": llama.top1_agreement}
             row |= {"exact_logit_difference": largest, "holds": ours.mean_kl <= llama.mean_kl, "exact_holds": largest <= EXACT_BAR}
@@ -69,10 +60,10 @@ def run(*, quick: bool, say: Callable[[str], None]) -> Record:
     return new_record("activations", command=command_line(), device=this_machine(), repeats=1, rows=rows, notes=notes)
 
 
-def _ours(path: str, attention: str, weights: str, activations: str, window: list[int]) -> Said:
+def _ours(path: str, attention: str, weights: str, activations: str, window: list[int]) -> Iterator[Tensor]:
+    """Logits after each token but the last, a few rows at a time."""
     with open_ours(path, attention, weights, activations) as llm:
-        logits = torch.cat(list(_logits(llm, window[:-1])))
-    return Said(logits.log_softmax(-1), logits)
+        yield from _logits(llm, window[:-1])
 
 
 def _logits(llm: LLM, ids: list[int]) -> Iterator[Tensor]:
@@ -88,8 +79,17 @@ def _logits(llm: LLM, ids: list[int]) -> Iterator[Tensor]:
                 yield forward.transformer.logits(hidden_TD, torch.arange(row, min(row + forward.rows, stop - start))).clone()
 
 
-def _divergence(reference: Said, other: Said, window: list[int]) -> Divergence:
-    return compare(lambda _: iter(reference.logprobs.split(ROWS)), lambda _: iter(other.logprobs.split(ROWS)), [Passage(window)])
+def _largest_difference(logits_TV: Tensor, pieces: Iterator[Tensor]) -> float:
+    """Over all rows; `pieces` are held one at a time."""
+    largest, row = 0.0, 0
+    for piece in pieces:
+        largest, row = max(largest, float((logits_TV[row : row + len(piece)] - piece).abs().max())), row + len(piece)
+    assert row == len(logits_TV), "both read the same window"
+    return largest
+
+
+def _divergence(reference: Tensor, other: Tensor, window: list[int]) -> Divergence:
+    return compare(lambda _: iter(reference.split(ROWS)), lambda _: iter(other.split(ROWS)), [Passage(window)])
 
 
 def markdown(record: Record) -> str:
