@@ -46,6 +46,7 @@ def run(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the record.")] = Path("results"),
     quick: Annotated[bool, typer.Option("--quick", help="Fewer repeats and smaller grids: to see that it works, not to quote.")] = False,
     only: Annotated[list[str] | None, typer.Option("--only", help="Only this part of it (cpu-speed: decode, prefill, batch, start); the rest stays.")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="cpu or cuda, for experiments that run on either. Default: cpu.")] = None,
     json: Json = False,
 ) -> None:
     """Run one experiment (or all) and write its record.
@@ -65,7 +66,7 @@ def run(
             notes.print(f"{experiment.name} left out: it needs a device of kind {experiment.on}. Alone: tradespace lab run {experiment.name}", style="dim")
             continue
         notes.print(f"{experiment.name}: {experiment.question} (about {experiment.minutes:g} minutes)", style="dim", soft_wrap=True)
-        record = experiment.run(quick=quick, say=lambda line: notes.print(escape(line), style="dim", soft_wrap=True), only=only or ())
+        record = experiment.run(quick=quick, say=lambda line: notes.print(escape(line), style="dim", soft_wrap=True), only=only or (), device=device)
         path = output / experiment.file
         if only and path.exists():
             record = experiment.joined(read_record(path), record, only)

@@ -1,19 +1,25 @@
 """Experiment architecture: small Llamas of equal parameters learn the same tokens, three seeds each: what fewer KV heads, more depth, or another feed-forward
-cost in held-out loss, and what they gain in cache bytes and decode speed."""
+cost in held-out loss, and what they gain in cache bytes and decode speed. Every training is kept (`lab.kept`): cut and begun again, the experiment goes on.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from math import prod
+from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import torch
 
-from tradespace.api import find_machine
+from tradespace.build_training import build_model
 from tradespace.kernels.view import Span, StepBatch
 from tradespace.kv.cache import KVCache
 from tradespace.lab.common import command_line, markdown_table
+from tradespace.lab.kept import go_on, kept, settings_of
+from tradespace.lab.place import find_lab_device
 from tradespace.lab.training_text import book_tokens, digest, held_out_loss, scratch_trainer, shaped
 from tradespace.measure.record import Figure, Record, new_record
 from tradespace.model.transformer import Transformer
@@ -21,9 +27,12 @@ from tradespace.spec.kv import KVPlan
 from tradespace.spec.mixers import Attention
 from tradespace.spec.model import ModelSpec
 from tradespace.spec.tensors import model_tensors
-from tradespace.train.data import Document, pack
+from tradespace.spec.weights import WeightPlan
+from tradespace.train.data import Document, Packed, pack
+from tradespace.train.initialise import init
+from tradespace.train.loop import Limits
 
-VOCAB, CONTEXT, BATCH, LR = 1024, 128, 8, 2e-3
+VOCAB, CONTEXT = 1024, 128
 # all within 2% of the parameters of the first: 4 layers, width 128, 8 heads of 16, a feed-forward 3 times as wide
 WAYS: dict[str, str] = {
     "kv heads 8 (all)": "layers=4,width=128,heads=8,kv-heads=8,ffn=384",
@@ -36,34 +45,79 @@ WAYS: dict[str, str] = {
 }
 SEEDS = (0, 1, 2)
 WARM = 8  # tokens before the clock starts
+LONG = 2048  # tokens that decode looks back on: where the cache weighs more than the weights
+ROUNDS = 7
 
 
-def run(*, quick: bool, say: Callable[[str], None]) -> Record:
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """How long every model learns; chars of the books are tokenized."""
+
+    steps: int
+    batch: int
+    lr: float
+    chars: int
+    test_blocks: int = 256
+    clip: float = 1.0
+
+
+# about an hour of one thread; about ten minutes of a device
+SCALES = {
+    "cpu": Scale(steps=1000, batch=8, lr=2e-3, chars=3_200_000),
+    "cuda": Scale(steps=1500, batch=64, lr=4e-3, chars=24_000_000),
+    "quick": Scale(steps=10, batch=8, lr=2e-3, chars=200_000, test_blocks=16),
+}
+
+
+def run(*, quick: bool, say: Callable[[str], None], device: str | None = None) -> Record:
     """Trains every way under every seed, on the same blocks in the seed's order."""
-    steps, seeds = (10, SEEDS[:1]) if quick else (400, SEEDS)
-    train, held_out = book_tokens(VOCAB, 200_000 if quick else 1_600_000)
-    data = pack([Document(train)], CONTEXT, source="pd-books")
-    test = held_out[: CONTEXT * (16 if quick else 256)]
-    rows, figures = [], {}
+    place, described = find_lab_device(device)
+    scale, seeds = (SCALES["quick"], SEEDS[:1]) if quick else (SCALES[place.type], SEEDS)
+    train, held_out = book_tokens(VOCAB, scale.chars)
+    data, test = pack([Document(train)], CONTEXT, source="pd-books"), held_out[: CONTEXT * scale.test_blocks]
+    rows: list[dict[str, Any]] = []
+    figures: dict[str, Figure] = {}
     for name, shape in WAYS.items():
         spec = shaped(f"{shape},vocab={VOCAB},context={CONTEXT}")
-        losses, speeds = [], []
+        found = []
         for seed in seeds:
-            trainer = scratch_trainer(spec, data, steps=steps, batch=BATCH, lr=LR, seed=seed, warmup=steps // 20, clip=1.0)
-            for _ in range(steps):
-                trainer.advance()
-            losses.append(held_out_loss(trainer.model, test, CONTEXT))
-            speeds.append(decode_speed(trainer.model, 16 if quick else 96))
+            settings = settings_of(
+                shape=shape, vocab=VOCAB, context=CONTEXT, seed=seed, device=described.name, tokens=digest(train), held_out=digest(test), **asdict(scale)
+            )
+
+            def learn(folder: Path, spec: ModelSpec = spec, seed: int = seed, settings: dict[str, Any] = settings) -> dict[str, float]:
+                return _trained(folder, spec, data, test, scale, seed, settings, place, say)
+
+            found.append(kept("architecture", settings, learn))
+            say(f"{name}, seed {seed}: {found[-1]['loss']:.4f} nats")
+        losses = [each["loss"] for each in found]
         figures[f"{name}: held-out loss"] = Figure.of(losses, "nats")
-        figures[f"{name}: decode"] = Figure.of(speeds, "tok/s")
-        count = sum(prod(tensor.shape) for tensor in model_tensors(spec))
         rows.append(
-            {"name": name, "shape": shape, "parameters": count, "kv_bytes_per_token": kv_bytes(spec), "loss": fmean(losses), "tokens": steps * BATCH * CONTEXT}
-        )
-        say(f"{name}: {count:,} parameters, {fmean(losses):.4f} nats ({min(losses):.4f} to {max(losses):.4f}), {kv_bytes(spec)} bytes of cache a token")
-    notes = findings(rows) + f". {steps} steps of {BATCH} × {CONTEXT} tokens, AdamW {LR}, cosine; seeds {', '.join(map(str, seeds))}; tokens {digest(train)}"
+            {
+                "name": name, "shape": shape, "parameters": sum(prod(tensor.shape) for tensor in model_tensors(spec)), "kv_bytes_per_token": kv_bytes(spec),
+                "loss": fmean(losses), "tokens": scale.steps * scale.batch * CONTEXT, "train_s": [each["seconds"] for each in found],
+            }
+        )  # fmt: skip
+    tokens, long, rounds = (16, 256, 1) if quick else (32, LONG, ROUNDS)
+    figures |= decode_speeds(place, tokens, long, rounds)
+    notes = (
+        f"{findings(rows)}. {scale.steps} steps of {scale.batch} × {CONTEXT} tokens, AdamW {scale.lr}, cosine, clip {scale.clip}; seeds "
+        f"{', '.join(map(str, seeds))}; tokens {digest(train)}. Decode: one sequence in fp32 through torch, the ways in turn, at {CONTEXT} and {long} tokens"
+    )
     say(notes)
-    return new_record("architecture", command=command_line(), device=find_machine(None), repeats=len(seeds), figures=figures, rows=rows, notes=notes)
+    return new_record("architecture", command=command_line(), device=described, repeats=len(seeds), figures=figures, rows=rows, notes=notes)
+
+
+def _trained(
+    folder: Path, spec: ModelSpec, data: Packed, test: Sequence[int], scale: Scale, seed: int, settings: dict[str, Any], place: torch.device,
+    say: Callable[[str], None],
+) -> dict[str, float]:  # fmt: skip
+    trainer = scratch_trainer(spec, data, steps=scale.steps, batch=scale.batch, lr=scale.lr, seed=seed, warmup=scale.steps // 20, clip=scale.clip, device=place)
+    trainer.settings, trainer.limits = settings, Limits(steps=scale.steps, save_every=200, clip=scale.clip)
+    began = time.perf_counter()
+    first = go_on(trainer, folder, say)
+    seconds = (time.perf_counter() - began) * scale.steps / max(1, scale.steps - first)
+    return {"loss": held_out_loss(trainer.model, test, CONTEXT, device=place), "seconds": seconds}
 
 
 def kv_bytes(spec: ModelSpec) -> int:
@@ -71,18 +125,36 @@ def kv_bytes(spec: ModelSpec) -> int:
     return sum(2 * layer.mixer.K * (layer.mixer.H + layer.mixer.Hv) for layer in spec.layers if isinstance(layer.mixer, Attention))
 
 
+def decode_speeds(place: torch.device, tokens: int, long: int, rounds: int) -> dict[str, Figure]:
+    """Of all ways in turn, behind a short and behind a long past; which numbers the weights are does not matter."""
+    seen: dict[str, list[float]] = {}
+    for past in (CONTEXT, long):
+        models = {}
+        for name, shape in WAYS.items():
+            spec = replace(shaped(f"{shape},vocab={VOCAB},context={CONTEXT}"), max_context=past)
+            models[name] = build_model(spec, WeightPlan(default="fp32"), context=past, attention="sdpa", device=place)
+            init(models[name], 0)
+        for _ in range(rounds):
+            for name, model in models.items():
+                label = f"{name}: decode" if past == CONTEXT else f"{name}: decode behind {past} tokens"
+                seen.setdefault(label, []).append(decode_speed(model, tokens, past, place))
+    return {label: Figure.of(speeds, "tok/s") for label, speeds in seen.items()}
+
+
 @torch.no_grad()
-def decode_speed(model: Transformer, tokens: int) -> float:
-    """Tokens a second of one sequence, one token at a time, over a context that grows to `tokens`."""
+def decode_speed(model: Transformer, tokens: int, past: int, place: torch.device) -> float:
+    """Tokens a second of one sequence, one token at a time, the last ones of `past`. What is cached before them is zeros."""
     plan = KVPlan(layout="contiguous", store="fp32")
-    cache = KVCache(model.spec, plan, num_blocks=1, block_size=CONTEXT, dtype=torch.float32)
+    cache = KVCache(model.spec, plan, num_blocks=1, block_size=past, dtype=torch.float32, device=place)
     began = 0.0
-    for position in range(tokens + WARM):
-        if position == WARM:
+    for number, position in enumerate(range(past - tokens - WARM, past)):
+        if number == WARM:
+            if place.type == "cuda":
+                torch.cuda.synchronize()
             began = time.perf_counter()
-        span = Span(0, 1, position + 1, (0,))
-        batch = StepBatch.from_spans([span], block_size=CONTEXT)
-        model.logits(model(torch.tensor([position % VOCAB]), torch.tensor([position]), batch, cache))
+        batch = StepBatch.from_spans([Span(0, 1, position + 1, (0,))], block_size=past, device=place)
+        logits = model.logits(model(torch.tensor([position % VOCAB], device=place), torch.tensor([position], device=place), batch, cache))
+        int(logits.argmax())  # as sampling does: waits for the device
     return tokens / (time.perf_counter() - began)
 
 
@@ -103,7 +175,11 @@ def markdown(record: Record) -> str:
             f"{record.figures[row['name'] + ': held-out loss'].min:.4f} to {record.figures[row['name'] + ': held-out loss'].max:.4f}",
             f"{row['kv_bytes_per_token']:,}",
             f"{record.figures[row['name'] + ': decode'].median:,.0f}",
+            f"{next(f.median for key, f in record.figures.items() if key.startswith(row['name'] + ': decode behind')):,.0f}",
         )
         for row in record.rows
     ]
-    return markdown_table(("shape", "parameters", "held-out loss, nats", "over seeds", "cache bytes a token", "decode, tok/s"), table) + f"\n\n{record.notes}"
+    return (
+        markdown_table(("shape", "parameters", "held-out loss, nats", "over seeds", "cache bytes a token", "decode, tok/s", "behind a long past"), table)
+        + f"\n\n{record.notes}"
+    )

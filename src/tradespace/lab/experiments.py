@@ -27,18 +27,24 @@ class Experiment:
     runner: str = "run"
     parts: tuple[str, ...] = ()
     on: str = "cpu"  # the kind of device that it needs
+    anywhere: bool = False  # its `run` takes a `device` and runs on a CPU and on a card
 
     @property
     def file(self) -> str:
         """The record's name in its folder."""
         return record_file(self.name)
 
-    def run(self, *, quick: bool, say: Callable[[str], None], only: Sequence[str] = ()) -> Record:
-        """Measures (with `only`, these parts), and returns the record. Raises InputError for a part that it does not have."""
+    def run(self, *, quick: bool, say: Callable[[str], None], only: Sequence[str] = (), device: str | None = None) -> Record:
+        """Measures (with `only`, these parts), and returns the record. Raises InputError for a part or a device that it does not have."""
+        if device is not None and not self.anywhere:
+            able = ", ".join(experiment.name for experiment in EXPERIMENTS.values() if experiment.anywhere)
+            raise InputError(f"--device {device}: {self.name} runs on {self.on} alone. These run on either: {able}")
         for part in only:
             if part not in self.parts:
                 raise InputError(f"--only {part}: {self.name} has {', '.join(self.parts) or 'no parts'}")
         run = getattr(import_module(f"tradespace.lab.{self.module}"), self.runner)
+        if self.anywhere:
+            return run(quick=quick, say=say, device=device)
         return run(quick=quick, say=say, only=tuple(only) or self.parts) if self.parts else run(quick=quick, say=say)
 
     def joined(self, before: Record, now: Record, only: Sequence[str]) -> Record:
@@ -83,7 +89,13 @@ EXPERIMENTS: dict[str, Experiment] = {
         Experiment(name="gpu-speed", question="does the GPU engine hold its bars, and its budget?", minutes=9, module="gpu_speed", parts=GPU_PARTS, on="cuda"),
         Experiment(name="checkpointing", question="what does recomputing layers save and cost in training, by segment?", minutes=4, module="checkpointing"),
         Experiment(name="from-scratch", question="does training learn what transformers' Trainer learns, step by step?", minutes=15, module="from_scratch"),
-        Experiment(name="architecture", question="what do fewer KV heads, depth and a narrow feed-forward cost in loss?", minutes=12, module="architecture"),
+        Experiment(
+            name="architecture",
+            question="what do fewer KV heads, depth and a narrow feed-forward cost in loss?",
+            minutes=60,
+            module="architecture",
+            anywhere=True,
+        ),
         Experiment(name="batch-size", question="how many tokens to a loss, by batch size?", minutes=10, module="batch_size"),
         Experiment(name="distill-student", question="what does a teacher give a student?", minutes=6, module="distill_student", on="cuda"),
         Experiment(name="qlora-curve", question="does QLoRA learn as bitsandbytes + PEFT does?", minutes=6, module="qlora_curve"),
