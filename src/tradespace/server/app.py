@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import traceback
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,11 @@ from tradespace.errors import InputError, TradespaceError
 from tradespace.measure.memory import process_bytes
 from tradespace.server import chat, completions, responses
 from tradespace.server.admission import QueueFull
-from tradespace.server.asking import chat_ids
+from tradespace.server.asking import chat_ids, check_model, text_size
 from tradespace.server.limits import error_body
 from tradespace.server.link import Unavailable
 from tradespace.server.schema import ChatRequest, CompletionRequest, DetokenizeRequest, ResponsesRequest, TokenizeRequest
-from tradespace.server.service import ClientGone, Service, error_response
+from tradespace.server.service import ClientGone, Service, error_response, off_loop
 
 PAGE = Path(__file__).with_name("page.html")
 _OBJECT = {"schema": {"type": "object", "additionalProperties": True}}
@@ -100,11 +100,8 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part != "body")
-        return JSONResponse(
-            error_body(f"{where}: {first['msg']}"[:1000] if where else str(first["msg"])[:1000], "invalid_request_error", param=where or None), 400
-        )
+        where, what = _wrong(error.errors())
+        return JSONResponse(error_body(f"{where}: {what}"[:1000] if where else what[:1000], "invalid_request_error", param=where or None), 400)
 
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> Response:
@@ -118,6 +115,15 @@ def _add_errors(app: FastAPI) -> None:
     async def bug(request: Request, error: Exception) -> Response:
         traceback.print_exception(error, file=sys.stderr)
         return error_response(error)
+
+
+def _wrong(errors: Sequence[Any]) -> tuple[str, str]:
+    """Where a body does not fit, and what is wrong there. Of the kinds that a field may have, the one that comes furthest is meant."""
+    first = next((error for error in errors if error["type"] == "extra_forbidden"), None) or max(errors, key=lambda error: len(error["loc"]))
+    # pydantic names the kinds on its way: str, list[…], a model
+    where = ".".join(str(part) for part in first["loc"][1:] if isinstance(part, int) or (part.islower() and part.isidentifier() and part != "str"))
+    what = "this server has no such field" if first["type"] == "extra_forbidden" else first["msg"]
+    return where, what
 
 
 def _add_generating(app: FastAPI, service: Service) -> None:
@@ -135,26 +141,33 @@ def _add_generating(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/models", responses=_documented(401))
     async def models() -> Response:
-        length = None if service.link.ready is None else service.link.ready.limits.max_context
-        served = [
-            {"id": name, "object": "model", "created": service.started, "owned_by": "tradespace", "root": service.name, "max_model_len": length}
-            for name in service.settings.names
-        ]
-        return JSONResponse({"object": "list", "data": served})
+        return JSONResponse({"object": "list", "data": [_model(service, name) for name in service.settings.names]})
+
+    @app.get("/v1/models/{name:path}", responses=_documented(401, 404))
+    async def model(name: str) -> Response:
+        check_model(name, service.settings.names)
+        return JSONResponse(_model(service, name))
 
     @app.post("/tokenize", responses=_PLAIN)
     async def tokenize(body: TokenizeRequest) -> Response:
         if (body.prompt is None) == (body.messages is None):
             raise InputError("give prompt or messages")
         if body.prompt is not None:
-            ids = await asyncio.to_thread(service.tokenizer.encode, body.prompt, body.add_special_tokens)
+            ids = await off_loop(len(body.prompt), service.tokenizer.encode, body.prompt, body.add_special_tokens)
         else:
-            ids = list(chat_ids(service.tokenizer, body.messages or []))
+            messages = body.messages or []
+            ids = list(await off_loop(text_size(messages), chat_ids, service.tokenizer, messages))
         return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": service.link.limits.max_context})
 
     @app.post("/detokenize", responses=_PLAIN)
     async def detokenize(body: DetokenizeRequest) -> Response:
-        return JSONResponse({"prompt": service.tokenizer.decode(body.tokens, skip_special_tokens=False)})
+        decode = service.tokenizer.decode
+        return JSONResponse({"prompt": await off_loop(len(body.tokens), lambda: decode(body.tokens, skip_special_tokens=False))})
+
+
+def _model(service: Service, name: str) -> dict[str, Any]:
+    length = None if service.link.ready is None else service.link.ready.limits.max_context
+    return {"id": name, "object": "model", "created": service.started, "owned_by": "tradespace", "root": service.name, "max_model_len": length}
 
 
 def _add_watching(app: FastAPI, service: Service) -> None:

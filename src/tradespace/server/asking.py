@@ -63,16 +63,11 @@ def grammar_of(body: Sampling) -> Grammar | None:
     """The grammar that an answer must obey. Raises InputError for two at once, or one too large."""
     found: list[Grammar] = []
     if body.response_format is not None:
-        kind = body.response_format.type
-        if kind == "json_schema":
-            if body.response_format.json_schema is None:
-                raise InputError("response_format of type json_schema needs json_schema: {name, schema}")
-            wanted = body.response_format.json_schema
-            if wanted.strict is not False:
-                check_enforced(wanted.schema_)
-            found.append(schema_grammar(wanted.schema_))
-        elif kind == "json_object":
-            found.append(Grammar("json_object"))
+        wanted = body.response_format.json_schema
+        if body.response_format.type == "json_schema" and wanted is None:
+            raise InputError("response_format of type json_schema needs json_schema: {name, schema}")
+        schema, strict = (None, None) if wanted is None else (wanted.schema_, wanted.strict)
+        found += format_grammar(body.response_format.type, schema, strict)
     if body.regex is not None:
         found.append(Grammar("regex", body.regex))
     if body.grammar is not None:
@@ -82,6 +77,19 @@ def grammar_of(body: Sampling) -> Grammar | None:
     if found and body.ignore_eos:
         raise InputError("ignore_eos and a grammar exclude each other: a grammar ends with the model's end token")
     return found[0] if found else None
+
+
+def format_grammar(kind: str, schema: Mapping[str, Any] | None, strict: bool | None) -> list[Grammar]:
+    """The grammar of a text format (text, json_object, json_schema), if it has one. Raises InputError for a schema that could not be kept."""
+    if kind == "json_object":
+        return [Grammar("json_object")]
+    if kind != "json_schema":
+        return []
+    if schema is None:
+        raise InputError("a format of type json_schema needs its schema")
+    if strict is not False:
+        check_enforced(schema)
+    return [schema_grammar(schema)]
 
 
 def schema_grammar(schema: Mapping[str, Any]) -> Grammar:
@@ -105,7 +113,7 @@ def prompts_of(body: CompletionRequest, tokenizer: Tokenizer, limits: Limits) ->
     return found
 
 
-def text_of(content: str | list[TextPart] | None) -> str:
+def text_of(content: str | Sequence[TextPart] | None) -> str:
     if content is None or isinstance(content, str):
         return content or ""
     return "".join(part.text for part in content)
@@ -132,6 +140,12 @@ def _template_call(id: str, name: str, arguments: str) -> dict[str, Any]:
     except ValueError as error:
         raise InputError(f"the arguments of the tool call {id[:64]} are not JSON: {error}") from error
     return {"id": id, "type": "function", "function": {"name": name, "arguments": values}}
+
+
+def text_size(messages: Sequence[Message], tools: Sequence[Tool] | None = None) -> int:
+    """About how many characters a conversation has: whether it is long to encode."""
+    said = sum(len(text_of(message.content)) + sum(len(call.function.arguments) for call in message.tool_calls or ()) for message in messages)
+    return said + sum(len(str(tool.function.parameters)) + len(tool.function.description or "") for tool in tools or ())
 
 
 def chat_ids(tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Tool] | None = None) -> tuple[int, ...]:

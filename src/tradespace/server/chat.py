@@ -11,10 +11,10 @@ from starlette.responses import JSONResponse, Response
 
 from tradespace.errors import InputError
 from tradespace.server.answering import chat_logprobs, usage
-from tradespace.server.asking import chat_ids, check_model, fit_tokens, grammar_of, sampling_of, schema_grammar, text_of
+from tradespace.server.asking import chat_ids, check_model, fit_tokens, grammar_of, sampling_of, schema_grammar, text_size
 from tradespace.server.schema import ChatRequest
 from tradespace.server.service import Service, Waiting, Wanted, new_id, off_loop, sse, streamed
-from tradespace.server.tools import Call, ToolText, forced_schema, style_of
+from tradespace.server.tools import Call, ToolText, choose_tools, forced_schema, style_of
 
 
 async def chat(service: Service, request: Request, body: ChatRequest) -> Response:
@@ -23,19 +23,17 @@ async def chat(service: Service, request: Request, body: ChatRequest) -> Respons
     if body.top_logprobs is not None and not body.logprobs:
         raise InputError("top_logprobs needs logprobs: true")
     params = sampling_of(body, ready, logprobs=(body.top_logprobs or 0) if body.logprobs else None)
-    tools = body.tools if body.tools and body.tool_choice != "none" else None
-    if body.tool_choice not in (None, "none") and not body.tools:
-        raise InputError("tool_choice needs tools")
-    grammar, forced = grammar_of(body), forced_schema(tools, body.tool_choice) if tools else None
+    tools, must = choose_tools(body.tools, body.tool_choice)
+    grammar, forced = grammar_of(body), forced_schema(tools) if must else None
     if forced is not None:
         if grammar is not None:
             raise InputError("a forced call of a tool and a grammar exclude each other")
         grammar = schema_grammar(forced)
-    ids = await off_loop(sum(len(text_of(message.content)) for message in body.messages), chat_ids, service.tokenizer, body.messages, tools)
+    ids = await off_loop(text_size(body.messages, tools), chat_ids, service.tokenizer, body.messages, tools)
     most = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     params["max_tokens"] = fit_tokens(ready.limits, len(ids), most)
     waiting = service.submit(
-        request, [Wanted(ids, params, grammar)], user=body.user, priority=body.priority, stream=bool(body.stream), timeout_s=body.timeout_s
+        request, [Wanted(ids, params, grammar)], user=body.client, priority=body.priority, stream=bool(body.stream), timeout_s=body.timeout_s
     )
     head = {"id": new_id("chatcmpl"), "created": int(time.time()), "model": body.model or service.name}
     names = [tool.function.name for tool in tools or ()]

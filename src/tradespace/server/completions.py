@@ -35,19 +35,26 @@ async def complete(service: Service, request: Request, body: CompletionRequest) 
         Wanted(ids, {**params, "max_tokens": fit_tokens(ready.limits, len(ids), max(1, body.max_tokens) if body.max_tokens is not None else None)}, grammar)
         for ids in prompts
     ]
-    waiting = service.submit(request, wanted, user=body.user, priority=body.priority, stream=bool(body.stream), timeout_s=body.timeout_s)
+    waiting = service.submit(request, wanted, user=body.client, priority=body.priority, stream=bool(body.stream), timeout_s=body.timeout_s)
     head = {"id": new_id("cmpl"), "object": "text_completion", "created": int(time.time()), "model": body.model or service.name}
-    echoes = [_echo(service, body, index, ids) for index, ids in enumerate(prompts)]
+    echoes = await off_loop(sum(map(len, prompts)) if body.echo else 0, _echoes, service, body, prompts)
     if body.stream:
         if grammar is not None:
             await waiting.first(request)
         return streamed(_events(service, body, waiting, head, echoes))
     outputs = await service.outputs(request, waiting)
-    choices = []
-    for echo, ids, samples in zip(echoes, prompts, outputs, strict=True):
-        for output in samples:
-            choices.append(_choice(service, body, len(choices), echo, ids, output))
+    names = sum(len(output.tokens) + len(output.prompt_logprobs) for samples in outputs for output in samples) * ((body.logprobs or 0) + 1)
+    choices = await off_loop(names if body.logprobs is not None else 0, _choices, service, body, echoes, prompts, outputs)
     return JSONResponse({**head, "choices": choices, "usage": _usage(body, prompts, outputs)})
+
+
+def _choices(service: Service, body: CompletionRequest, echoes: list[str], prompts: list[tuple[int, ...]], outputs: list[list[Output]]) -> list[dict[str, Any]]:
+    several = [(echo, ids, output) for echo, ids, samples in zip(echoes, prompts, outputs, strict=True) for output in samples]
+    return [_choice(service, body, index, *one) for index, one in enumerate(several)]
+
+
+def _echoes(service: Service, body: CompletionRequest, prompts: list[tuple[int, ...]]) -> list[str]:
+    return [_echo(service, body, index, ids) for index, ids in enumerate(prompts)]
 
 
 def _echo(service: Service, body: CompletionRequest, index: int, ids: tuple[int, ...]) -> str:

@@ -9,9 +9,9 @@ from typing import Any
 from fastapi import Request
 from starlette.responses import JSONResponse, Response
 
-from tradespace.server.asking import chat_ids, check_model, fit_tokens
-from tradespace.server.schema import Message, ResponsesRequest
-from tradespace.server.service import Service, Waiting, Wanted, new_id, sse, streamed
+from tradespace.server.asking import chat_ids, check_model, fit_tokens, format_grammar, text_of, text_size
+from tradespace.server.schema import Message, ResponsesRequest, TextFormat
+from tradespace.server.service import Service, Waiting, Wanted, new_id, off_loop, sse, streamed
 
 
 async def respond(service: Service, request: Request, body: ResponsesRequest) -> Response:
@@ -21,18 +21,23 @@ async def respond(service: Service, request: Request, body: ResponsesRequest) ->
     if isinstance(body.input, str):
         messages.append(Message(role="user", content=body.input))
     else:
-        messages += [Message(role=message.role, content=message.content) for message in body.input]
-    ids = chat_ids(service.tokenizer, messages)
+        messages += [Message(role=message.role, content=text_of(message.content)) for message in body.input]
+    wanted = (body.text and body.text.format) or TextFormat()
+    grammar = next(iter(format_grammar(wanted.type, wanted.schema_, wanted.strict)), None)
+    ids = await off_loop(text_size(messages), chat_ids, service.tokenizer, messages)
     params = {**ready.defaults, "n": 1, "max_tokens": fit_tokens(ready.limits, len(ids), body.max_output_tokens)}
     params |= {name: value for name in ("temperature", "top_p") if (value := getattr(body, name)) is not None}
-    waiting = service.submit(request, [Wanted(ids, params)], user=body.user, stream=bool(body.stream))
+    waiting = service.submit(request, [Wanted(ids, params, grammar)], user=body.client, stream=bool(body.stream))
     head = {
         "id": new_id("resp"), "object": "response", "created_at": int(time.time()), "model": body.model or service.name, "instructions": body.instructions,
-        "max_output_tokens": body.max_output_tokens, "temperature": params["temperature"], "top_p": params["top_p"], "error": None, "metadata": {},
-        "parallel_tool_calls": False, "tool_choice": "none", "tools": [], "store": False,
+        "max_output_tokens": body.max_output_tokens, "temperature": params["temperature"], "top_p": params["top_p"], "error": None,
+        "metadata": body.metadata or {}, "parallel_tool_calls": False, "tool_choice": "none", "tools": [], "store": False, "truncation": "disabled",
+        "text": {"format": wanted.model_dump(by_alias=True, include=None if wanted.type == "json_schema" else {"type"})},
     }  # fmt: skip
     item = new_id("msg")
     if body.stream:
+        if grammar is not None:
+            await waiting.first(request)
         return streamed(_events(waiting, head, item))
     ((output,),) = await service.outputs(request, waiting)
     return JSONResponse(_whole(head, item, output.text, output.reason, len(ids), len(output.tokens), output.num_cached))
@@ -43,7 +48,7 @@ def _message(item: str, text: str, status: str) -> dict[str, Any]:
 
 
 def _part(text: str) -> dict[str, Any]:
-    return {"type": "output_text", "text": text, "annotations": []}
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
 
 def _whole(head: dict[str, Any], item: str, text: str, reason: str | None, num_prompt: int, num_outputs: int, num_cached: int) -> dict[str, Any]:

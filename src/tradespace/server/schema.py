@@ -10,6 +10,7 @@ Id = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Ids = Annotated[list[Id], Field(min_length=1)]
 StopText = Annotated[str, Field(min_length=1, max_length=256)]
 Short = Annotated[str, Field(max_length=64)]
+Name = Annotated[str, Field(max_length=256)]
 Real = Annotated[float, Field(allow_inf_nan=False)]
 MAX_GRAMMAR_CHARS = 32_768
 
@@ -37,10 +38,26 @@ class ResponseFormat(Strict):
     json_schema: JsonSchema | None = None
 
 
-class Sampling(Strict):
-    """Fields that all generating endpoints share."""
+class Asked(Strict):
+    """Who asks and for what: taken from every client that sends it; none of it changes an answer."""
 
     model: str | None = None
+    user: Name | None = None
+    safety_identifier: Name | None = None
+    prompt_cache_key: Name | None = None
+    metadata: Annotated[dict[Short, Annotated[str, Field(max_length=512)]], Field(max_length=16)] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    store: Literal[False] | None = None  # nothing is stored here
+
+    @property
+    def client(self) -> str | None:
+        """The user that it names, for fairness."""
+        return self.user or self.safety_identifier
+
+
+class Sampling(Asked):
+    """Fields that all generating endpoints share."""
+
     temperature: Annotated[Real, Field(ge=0, le=100)] | None = None
     top_p: Annotated[Real, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
@@ -62,7 +79,6 @@ class Sampling(Strict):
     grammar: Annotated[str, Field(min_length=1, max_length=MAX_GRAMMAR_CHARS)] | None = None
     priority: Annotated[int, Field(ge=-1000, le=1000)] = 0
     timeout_s: Annotated[Real, Field(gt=0, le=86400)] | None = None
-    user: Annotated[str, Field(max_length=256)] | None = None
 
 
 class CompletionRequest(Sampling):
@@ -123,6 +139,18 @@ class NamedTool(Strict):
     function: NamedFunction
 
 
+class AllowedTools(Strict):
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Field(min_length=1, max_length=128)]
+
+
+class ToolSubset(Strict):
+    """Of the tools those that may be called now."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
 class ChatRequest(Sampling):
     """Answer a conversation through the model's chat template."""
 
@@ -132,28 +160,58 @@ class ChatRequest(Sampling):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     tools: Annotated[list[Tool], Field(min_length=1, max_length=128)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | ToolSubset | None = None
+    modalities: list[Literal["text"]] | None = None
     parallel_tool_calls: bool | None = None
 
 
+class InputPart(TextPart):
+    """A part of a message; of an earlier answer's as it was sent."""
+
+    annotations: list[Any] | None = None
+    logprobs: list[Any] | None = None
+
+
 class InputMessage(Strict):
+    """A message; id, status and phase are those of an earlier answer that is sent back."""
+
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | list[InputPart]
+    id: str | None = None
+    status: str | None = None
+    phase: str | None = None
 
 
-class ResponsesRequest(Strict):
+class TextFormat(Strict):
+    """text, json_object, or json_schema with the schema beside it."""
+
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    name: Short = "answer"
+    description: str | None = None
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    strict: bool | None = None
+
+
+class TextOptions(Strict):
+    format: TextFormat | None = None
+
+
+class ResponsesRequest(Asked):
     """The text subset of OpenAI's Responses: nothing is stored, no tools."""
 
-    model: str | None = None
     input: Annotated[str, Field(min_length=1)] | Annotated[list[InputMessage], Field(min_length=1, max_length=4096)]
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
     temperature: Annotated[Real, Field(ge=0, le=100)] | None = None
     top_p: Annotated[Real, Field(gt=0, le=1)] | None = None
     stream: bool | None = None
-    store: Literal[False] | None = None
-    user: Annotated[str, Field(max_length=256)] | None = None
+    text: TextOptions | None = None
+    truncation: Literal["disabled"] | None = None
+    background: Literal[False] | None = None
+    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
 
 
 class TokenizeRequest(Strict):

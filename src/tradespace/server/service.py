@@ -7,6 +7,7 @@ import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any, TypeVar
@@ -51,12 +52,14 @@ class Settings:
 
 
 INLINE_CHARS = 4096  # shorter texts are encoded in less time than a thread takes to hand them back
+TEXT_THREADS = 2  # long texts at once; others wait their turn, and nobody else for them
+_texts = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="texts")  # no thread before the first long text
 T = TypeVar("T")
 
 
 async def off_loop(size: int, work: Callable[..., T], *args: Any) -> T:
     """`work(*args)`, in a thread where what it reads has more than INLINE_CHARS characters: nobody else's events wait for it."""
-    return work(*args) if size <= INLINE_CHARS else await asyncio.to_thread(work, *args)
+    return work(*args) if size <= INLINE_CHARS else await asyncio.get_running_loop().run_in_executor(_texts, work, *args)
 
 
 class ClientGone(Exception):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from tradespace.errors import InputError
-from tradespace.server.schema import NamedTool, Tool
+from tradespace.server.schema import NamedTool, Tool, ToolSubset
 
 Style = Literal["hermes", "llama"]
 OPEN, CLOSE, PYTHON_TAG = "<tool_call>", "</tool_call>", "<|python_tag|>"
@@ -110,14 +110,23 @@ class ToolText:
         return ("", [call]) if call is not None else (held, [])
 
 
-def forced_schema(tools: Sequence[Tool], choice: str | NamedTool | None) -> dict[str, Any] | None:
-    """The schema of one call where a call must come (required, or one by name); None where it is the model's choice."""
-    if choice in (None, "none", "auto"):
-        return None
-    wanted = [tool for tool in tools if not isinstance(choice, NamedTool) or tool.function.name == choice.function.name]
-    if not wanted:
-        assert isinstance(choice, NamedTool)
-        raise InputError(f"tool_choice names '{choice.function.name}'; the tools are {', '.join(tool.function.name for tool in tools)}")
+def choose_tools(tools: Sequence[Tool] | None, choice: str | NamedTool | ToolSubset | None) -> tuple[Sequence[Tool], bool]:
+    """The tools that may be called, and whether one of them must be. Raises InputError where the choice names one that there is not."""
+    if choice in (None, "none"):
+        return (tools or (), False) if choice is None else ((), False)
+    if not tools:
+        raise InputError("tool_choice needs tools")
+    if isinstance(choice, str):
+        return tools, choice == "required"
+    subset = isinstance(choice, ToolSubset)
+    named = {tool.function.name for tool in choice.allowed_tools.tools} if subset else {choice.function.name}
+    if missing := named - {tool.function.name for tool in tools}:
+        raise InputError(f"tool_choice names '{min(missing)}'; the tools are {', '.join(tool.function.name for tool in tools)}")
+    return [tool for tool in tools if tool.function.name in named], not subset or choice.allowed_tools.mode == "required"
+
+
+def forced_schema(tools: Sequence[Tool]) -> dict[str, Any]:
+    """The schema of one call of one of these."""
     options = [
         {
             "type": "object",
@@ -125,6 +134,6 @@ def forced_schema(tools: Sequence[Tool], choice: str | NamedTool | None) -> dict
             "required": ["name", "arguments"],
             "additionalProperties": False,
         }
-        for tool in wanted
+        for tool in tools
     ]
     return options[0] if len(options) == 1 else {"anyOf": options}
