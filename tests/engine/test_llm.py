@@ -19,6 +19,7 @@ from tradespace.defaults import Defaults
 from tradespace.llm import LLM
 from tradespace.loading.resolve import resolve
 from tradespace.spec.device_zoo import find_device
+from tradespace.spec.plan import Plan
 from tradespace.spec.zoo import find_model
 
 PROMPTS = ["why is the sky blue?", "a", "the plan is made. " * 12, "0123456789 und Größe ✓"]
@@ -350,11 +351,11 @@ def test_a_plan_for_a_card_is_obeyed_to_the_letter_or_refused():
     assert frontier.best is not None
     plan = frontier.best.plan
     check_device_plan(plan, spec, {"context": None, "weights": None}, card)
-    with pytest.raises(ts.InputError, match="obeyed to the letter.*states its own context, weights"):
+    with pytest.raises(ts.InputError, match="states its own context, weights"):
         check_device_plan(plan, spec, {"context": 64, "weights": "int8"}, card)
     with pytest.raises(ts.InputError, match="is for a100-80gb, and the card is h100-80gb"):
         check_device_plan(dataclasses.replace(plan, device="a100-80gb"), spec, {}, card)
     with pytest.raises(ts.InputError, match="max_context"):
         check_device_plan(dataclasses.replace(plan, max_context=2**20), spec, {}, card)
     with pytest.raises(ts.UnsupportedError, match="--device cpu"):
-        check_device_plan(dataclasses.replace(plan, linear="torch"), spec, {}, card)
+        check_device_plan(Plan(model="llama-3.2-1b"), spec, {}, card)

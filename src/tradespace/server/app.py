@@ -54,7 +54,7 @@ _WHY = {
 
 def _documented(*statuses: int, stream: bool = False) -> dict[int | str, dict[str, Any]]:
     found: dict[int | str, dict[str, Any]] = {status: {"description": _WHY[status], "content": {"application/json": _ERROR}} for status in statuses}
-    content = {"application/json": _OBJECT} | ({"text/event-stream": {"schema": {"type": "string"}}} if stream else {})
+    content = {"application/json": _OBJECT} | ({"text/event-stream": {}} if stream else {})
     return {200: {"description": "Good.", "content": content}, **found}
 
 
