@@ -14,7 +14,7 @@ from tradespace.loading.gguf import write_gguf
 from tradespace.loading.gguf_tokenizer import PRE_TOKENIZERS, tokenizer_from_gguf
 from tradespace.loading.pull import pull
 from tradespace.loading.resolve import resolve
-from tradespace.loading.tokenizer import Tokenizer
+from tradespace.loading.tokenizer import LONG_TEXT_CHARS, Tokenizer
 
 RECORD = json.loads((Path(__file__).parent / "data" / "tokenizer_reference.json").read_text())
 TEXTS: list[str] = RECORD["texts"]
@@ -108,6 +108,16 @@ def test_decode_undoes_encode(vocabulary, text):
     if vocabulary["tokenizer.ggml.model"] == "llama":
         text = text.replace("▁", "_")  # in such a vocabulary this character is a space
     assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False), skip_special_tokens=False) == text
+
+
+@pytest.mark.parametrize("vocabulary", [BYTE_LEVEL, SENTENCE_PIECE])
+def test_a_long_text_has_the_tokens_that_it_has_otherwise(vocabulary, monkeypatch):
+    """Long texts are encoded without the interpreter's lock, by another call."""
+    long = "".join(TEXTS) * (1 + LONG_TEXT_CHARS // len("".join(TEXTS)))
+    tokenizer = from_metadata(vocabulary)
+    found = [tokenizer.encode(long, add_special_tokens=special) for special in (False, True)]
+    monkeypatch.setattr("tradespace.loading.tokenizer.LONG_TEXT_CHARS", 2 * len(long))
+    assert found == [tokenizer.encode(long, add_special_tokens=special) for special in (False, True)]
 
 
 @given(text=st.text(min_size=1, max_size=60))

@@ -22,6 +22,8 @@ from tradespace.units import MiB
 MAX_TOKENIZER_BYTES = 256 * MiB
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
+LONG_TEXT_CHARS = 4096
+
 
 class Tokenizer:
     """One model's tokenizer and chat template. Immutable after construction; safe to share between threads."""
@@ -79,7 +81,10 @@ class Tokenizer:
         Raises InputError for what is not text: another type, bytes that are not UTF-8, lone surrogates, nothing at all.
         """
         checked = checked_text(text)
-        ids = self._tokenizer.encode(checked, add_special_tokens=add_special_tokens).ids if checked else []
+        if len(checked) > LONG_TEXT_CHARS:  # other threads go on meanwhile: `encode` would hold the interpreter's lock
+            ids = self._tokenizer.encode_batch_fast([checked], add_special_tokens=add_special_tokens)[0].ids
+        else:
+            ids = self._tokenizer.encode(checked, add_special_tokens=add_special_tokens).ids if checked else []
         if not ids:
             raise InputError("the prompt is empty. Give at least one character")
         return ids
