@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 
 import jsonschema
 import pytest
 
 from tradespace.errors import InputError
 from tradespace.lab.serving.schemas import draw_schemas
-from tradespace.server.json_schema import check_enforced
+from tradespace.server.json_schema import MOST_COUNTED, bounded, check_enforced
 
 # schema, and a value that breaks it though it keeps the library's grammar
 DROPPED = [
@@ -65,3 +66,47 @@ def test_drawn_schemas_are_of_many_kinds_and_all_enforced():
         check_enforced(schema)
     text = json.dumps(schemas)
     assert all(f'"{word}"' in text for word in ("pattern", "maxLength", "prefixItems", "oneOf", "$ref", "multipleOf", "exclusiveMinimum", "const", "format"))
+
+
+@pytest.mark.parametrize("lengths", [{"maxLength": 3}, {"minLength": 2, "maxLength": 2}, {"minLength": 2}, {"maxLength": 0}])
+def test_lengths_written_as_a_pattern_take_the_same_strings(lengths):
+    from xgrammar import Grammar
+    from xgrammar.testing import _is_grammar_accept_string
+
+    schema = {"type": "string", **lengths}
+    assert "pattern" in bounded(schema)
+    plain, written = (Grammar.from_json_schema(json.dumps(each), any_whitespace=False) for each in (schema, bounded(schema)))
+    for text in ("".join(letters) for n in range(5) for letters in product('a"\\é\n', repeat=n)):
+        taken = _is_grammar_accept_string(written, f'"{text}"')
+        assert taken == _is_grammar_accept_string(plain, f'"{text}"'), text
+        if taken:
+            jsonschema.validate(json.loads(f'"{text}"'), schema)
+
+
+def test_a_time_ends():
+    from xgrammar import Grammar
+    from xgrammar.testing import _is_grammar_accept_string
+
+    for name, before in (("time", ""), ("date-time", "2024-02-29T")):
+        grammar = Grammar.from_json_schema(json.dumps(bounded({"type": "string", "format": name})), any_whitespace=False)
+        for rest, good in (("23:59:59Z", True), ("00:00:00.123456789+05:30", True), ("00:00:00.1234567890Z", False), ("24:00:00Z", False), ("12:00:00", False)):
+            assert _is_grammar_accept_string(grammar, f'"{before}{rest}"') == good
+
+
+def test_only_schemas_are_written_anew():
+    """Values that look like schemas, and strings that ask for more, stay; what is malformed is the library's to refuse."""
+    schema = {
+        "type": "object",
+        "properties": {"format": {"type": "string", "format": "time"}, "a": {"type": "array", "items": {"type": "string", "maxLength": 2}}},
+        "enum": [{"type": "string", "maxLength": 2}],
+        "default": {"type": "string", "maxLength": 2},
+    }
+    found = bounded(schema)
+    assert "pattern" in found["properties"]["format"] and "pattern" in found["properties"]["a"]["items"]
+    assert {name: found[name] for name in ("type", "enum", "default")} == {name: schema[name] for name in ("type", "enum", "default")}
+    for same in (
+        {"type": "string", "maxLength": MOST_COUNTED + 1}, {"type": "string", "minLength": 3, "maxLength": 2}, {"type": "string", "maxLength": -1},
+        {"type": "string", "maxLength": True}, {"type": "string", "pattern": "a", "maxLength": 3}, {"type": "string", "enum": ["a"], "maxLength": 3},
+        {"type": ["string", "null"], "maxLength": 3}, {"type": "string"}, True, {"type": "string", "format": "date"},
+    ):  # fmt: skip
+        assert bounded(same) == same

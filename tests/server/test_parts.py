@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from tradespace.server.admission import Admission, QueueFull
+from tradespace.server.constraints import GrammarState
 from tradespace.server.limits import ApiKeys, depth_of
 from tradespace.server.tools import ToolText
 
@@ -65,3 +67,22 @@ def test_llama_calls_and_texts_that_only_look_like_one():
     other = ToolText("llama", ["add"])
     other.push('{"name": "unknown"}')
     assert other.finish() == ('{"name": "unknown"}', [])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_mask_leaves_what_may_come_and_nothing_else(dtype):
+    class Matcher:
+        def is_terminated(self):
+            return False
+
+        def fill_next_token_bitmask(self, bitmask):
+            bitmask.copy_(words)
+
+    draw = torch.Generator().manual_seed(0)
+    words = torch.randint(-(2**31), 2**31 - 1, (1, 4), generator=draw).int()
+    logits = torch.randn(2, 100, generator=draw).to(dtype)
+    changed = logits.clone()
+    GrammarState(Matcher(), torch.empty(1, 4, dtype=torch.int32)).allow_(changed[1])
+    allowed = [bool(int(words[0, token // 32]) >> token % 32 & 1) for token in range(100)]
+    assert torch.equal(changed[0], logits[0])
+    assert torch.equal(changed[1], logits[1].masked_fill(~torch.tensor(allowed), -torch.inf))

@@ -8,7 +8,7 @@ from typing import Any
 
 from tradespace.errors import InputError
 from tradespace.loading.tokenizer import Tokenizer
-from tradespace.server.json_schema import check_enforced
+from tradespace.server.json_schema import bounded, check_enforced
 from tradespace.server.messages import Grammar, Limits, Ready
 from tradespace.server.schema import MAX_GRAMMAR_CHARS, CompletionRequest, Message, Sampling, TextPart, Tool
 
@@ -96,7 +96,7 @@ def schema_grammar(schema: Mapping[str, Any]) -> Grammar:
     text = json.dumps(schema)
     if len(text) > MAX_GRAMMAR_CHARS:
         raise InputError(f"the JSON schema has {len(text)} characters; at most {MAX_GRAMMAR_CHARS} are taken")
-    return Grammar("json_schema", text)
+    return Grammar("json_schema", json.dumps(bounded(schema)))
 
 
 def prompts_of(body: CompletionRequest, tokenizer: Tokenizer, limits: Limits) -> list[tuple[int, ...]]:

@@ -33,6 +33,8 @@ COMPILE_BYTES = 96 * MiB  # of data beyond what the process has
 RESULT_BYTES = 8 * MiB
 KEPT_BYTES = 24 * MiB  # of compiled grammars
 
+_LIMITS = np.where(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"), np.inf, -np.inf).astype(np.float32)  # (256, 8): of bits
+
 
 class GrammarState:
     """One output's place in its grammar. bitmask: (1, V/32), bits of the tokens that may come next; kept: bits (V/32) of those that ever may."""
@@ -48,9 +50,13 @@ class GrammarState:
         self._matcher.fill_next_token_bitmask(self._bitmask)
         if self._kept is not None:
             np.bitwise_and(self._bits, self._kept, out=self._bits)
-        # a pass over bytes: the library's own function goes over 32 integers for each word of the mask
-        forbidden_V = np.unpackbits(~self._bits.view(np.uint8), bitorder="little", count=logits_V.shape[-1])
-        logits_V.masked_fill_(torch.from_numpy(forbidden_V.view(np.bool_)).to(logits_V.device), -torch.inf)
+        # a look-up of eight limits for each byte: the library's own function goes over 32 integers for each word of the mask
+        limits_V = _LIMITS.take(self._bits.view(np.uint8), axis=0, mode="clip").reshape(-1)[: logits_V.shape[-1]]
+        if logits_V.device.type == "cpu" and logits_V.dtype == torch.float32:
+            values_V = logits_V.numpy()
+            np.minimum(values_V, limits_V, out=values_V)
+        else:
+            logits_V.clamp_(max=torch.from_numpy(limits_V).to(logits_V))
 
     def accept(self, token: int) -> bool:
         return self._matcher.is_terminated() or self._matcher.accept_token(token)

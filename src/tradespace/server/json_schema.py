@@ -23,6 +23,12 @@ _DESCRIBING = frozenset(
 )  # fmt: skip
 _LENGTHS, _BOUNDS = ("minLength", "maxLength"), ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
 _NUMBERS = frozenset({"integer", "number"})
+# where schemas lie within a schema: by name, in a list, alone
+_NAMED, _LISTED = ("properties", "patternProperties", "$defs", "definitions"), ("anyOf", "oneOf", "allOf", "prefixItems")
+_SINGLE = ("items", "additionalProperties", "propertyNames", "unevaluatedProperties", "unevaluatedItems")
+MOST_COUNTED = 128  # characters: beyond, the library's own counter fills its mask sooner than an automaton with a state for each
+_DATE, _TIME = r"\d{4}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])", r"([01]\d|2[0-3]):[0-5]\d:[0-5]\d(\.\d{1,9})?(Z|[+-]([01]\d|2[0-3]):[0-5]\d)"
+_BOUNDED_FORMATS = {"time": f"^{_TIME}$", "date-time": f"^{_DATE}T{_TIME}$"}
 
 
 def check_enforced(schema: Any) -> None:
@@ -32,6 +38,40 @@ def check_enforced(schema: Any) -> None:
     """
     for where, reason in _unenforced(schema, schema, ""):
         raise InputError(f"the JSON schema at {where or 'its root'} {reason}. Leave it out, or set strict to false to have the rest enforced")
+
+
+def bounded(schema: Any) -> Any:
+    """The schema with two kinds of strings written as patterns: lengths, which the library's automata follow much faster so (strings of the same characters),
+    and times, whose fraction of a second would have no last digit otherwise (RFC 3339; here at most nine).
+
+    >>> bounded({"type": "string", "maxLength": 4})
+    {'type': 'string', 'pattern': '^[^"\\\\\\\\\\\\r\\\\n]{0,4}$'}
+    """
+    if not isinstance(schema, Mapping):
+        return schema
+    found = dict(schema)
+    for name in _NAMED:
+        if isinstance(found.get(name), Mapping):
+            found[name] = {key: bounded(inner) for key, inner in found[name].items()}
+    for name in _LISTED:
+        if isinstance(found.get(name), list):
+            found[name] = [bounded(inner) for inner in found[name]]
+    for name in _SINGLE:
+        if name in found:
+            found[name] = bounded(found[name])
+    keywords = set(found) - _DESCRIBING - {"type"}
+    if found.get("type") != "string" or not keywords:
+        return found
+    if keywords == {"format"} and found["format"] in _BOUNDED_FORMATS:
+        found["pattern"] = _BOUNDED_FORMATS[found.pop("format")]
+    elif keywords <= set(_LENGTHS):
+        least, most = found.get("minLength", 0), found.get("maxLength")
+        counts = [least] if most is None else [least, most]
+        if all(type(count) is int and 0 <= count <= MOST_COUNTED for count in counts) and counts == sorted(counts):
+            for name in keywords:
+                del found[name]
+            found["pattern"] = r'^[^"\\\r\n]{' + f"{least},{'' if most is None else most}" + "}$"
+    return found
 
 
 def _unenforced(schema: Any, root: Any, where: str) -> Iterator[tuple[str, str]]:
@@ -44,13 +84,13 @@ def _unenforced(schema: Any, root: Any, where: str) -> Iterator[tuple[str, str]]
         yield where, "uses uniqueItems, which cannot be enforced"
     yield from ((where, reason) for reason in _combined(schema, root))
     yield from ((where, reason) for reason in _typed(schema))
-    for name in ("properties", "patternProperties", "$defs", "definitions"):
+    for name in _NAMED:
         for key, inner in _items(schema.get(name)):
             yield from _unenforced(inner, root, f"{where}/{name}/{key}")
-    for name in ("anyOf", "oneOf", "allOf", "prefixItems"):
+    for name in _LISTED:
         for index, inner in enumerate(_list(schema.get(name))):
             yield from _unenforced(inner, root, f"{where}/{name}/{index}")
-    for name in ("items", "additionalProperties", "propertyNames", "unevaluatedProperties", "unevaluatedItems"):
+    for name in _SINGLE:
         yield from _unenforced(schema.get(name), root, f"{where}/{name}")
 
 
