@@ -107,6 +107,7 @@ def test_only_schemas_are_written_anew():
     for same in (
         {"type": "string", "maxLength": MOST_COUNTED + 1}, {"type": "string", "minLength": 3, "maxLength": 2}, {"type": "string", "maxLength": -1},
         {"type": "string", "maxLength": True}, {"type": "string", "pattern": "a", "maxLength": 3}, {"type": "string", "enum": ["a"], "maxLength": 3},
-        {"type": ["string", "null"], "maxLength": 3}, {"type": "string"}, True, {"type": "string", "format": "date"},
+        {"type": ["string", "null"], "maxLength": 3}, {"type": "string"}, True, {"type": "string", "format": "date"}, {"type": "string", "format": []},
+        {"type": {}, "maxLength": 3},
     ):  # fmt: skip
         assert bounded(same) == same

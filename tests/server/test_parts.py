@@ -69,8 +69,9 @@ def test_llama_calls_and_texts_that_only_look_like_one():
     assert other.finish() == ('{"name": "unknown"}', [])
 
 
+@pytest.mark.parametrize("width", [100, 150])  # beyond the mask's 128: rows that are no tokens
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_mask_leaves_what_may_come_and_nothing_else(dtype):
+def test_a_mask_leaves_what_may_come_and_nothing_else(dtype, width):
     class Matcher:
         def is_terminated(self):
             return False
@@ -80,9 +81,9 @@ def test_a_mask_leaves_what_may_come_and_nothing_else(dtype):
 
     draw = torch.Generator().manual_seed(0)
     words = torch.randint(-(2**31), 2**31 - 1, (1, 4), generator=draw).int()
-    logits = torch.randn(2, 100, generator=draw).to(dtype)
+    logits = torch.randn(2, width, generator=draw).to(dtype)
     changed = logits.clone()
     GrammarState(Matcher(), torch.empty(1, 4, dtype=torch.int32)).allow_(changed[1])
-    allowed = [bool(int(words[0, token // 32]) >> token % 32 & 1) for token in range(100)]
+    allowed = [token < 128 and bool(int(words[0, token // 32]) >> token % 32 & 1) for token in range(width)]
     assert torch.equal(changed[0], logits[0])
     assert torch.equal(changed[1], logits[1].masked_fill(~torch.tensor(allowed), -torch.inf))

@@ -51,7 +51,9 @@ class GrammarState:
         if self._kept is not None:
             np.bitwise_and(self._bits, self._kept, out=self._bits)
         # a look-up of eight limits for each byte: the library's own function goes over 32 integers for each word of the mask
-        limits_V = _LIMITS.take(self._bits.view(np.uint8), axis=0, mode="clip").reshape(-1)[: logits_V.shape[-1]]
+        limits_V = _LIMITS.take(self._bits.view(np.uint8), axis=0, mode="clip").reshape(-1)[: len(logits_V)]
+        logits_V[len(limits_V) :] = -torch.inf  # rows of the embedding that are no tokens
+        logits_V = logits_V[: len(limits_V)]
         if logits_V.device.type == "cpu" and logits_V.dtype == torch.float32:
             values_V = logits_V.numpy()
             np.minimum(values_V, limits_V, out=values_V)

@@ -62,7 +62,7 @@ def bounded(schema: Any) -> Any:
     keywords = set(found) - _DESCRIBING - {"type"}
     if found.get("type") != "string" or not keywords:
         return found
-    if keywords == {"format"} and found["format"] in _BOUNDED_FORMATS:
+    if keywords == {"format"} and isinstance(found["format"], str) and found["format"] in _BOUNDED_FORMATS:
         found["pattern"] = _BOUNDED_FORMATS[found.pop("format")]
     elif keywords <= set(_LENGTHS):
         least, most = found.get("minLength", 0), found.get("maxLength")
