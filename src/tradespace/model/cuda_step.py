@@ -21,9 +21,10 @@ from tradespace.kernels.attention.whole_prompts import fused_prefill, prefill
 from tradespace.kernels.linear.large import large_linear, quantized_linear
 from tradespace.kernels.linear.packed import PackedWeight
 from tradespace.kernels.linear.triton_codes import quantize_rows
-from tradespace.kernels.linear.triton_rows import NextNorm, rows_linear
+from tradespace.kernels.linear.triton_rows import NextNorm, ahead_of, rows_linear
 from tradespace.kernels.norm.triton_add_norm import add_norm
 from tradespace.kernels.rope.triton_write import rope_write
+from tradespace.kernels.triton_prefetch import Ahead
 from tradespace.kv.cache import KVCache
 from tradespace.model.feed_forward import FeedForward
 from tradespace.model.layer import AttentionMixer, Layer
@@ -33,6 +34,8 @@ from tradespace.spec import cuda
 from tradespace.spec.mixers import Attention
 from tradespace.spec.model import DenseFFN
 
+AHEAD_BYTES = {"out": 24 << 20, "wide": 12 << 20, "down": 12 << 20, "qkv": 12 << 20, "head": 12 << 20}  # of the next matrix, asked for by the one before
+EARLY = frozenset({"wide"})  # asked for before the product of the one before has begun, as that finds its own weights in L2
 EIGHT_BIT = ("w8a8", "f8a8")  # kinds whose products take 8-bit activations
 
 
@@ -82,6 +85,9 @@ class DeviceStep:
         self.device, self.dtype = transformer.embed.packed.codes.device, transformer.dtype
         self.step_tokens, self.logit_rows, self.max_sequences, self.max_context = step_tokens, logit_rows, max_sequences, max_context
         self.halves = _halves(transformer)
+        head = transformer.embed if transformer.lm_head is None else transformer.lm_head
+        assert isinstance(head, CudaWeight), "a CUDA plan holds every matrix packed"
+        self.head = head
         weights = [module for module in transformer.modules() if isinstance(module, CudaWeight)]
         widths = cuda.buffers(spec, {weight.format_name for weight in weights})
         self.scratch = next(weight.scratch for weight in weights if weight.scratch is not None)
@@ -178,16 +184,23 @@ class DeviceStep:
         own = self.squares[:T]
         for index, half in enumerate(self.halves):
             qkv_TR = self._view(self.wide, T, half.qkv.shape[0])
-            self._few_product(half.qkv, x_TD, qkv_TR, squares=squares)
+            self._few_product(half.qkv, x_TD, qkv_TR, squares=squares, ahead=self._ahead("out", half.out, T))
             mixed_TR = self._mix(index, half, qkv_TR, inputs, decodes=decodes)
             after = NextNorm(weight_R=half.ffn_norm.weight, x_TR=x_TD, squares_TS=own)
-            self._few_product(half.out, mixed_TR, h_TD, residual=h_TD, next_norm=after)
+            self._few_product(half.out, mixed_TR, h_TD, residual=h_TD, next_norm=after, ahead=self._ahead("wide", half.wide, T))
             act_TF = self._view(self.mixed, T, half.ffn.F)
-            self._few_product(half.wide, x_TD, act_TF, squares=own, activation=half.ffn.activation)
+            self._few_product(half.wide, x_TD, act_TF, squares=own, activation=half.ffn.activation, ahead=self._ahead("down", half.down, T))
             after = NextNorm(weight_R=half.next_norm.weight, x_TR=x_TD, squares_TS=own)
-            self._few_product(half.down, act_TF, h_TD, residual=h_TD, next_norm=after)
+            last = index + 1 == len(self.halves)
+            ahead = self._ahead("head", self.head, T) if last else self._ahead("qkv", self.halves[index + 1].qkv, T)
+            self._few_product(half.down, act_TF, h_TD, residual=h_TD, next_norm=after, ahead=ahead)
             squares = own
         return own
+
+    def _ahead(self, name: str, weight: CudaWeight, T: int) -> Ahead | None:
+        """What the product before this one asks for of its weights."""
+        nbytes = AHEAD_BYTES[name] if self.device.type == "cuda" else 0
+        return ahead_of(weight.packed, T, nbytes, gated=name == "wide", early=name in EARLY) if nbytes else None
 
     def _many(self, h_TD: Tensor, x_TD: Tensor, inputs: Inputs, *, decodes: bool) -> None:
         """All layers; x_TD becomes the stream under the last norm."""
@@ -270,6 +283,7 @@ class DeviceStep:
         residual: Tensor | None = None,
         next_norm: NextNorm | None = None,
         activation: str | None = None,
+        ahead: Ahead | None = None,
     ) -> None:
         codes_TC, scale_T = self._coded(weight.packed, x_TC)
         rows_linear(
@@ -284,6 +298,7 @@ class DeviceStep:
             squares_TS=squares,
             eps=self.spec.norm_eps,
             next_norm=next_norm,
+            ahead=ahead,
             pdl=self.pdl,
         )
 
@@ -298,15 +313,14 @@ class DeviceStep:
             quantized_linear(codes_TC, scale_T, weight.packed, out_TR, weight.bias)
 
     def _head(self, x_RD: Tensor, squares: Tensor | None) -> Tensor:
-        model, R = self.transformer, len(x_RD)
-        head, logits_RV = model.embed if model.lm_head is None else model.lm_head, self.logits_RV[: len(x_RD)]
-        assert isinstance(head, CudaWeight), "a CUDA plan holds every matrix packed"
+        head, R, logits_RV = self.head, len(x_RD), self.logits_RV[: len(x_RD)]
         if R > cuda.FEW_ROWS and head.packed.layout.kind == "bf16" and self.device.type == "cuda":
             torch.ops.aten.mm.dtype_out(x_RD, head.packed.codes.T, torch.float32, out=logits_RV)
         else:
             for start in range(0, R, cuda.FEW_ROWS):
                 part = slice(start, min(start + cuda.FEW_ROWS, R))
-                self._few_product(head, x_RD[part], logits_RV[part], squares=None if squares is None else squares[part])
+                ahead = self._ahead("qkv", self.halves[0].qkv, R) if self.fused else None
+                self._few_product(head, x_RD[part], logits_RV[part], squares=None if squares is None else squares[part], ahead=ahead)
         if self.spec.logit_scale != 1.0:
             logits_RV.mul_(self.spec.logit_scale)
         if self.spec.logit_softcap is not None:

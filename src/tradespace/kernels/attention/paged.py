@@ -13,7 +13,8 @@ from torch import Tensor
 
 from tradespace.errors import UnsupportedError
 from tradespace.kernels.attention.triton_interpreter import interprets
-from tradespace.kernels.attention.triton_paged_kernel import decode_kernel, ragged_kernel
+from tradespace.kernels.attention.triton_paged_decode import decode_kernel
+from tradespace.kernels.attention.triton_paged_kernel import ragged_kernel
 from tradespace.kernels.triton_launch import launch, padded, present
 from tradespace.spec.attention_pattern import Prefix, Sliding
 from tradespace.spec.cuda import COUNTERS
@@ -61,12 +62,13 @@ class DecodeScratch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PagedTiles:
-    """N keys at a time, warps and stages; M rows of queries (ragged only)."""
+    """N keys at a time (decode: a warp), warps and stages. M: rows of queries (ragged only); least: keys of a split (decode only)."""
 
     N: int
     warps: int = 4
     stages: int = 3
     M: int = 0
+    least: int = 256
 
 
 def refusal(mixer: Attention, store: str) -> str | None:
@@ -98,15 +100,17 @@ def paged_decode(
     assert B * mixer.K <= COUNTERS and B * mixer.N * splits <= scratch.sums.numel(), "the scratch was made for fewer sequences or splits"
     tiles = tiles or _decode_tiles(planes, mixer, q_BNH.device)
     flags |= {
-        "GP": max(16, padded(mixer.G)),
+        "GP": max(8, padded(mixer.G)),
         "SPLIT": 1 if splits == 1 else max(2, padded(splits)),
         "N": tiles.N,
+        "W": tiles.warps,
+        "LEAST": tiles.least,
         "STAGES": tiles.stages,
     }
     launch(
         decode_kernel, (B * mixer.K, splits), q_BNH,
         q_BNH, *_pointers(planes), tables_BM, lengths_B, present(sinks_N, q_BNH), out_BNHv, scratch.partial, scratch.sums, scratch.counters,
-        *numbers, splits, mixer.K, *strides, **flags, num_warps=tiles.warps, num_stages=tiles.stages, pdl=pdl,
+        *numbers[:3], splits, mixer.K, *strides, **flags, num_warps=tiles.warps, num_stages=tiles.stages, pdl=pdl,
     )  # fmt: skip
     return out_BNHv
 

@@ -1,8 +1,7 @@
-"""Attention over a paged cache: keys and values are found through block tables, decoded in registers, and meet the queries of all heads that share them.
+"""Attention of a ragged step over a paged cache: keys and values are found through block tables and decoded in registers.
 
-Rows of a program are the G query heads of one key-value head (decode), or tokens times those heads (ragged prefill). Decode splits the keys; the last of a
-head's splits to finish combines their results in a fixed order (arXiv:2311.01282), so that results are the same bits every time. Coded stores are read as
-16-bit pairs of neighbouring channels: even channels meet even ones in one product, odd ones in another, and nothing is ever shuffled.
+Rows of a program are tokens times the G query heads of one key-value head. Coded stores are read as 16-bit pairs of neighbouring channels: even channels meet
+even ones in one product, odd ones in another, and nothing is ever shuffled. Decoding: `triton_paged_decode.py`.
 """
 
 from __future__ import annotations
@@ -13,9 +12,6 @@ import triton.language as tl
 from tradespace.kernels.attention.triton_flash_forward import capped
 from tradespace.kernels.attention.triton_flash_mask import sees
 from tradespace.kernels.linear.triton_decode import two
-from tradespace.kernels.triton_launch import after, release
-
-LEAST = tl.constexpr(64)  # keys of a split
 
 
 @triton.jit
@@ -101,107 +97,6 @@ def put(target, acc, more, rows, seen, CODE: tl.constexpr, HV: tl.constexpr, HVP
         known = seen[:, None] & (place < HV // 2)[None, :]
         tl.store(target + rows[:, None] + 2 * place[None, :], acc.to(target.dtype.element_ty), mask=known)
         tl.store(target + rows[:, None] + 2 * place[None, :] + 1, more.to(target.dtype.element_ty), mask=known)
-
-
-@triton.jit(do_not_specialize=["window", "prefix", "splits"])
-def decode_kernel(
-    q, keys, values, key_scales, value_scales, tables, lengths, sinks, out, partial, sums, counters,
-    scale, cap, window, prefix, splits, num_kv, q_stride, q_head, k_slot, k_head, v_slot, v_head, s_slot, s_head, table_stride, out_stride, out_head,
-    G: tl.constexpr, GP: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, HP: tl.constexpr, HVP: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
-    CODE: tl.constexpr, PAIRED: tl.constexpr,
-    SPLIT: tl.constexpr, GROUP: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, FAST: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """One program per sequence, key-value head and split. GP: G padded to what the tensor cores take; GROUP: to a power of two; SPLIT: splits, likewise."""
-    pair = tl.program_id(0)
-    split = tl.program_id(1)
-    sequence = pair // num_kv
-    head = pair % num_kv
-    after(PDL)
-    half = head % 2
-    scale_head = head // 2 if PAIRED else head * s_head
-    length = tl.load(lengths + sequence)
-    low = 0
-    if WINDOW == 1:
-        low = tl.maximum(length - window, 0)
-    if WINDOW == 2:
-        low = tl.maximum(length - 1, 0) // window * window
-    tiles = (length + N - 1) // N
-    # a short sequence takes fewer splits than there are programs: each has LEAST keys at least, and who has none does nothing at all
-    each = tl.maximum((tiles - low // N + splits - 1) // splits, (LEAST + N - 1) // N)
-    active = tl.maximum((tiles - low // N + each - 1) // each, 1)
-    begin = low // N + split * each
-    end = tl.minimum(begin + each, tiles)
-    g = tl.arange(0, GP)
-    there = g < G
-    at = sequence.to(tl.int64) * q_stride + (head * G + g) * q_head
-    step: tl.constexpr = 1 if CODE == "plain" else 2
-    q0 = queries(q, at, there, q_stride, 0, step, H, HP)
-    q1 = q0
-    if CODE != "plain":
-        q1 = queries(q, at, there, q_stride, 1, step, H, HP)
-    acc = tl.zeros([GP, HVP], tl.float32)
-    more = acc
-    peak = tl.zeros([GP], tl.float32) + float("-inf")
-    total = tl.zeros([GP], tl.float32)
-    position_M1 = tl.zeros([GP, 1], tl.int32) + (length - 1)
-    for index in tl.range(begin, end, num_stages=STAGES):
-        acc, more, peak, total = met(
-            acc, more, peak, total, q0, q1, keys + head * k_head, values + head * v_head, key_scales + scale_head, value_scales + scale_head,
-            tables + sequence * table_stride, index * N, length, position_M1, scale * 1.4426950408889634, scale, cap, window, prefix, k_slot, v_slot,
-            s_slot, half, CODE, PAIRED, N, P, H, HV, HP, HVP, WINDOW, False, SOFTCAP, True, FAST, PRECISION,
-        )  # fmt: skip
-    release(PDL)
-    if SPLIT == 1:
-        if SINKS:
-            sink = tl.load(sinks + head * G + g, mask=there, other=0.0).to(tl.float32) * 1.4426950408889634
-            ground = tl.maximum(peak, sink)
-            shrink = tl.math.exp2(peak - ground)
-            acc, more = acc * shrink[:, None], more * shrink[:, None]
-            total = total * shrink + tl.math.exp2(sink - ground)
-        some = tl.where(total == 0.0, 1.0, total)
-        put(out, acc / some[:, None], more / some[:, None], sequence.to(tl.int64) * out_stride + (head * G + g) * out_head, there, CODE, HV, HVP)
-    elif split < active:
-        some = tl.where(total == 0.0, 1.0, total)
-        own = ((sequence * num_kv + head) * G + g) * splits + split
-        put(partial, acc / some[:, None], more / some[:, None], own * HV, there & (begin < end), CODE, HV, HVP)
-        tl.store(sums + own, peak + tl.math.log2(some), mask=there)
-        tl.debug_barrier()
-        if tl.atomic_add(counters + pair, 1, sem="acq_rel") == active - 1:
-            combine(partial, sums, sinks + head * G, out + sequence.to(tl.int64) * out_stride + head * G * out_head, pair * G, splits, active, out_head,
-                    G, GROUP, HV, SPLIT, SINKS)  # fmt: skip
-            tl.store(counters + pair, 0)
-
-
-@triton.jit
-def combine(partial, sums, sinks, out, first, splits, active, out_head, G: tl.constexpr, GROUP: tl.constexpr, HV: tl.constexpr, SPLIT: tl.constexpr,
-            SINKS: tl.constexpr):  # fmt: skip
-    """The softmax over the `active` splits of G heads, from each split's own result and log-sum."""
-    g = tl.arange(0, GROUP)
-    channel = tl.arange(0, triton.next_power_of_2(HV))
-    index = tl.arange(0, SPLIT)
-    known = (g < G)[:, None] & (index < active)[None, :]
-    weight = tl.load(sums + (first + g)[:, None] * splits + index[None, :], mask=known, other=float("-inf"), cache_modifier=".cg")
-    peak = tl.max(weight, 1)
-    if SINKS:
-        sink = tl.load(sinks + g, mask=g < G, other=0.0).to(tl.float32) * 1.4426950408889634
-        peak = tl.maximum(peak, sink)
-    ground = tl.where(peak == float("-inf"), 0.0, peak)
-    total = tl.sum(tl.math.exp2(weight - ground[:, None]), 1)
-    if SINKS:
-        total += tl.math.exp2(sink - ground)
-    acc = tl.zeros([GROUP, triton.next_power_of_2(HV)], tl.float32)
-    ways: tl.constexpr = 8
-    way = tl.arange(0, ways)
-    for start in tl.range(0, active, ways):
-        place = (first + g)[None, :] * splits + (start + way)[:, None]
-        inside = (start + way < active)[:, None] & (g < G)[None, :]
-        share = tl.math.exp2(tl.load(sums + place, mask=inside, other=float("-inf"), cache_modifier=".cg") - ground[None, :])
-        used = (share > 0.0)[:, :, None] & (channel < HV)[None, None, :]
-        found = tl.load(partial + place[:, :, None] * HV + channel[None, None, :], mask=used, other=0.0, cache_modifier=".cg")
-        acc += tl.sum(found * share[:, :, None], 0)
-    some = tl.where(total == 0.0, 1.0, total)
-    tl.store(out + g[:, None] * out_head + channel[None, :], (acc / some[:, None]).to(out.dtype.element_ty), mask=(g < G)[:, None] & (channel < HV)[None, :])
 
 
 @triton.jit(do_not_specialize=["num_sequences", "window", "prefix"])
