@@ -39,6 +39,13 @@ def queries(q, head_stride, FIRST: tl.constexpr, STEP: tl.constexpr, WIDTH: tl.c
 
 
 @triton.jit
+def ask(source, offset):
+    """Asks for the line at each of these offsets (elements)."""
+    address = (source + offset).to(tl.int64)
+    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
 def put(target, acc, more, head_stride, CODE: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, HV: tl.constexpr, HVP: tl.constexpr):
     """Writes (HVP, GP) values of G heads; `more` holds odd channels of coded ones."""
     place = tl.arange(0, HVP)
@@ -68,10 +75,9 @@ def decode_kernel(
     split = tl.program_id(1)
     sequence = pair // num_kv
     head = pair % num_kv
-    after(PDL)
     half = head % 2
     scale_head = head // 2 if PAIRED else head * s_head
-    length = tl.load(lengths + sequence)
+    length = tl.load(lengths + sequence)  # lengths and tables are older than the kernel before this one
     low = 0
     if WINDOW == 1:
         low = tl.maximum(length - window, 0)
@@ -84,20 +90,26 @@ def decode_kernel(
     active = tl.maximum((tiles - low // step + each - 1) // each, 1)
     begin = low // step + split * each
     end = tl.minimum(begin + each, tiles)
+    keys += head * k_head
+    values += head * v_head
+    tables += sequence * table_stride
+    lane = tl.arange(0, W)[:, None] * N + tl.arange(0, N)[None, :]
+    if FAST:  # the first keys and values, less the newest, which may not be written yet, come to L2 while the kernel before this one ends
+        position = tl.maximum(tl.minimum(begin * step + lane, length - 2), 0)
+        slot = tl.load(tables + position // P).to(tl.int64) * P + position % P
+        ask(keys, slot * k_slot)
+        ask(values, slot * v_slot)
+    after(PDL)
     pairs: tl.constexpr = 1 if CODE == "plain" else 2
     own_q = q + sequence.to(tl.int64) * q_stride + head * G * q_head
     q0 = queries(own_q, q_head, 0, pairs, H, HP, G, GP, W)
     q1 = q0
     if CODE != "plain":
         q1 = queries(own_q, q_head, 1, pairs, H, HP, G, GP, W)
-    keys += head * k_head
-    values += head * v_head
-    tables += sequence * table_stride
     acc = tl.zeros([W, HVP, GP], tl.float32)
     more = acc
     peak = tl.zeros([W, GP], tl.float32) + float("-inf")
     total = tl.zeros([W, GP], tl.float32)
-    lane = tl.arange(0, W)[:, None] * N + tl.arange(0, N)[None, :]
     for index in tl.range(begin, end, num_stages=STAGES):
         position = index * step + lane
         near = tl.minimum(position, length - 1)  # past the end the last token is read again, and hidden
@@ -142,15 +154,16 @@ def decode_kernel(
     else:
         more = acc
     g = tl.arange(0, GP)
-    if SPLIT == 1:
-        if SINKS:
-            sink = tl.load(sinks + head * G + g, mask=g < G, other=0.0).to(tl.float32) * 1.4426950408889634
-            ground = tl.maximum(most, sink)
-            shrink = tl.math.exp2(most - ground)
-            acc, more = acc * shrink[None, :], more * shrink[None, :]
-            total = total * shrink + tl.math.exp2(sink - ground)
-        some = tl.where(total == 0.0, 1.0, total)[None, :]
-        put(out + sequence.to(tl.int64) * out_stride + head * G * out_head, acc / some, more / some, out_head, CODE, G, GP, HV, HVP)
+    if (SPLIT == 1) | (active == 1):
+        if split == 0:
+            if SINKS:
+                sink = tl.load(sinks + head * G + g, mask=g < G, other=0.0).to(tl.float32) * 1.4426950408889634
+                ground = tl.maximum(most, sink)
+                shrink = tl.math.exp2(most - ground)
+                acc, more = acc * shrink[None, :], more * shrink[None, :]
+                total = total * shrink + tl.math.exp2(sink - ground)
+            some = tl.where(total == 0.0, 1.0, total)[None, :]
+            put(out + sequence.to(tl.int64) * out_stride + head * G * out_head, acc / some, more / some, out_head, CODE, G, GP, HV, HVP)
     elif split < active:
         some = tl.where(total == 0.0, 1.0, total)
         own = pair * G * splits + split

@@ -202,6 +202,15 @@ def rows_kernel(
     each = (steps + splits - 1) // splits
     begin = tl.minimum(split * each, steps)
     end = tl.minimum(begin + each, steps)
+    inside = (n < num_rows)[:, None] & (t < num_tokens)[None, :]
+    if SQUARES > 0:  # what the end needs is on its way before the loop
+        entries = tl.arange(0, SQUARES)
+        tiles = (num_columns + 31) // 32
+        parts = tl.load(squares + t[:, None] * tiles + entries[None, :], mask=(t < num_tokens)[:, None] & (entries < tiles)[None, :], other=0.0)
+    if RESIDUAL:
+        added = tl.load(residual + t[None, :] * residual_stride + n[:, None], mask=inside, other=0.0)
+    if NEXT > 0:
+        next_norm = tl.load(next_weight + rows)
     acc = tl.zeros([N, M] if WAYS == 1 else [WAYS, N, M], tl.int32 if KIND == "w8a8" else tl.float32)
     acc, up = product(acc, acc, x, codes, scale, zero, nested, table, offset, begin, end, rows, t, gate_rows, num_tokens, num_columns, x_stride, row_stride,
                       scale_stride, first_row, num_groups, KIND, BYTES, NESTED, ZERO, GROUPS, K, WAYS, GATED, EVEN, FAST, TYPE, STAGES)  # fmt: skip
@@ -236,15 +245,10 @@ def rows_kernel(
                     up += tl.load(other + N * M + place, cache_modifier=".cg")
             tl.store(counters + tile, 0)
     if last:
-        inside = (n < num_rows)[:, None] & (t < num_tokens)[None, :]
         if BYTES == 0 and KIND != "bf16":
             acc *= tl.load(scale + rows)[:, None]
         if SQUARES > 0:  # the rms of the row that the activations come from
-            entries = tl.arange(0, SQUARES)
-            tiles = (num_columns + 31) // 32
-            known = (t < num_tokens)[:, None] & (entries < tiles)[None, :]
-            total = tl.sum(tl.load(squares + t[:, None] * tiles + entries[None, :], mask=known, other=0.0), 1)
-            root = tl.rsqrt(total / num_columns + eps)
+            root = tl.rsqrt(tl.sum(parts, 1) / num_columns + eps)
             acc *= root[None, :]
             if GATED != "none":
                 up *= root[None, :]
@@ -257,12 +261,12 @@ def rows_kernel(
                 up += tl.load(bias + rows + gate_rows).to(tl.float32)[:, None]
             acc = activation(acc, GATED) * up
         if RESIDUAL:
-            acc += tl.load(residual + t[None, :] * residual_stride + n[:, None], mask=inside, other=0.0).to(tl.float32)
+            acc += added.to(tl.float32)
         rounded = acc.to(out.dtype.element_ty)
         tl.store(out + t[None, :] * out_stride + n[:, None], rounded, mask=inside)
         if NEXT > 0:
             held = tl.where(inside, rounded.to(tl.float32), 0.0)
-            weighted = held * tl.load(next_weight + rows).to(tl.float32)[:, None]
+            weighted = held * next_norm.to(tl.float32)[:, None]
             tl.store(next_x + t[None, :] * next_stride + n[:, None], weighted.to(next_x.dtype.element_ty), mask=inside)
             entries = (num_rows + 31) // 32
             first = tile * (N // 32)

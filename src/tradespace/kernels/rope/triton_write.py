@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tradespace.kernels.attention.paged import Planes
 from tradespace.kernels.attention.triton_interpreter import interprets
-from tradespace.kernels.triton_launch import ceil_div, follow, launch, padded, present
+from tradespace.kernels.triton_launch import after, ceil_div, launch, padded, present, release
 from tradespace.spec.mixers import Attention
 
 HEADS = 8  # of a token in one program
@@ -62,9 +62,25 @@ def write_kernel(
     """One program per token and HEADS heads: blocks of queries, then of keys, then of values."""
     token = tl.program_id(0)
     block = tl.program_id(1)
-    follow(PDL)
+    release(PDL)
     row = qkv + token.to(tl.int64) * qkv_stride
-    slot = tl.load(slots + token)
+    slot = tl.load(slots + token)  # slots, positions and the table are older than the kernel before this one
+    if DIMS > 0:
+        half: tl.constexpr = DIMS // 2
+        h = tl.arange(0, HP)
+        if INTERLEAVED:
+            partner = h ^ 1
+            pair = h // 2
+            sign = tl.where(h % 2 == 0, -1.0, 1.0)
+        else:
+            partner = tl.where(h < half, h + half, h - half)
+            pair = h % half
+            sign = tl.where(h < half, -1.0, 1.0)
+        turned = h < DIMS
+        angle = table + (tl.load(positions + token) * half + pair) * 2
+        cos = tl.load(angle, mask=turned, other=1.0)
+        sin = tl.load(angle + 1, mask=turned, other=0.0) * sign
+    after(PDL)
     q_blocks = (num_q + HEADS - 1) // HEADS
     kv_blocks = (num_kv + HEADS - 1) // HEADS
     if block < q_blocks + kv_blocks:
@@ -82,16 +98,6 @@ def write_kernel(
             weight = tl.where(is_key, tl.load(k_norm + h, mask=h < H, other=0.0).to(tl.float32), tl.load(q_norm + h, mask=h < H, other=0.0).to(tl.float32))
             x = (x * root * weight[None, :]).to(qkv.dtype.element_ty).to(tl.float32)
         if DIMS > 0:
-            half: tl.constexpr = DIMS // 2
-            if INTERLEAVED:
-                partner = h ^ 1
-                pair = h // 2
-                sign = tl.where(h % 2 == 0, -1.0, 1.0)
-            else:
-                partner = tl.where(h < half, h + half, h - half)
-                pair = h % half
-                sign = tl.where(h < half, -1.0, 1.0)
-            turned = h < DIMS
             other = tl.load(source + place + partner[None, :], mask=turned[None, :] & known, other=0.0).to(tl.float32)
             if NORMS:
                 there = turned & (h < H)
@@ -101,9 +107,6 @@ def write_kernel(
                     tl.load(q_norm + partner, mask=there, other=0.0).to(tl.float32),
                 )
                 other = (other * root * weight[None, :]).to(qkv.dtype.element_ty).to(tl.float32)
-            angle = table + (tl.load(positions + token) * half + pair) * 2
-            cos = tl.load(angle, mask=turned, other=1.0)
-            sin = tl.load(angle + 1, mask=turned, other=0.0) * sign
             x = tl.where(turned[None, :], x * cos[None, :] + other * sin[None, :], x)
         rounded = x.to(qkv.dtype.element_ty)
         if is_key:
