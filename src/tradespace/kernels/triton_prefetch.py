@@ -42,3 +42,9 @@ def prefetch(source, stripes, stride, lines, program, programs, LANES: tl.conste
         line = tl.minimum(start + tl.arange(0, LANES), last - 1)
         address = source.to(tl.int64) + (line // lines).to(tl.int64) * stride + line % lines * 128
         tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def ask(source, offset):
+    """Asks for the line at each of these offsets (in elements)."""
+    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [(source + offset).to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)

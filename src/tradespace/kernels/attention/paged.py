@@ -62,13 +62,13 @@ class DecodeScratch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PagedTiles:
-    """N keys at a time (decode: a warp), warps and stages. M: rows of queries (ragged only); least: keys of a split (decode only)."""
+    """N keys at a time, warps and stages. M: rows of queries (ragged only); least: keys of a split (decode only)."""
 
     N: int
     warps: int = 4
     stages: int = 3
     M: int = 0
-    least: int = 256
+    least: int = 512
 
 
 def refusal(mixer: Attention, store: str) -> str | None:
@@ -100,17 +100,16 @@ def paged_decode(
     assert B * mixer.K <= COUNTERS and B * mixer.N * splits <= scratch.sums.numel(), "the scratch was made for fewer sequences or splits"
     tiles = tiles or _decode_tiles(planes, mixer, q_BNH.device)
     flags |= {
-        "GP": max(8, padded(mixer.G)),
+        "GP": max(16, padded(mixer.G)),
         "SPLIT": 1 if splits == 1 else max(2, padded(splits)),
         "N": tiles.N,
-        "W": tiles.warps,
         "LEAST": tiles.least,
         "STAGES": tiles.stages,
     }
     launch(
         decode_kernel, (B * mixer.K, splits), q_BNH,
         q_BNH, *_pointers(planes), tables_BM, lengths_B, present(sinks_N, q_BNH), out_BNHv, scratch.partial, scratch.sums, scratch.counters,
-        *numbers[:3], splits, mixer.K, *strides, **flags, num_warps=tiles.warps, num_stages=tiles.stages, pdl=pdl,
+        *numbers, splits, mixer.K, *strides, **flags, num_warps=tiles.warps, num_stages=tiles.stages, pdl=pdl,
     )  # fmt: skip
     return out_BNHv
 
@@ -196,8 +195,8 @@ def _decode_tiles(planes: Planes, mixer: Attention, device: torch.device) -> Pag
         return PagedTiles(N=16, stages=1)
     if max(mixer.H, mixer.Hv) > 128 or planes.store == "fp32":
         return PagedTiles(N=32, warps=4, stages=2)
-    # measured on an H100 (lab gpu-speed): one warp a program, many programs on a processor; coded keys take more stages to come through their table
-    return PagedTiles(N=32, warps=1, stages=4) if planes.code == "plain" else PagedTiles(N=32, warps=1, stages=8)
+    # measured on an H100: warps that share a tile of plain keys keep the code short; coded keys take more stages to come through their table
+    return PagedTiles(N=64, warps=4, stages=2) if planes.code == "plain" else PagedTiles(N=32, warps=1, stages=8)
 
 
 def _ragged_tiles(planes: Planes, mixer: Attention, device: torch.device) -> PagedTiles:

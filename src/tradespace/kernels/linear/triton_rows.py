@@ -6,7 +6,7 @@ who reads that multiplies its product by 1 / rms.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -25,6 +25,7 @@ from tradespace.kernels.triton_launch import ceil_div, launch, padded, present
 from tradespace.kernels.triton_prefetch import LINE, Ahead
 from tradespace.spec.cuda import FEW_ROWS, squares_tiles
 
+SHARED_BYTES = 208 * 1024  # that the tiles of a program may take while they come, of 227 KiB
 TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
@@ -139,7 +140,9 @@ def _tiling(weight: PackedWeight, T: int, *, gated: bool, tiles: RowTiles | None
     R, M = weight.rows // 2 if gated else weight.rows, max(8, padded(T))
     tiles = tiles or find_tiles(layout.kind, layout.group or 0, M, R, C, gated=gated, device=weight.codes.device)
     K = tiles.K if layout.plain else layout.columns
-    return tiles, K, tiles.split_for(R, C, K * tiles.ways, M, gated=gated)
+    bytes_of_step = tiles.ways * K * (tiles.N * layout.bits // 8 * (2 if gated else 1) + M * (1 if layout.kind in ("w8a8", "f8a8") else 2))
+    stages = max(1, min(tiles.stages, SHARED_BYTES // bytes_of_step))
+    return replace(tiles, stages=stages), K, tiles.split_for(R, C, K * tiles.ways, M, gated=gated)
 
 
 def ahead_of(weight: PackedWeight, T: int, nbytes: int, *, gated: bool = False, early: bool = False) -> Ahead:
