@@ -129,7 +129,7 @@ def _decodes(spec: ModelSpec, say: Callable[[str], None]) -> list[dict[str, Any]
 def _mixes(spec: ModelSpec, say: Callable[[str], None]) -> list[dict[str, Any]]:
     rows = []
     for weights, store in ENGINES:
-        bench = Bench(spec, plan_for(spec, weights, store, sequences=256, context=4352, step=8192, memory_bytes=75 * GiB))
+        bench = Bench(spec, plan_for(spec, weights, store, sequences=256, context=4352, step=16384, memory_bytes=75 * GiB))
         peers = VLLM[weights]
         rows.append(_row("mixes", "decode, 32 at once, context 128", weights, bench.decode(32, 128), "tok/s", vllm=peers[32]))
         for mix in MIXES:

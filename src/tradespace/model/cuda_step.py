@@ -21,10 +21,9 @@ from tradespace.kernels.attention.whole_prompts import fused_prefill, prefill
 from tradespace.kernels.linear.large import large_linear, quantized_linear
 from tradespace.kernels.linear.packed import PackedWeight
 from tradespace.kernels.linear.triton_codes import quantize_rows
-from tradespace.kernels.linear.triton_rows import NextNorm, ahead_of, rows_linear
+from tradespace.kernels.linear.triton_rows import NextNorm, rows_linear
 from tradespace.kernels.norm.triton_add_norm import add_norm
 from tradespace.kernels.rope.triton_write import rope_write
-from tradespace.kernels.triton_prefetch import Ahead
 from tradespace.kv.cache import KVCache
 from tradespace.model.feed_forward import FeedForward
 from tradespace.model.layer import AttentionMixer, Layer
@@ -34,8 +33,6 @@ from tradespace.spec import cuda
 from tradespace.spec.mixers import Attention
 from tradespace.spec.model import DenseFFN
 
-AHEAD_BYTES = {"out": 24 << 20, "wide": 12 << 20, "down": 12 << 20, "qkv": 12 << 20, "head": 12 << 20}  # of the next matrix, asked for by the one before
-EARLY = frozenset({"wide"})  # asked for before the product of the one before has begun, as that finds its own weights in L2
 EIGHT_BIT = ("w8a8", "f8a8")  # kinds whose products take 8-bit activations
 
 
@@ -184,44 +181,41 @@ class DeviceStep:
         own = self.squares[:T]
         for index, half in enumerate(self.halves):
             qkv_TR = self._view(self.wide, T, half.qkv.shape[0])
-            self._few_product(half.qkv, x_TD, qkv_TR, squares=squares, ahead=self._ahead("out", half.out, T))
+            self._few_product(half.qkv, x_TD, qkv_TR, squares=squares)
             mixed_TR = self._mix(index, half, qkv_TR, inputs, decodes=decodes)
             after = NextNorm(weight_R=half.ffn_norm.weight, x_TR=x_TD, squares_TS=own)
-            self._few_product(half.out, mixed_TR, h_TD, residual=h_TD, next_norm=after, ahead=self._ahead("wide", half.wide, T))
+            self._few_product(half.out, mixed_TR, h_TD, residual=h_TD, next_norm=after)
             act_TF = self._view(self.mixed, T, half.ffn.F)
-            self._few_product(half.wide, x_TD, act_TF, squares=own, activation=half.ffn.activation, ahead=self._ahead("down", half.down, T))
+            self._few_product(half.wide, x_TD, act_TF, squares=own, activation=half.ffn.activation)
             after = NextNorm(weight_R=half.next_norm.weight, x_TR=x_TD, squares_TS=own)
-            last = index + 1 == len(self.halves)
-            ahead = self._ahead("head", self.head, T) if last else self._ahead("qkv", self.halves[index + 1].qkv, T)
-            self._few_product(half.down, act_TF, h_TD, residual=h_TD, next_norm=after, ahead=ahead)
+            self._few_product(half.down, act_TF, h_TD, residual=h_TD, next_norm=after)
             squares = own
         return own
 
-    def _ahead(self, name: str, weight: CudaWeight, T: int) -> Ahead | None:
-        """What the product before this one asks for of its weights."""
-        nbytes = AHEAD_BYTES[name] if self.device.type == "cuda" else 0
-        return ahead_of(weight.packed, T, nbytes, gated=name == "wide", early=name in EARLY) if nbytes else None
-
     def _many(self, h_TD: Tensor, x_TD: Tensor, inputs: Inputs, *, decodes: bool) -> None:
         """All layers; x_TD becomes the stream under the last norm."""
-        T, y_TD = len(h_TD), self.y_TD[: len(h_TD)]
+        T = len(h_TD)
         for index, half in enumerate(self.halves):
             qkv_TR = self._view(self.wide, T, half.qkv.shape[0])
             self._product(half.qkv, x_TD, qkv_TR)
             mixed_TR = self._mix(index, half, qkv_TR, inputs, decodes=decodes)
-            self._product(half.out, mixed_TR, y_TD)
-            self._join(half, half.attn_post, half.ffn_norm, y_TD, h_TD, x_TD)
+            self._join(half, half.out, mixed_TR, half.attn_post, half.ffn_norm, h_TD, x_TD)
             wide_TR, act_TF = self._view(self.wide, T, half.wide.shape[0]), self._view(self.mixed, T, half.ffn.F)
             self._product(half.wide, x_TD, wide_TR)
             if half.ffn.gated:
                 gated(wide_TR, half.ffn.activation, act_TF)
             else:
                 act_TF.copy_(ACTIVATIONS["torch"](wide_TR, half.ffn.activation, False))
-            self._product(half.down, act_TF, y_TD)
-            self._join(half, half.ffn_post, half.next_norm, y_TD, h_TD, x_TD)
+            self._join(half, half.down, act_TF, half.ffn_post, half.next_norm, h_TD, x_TD)
 
-    def _join(self, half: Half, post: Norm | None, following: Norm, y_TD: Tensor, h_TD: Tensor, x_TD: Tensor) -> None:
-        """h += scale · post(y); x = following(h)."""
+    def _join(self, half: Half, weight: CudaWeight, from_TC: Tensor, post: Norm | None, following: Norm, h_TD: Tensor, x_TD: Tensor) -> None:
+        """h += scale · post(from @ W.T); x = following(h)."""
+        if post is None and half.scale == 1.0 and weight.bias is None and weight.packed.layout.kind == "bf16" and len(h_TD) > cuda.FEW_ROWS:
+            h_TD.addmm_(from_TC, weight.packed.codes.T)  # the sum in the product's own end: h is read and written once less
+            self._norm(following, h_TD, x_TD)
+            return
+        y_TD = self.y_TD[: len(h_TD)]
+        self._product(weight, from_TC, y_TD)
         if post is not None:
             self._norm(post, y_TD, y_TD)
         if half.scale != 1.0:
@@ -252,7 +246,9 @@ class DeviceStep:
             )
         if k_TKH is not None:
             v_TKH = qkv_TR[:, (a.N + a.K) * a.H :].view(T, a.K, a.Hv)
-            prefill(q_TNH[first:], k_TKH[first:], v_TKH[first:], inputs.fresh, a, out_TNH[first:])
+            found_TNHv = prefill(q_TNH[first:], k_TKH[first:], v_TKH[first:], inputs.fresh, a, out_TNH[first:])
+            if first == 0:
+                return found_TNHv.view(T, a.N * a.Hv)
         elif first < T:
             rest = inputs.tables_BM[first:], inputs.starts_B1[first:], inputs.lengths_B[first:]
             paged_prefill(q_TNH, planes, *rest, a, out_TNH, sinks_N=attn.sinks)
@@ -283,7 +279,6 @@ class DeviceStep:
         residual: Tensor | None = None,
         next_norm: NextNorm | None = None,
         activation: str | None = None,
-        ahead: Ahead | None = None,
     ) -> None:
         codes_TC, scale_T = self._coded(weight.packed, x_TC)
         rows_linear(
@@ -298,7 +293,6 @@ class DeviceStep:
             squares_TS=squares,
             eps=self.spec.norm_eps,
             next_norm=next_norm,
-            ahead=ahead,
             pdl=self.pdl,
         )
 
@@ -319,8 +313,7 @@ class DeviceStep:
         else:
             for start in range(0, R, cuda.FEW_ROWS):
                 part = slice(start, min(start + cuda.FEW_ROWS, R))
-                ahead = self._ahead("qkv", self.halves[0].qkv, R) if self.fused else None
-                self._few_product(head, x_RD[part], logits_RV[part], squares=None if squares is None else squares[part], ahead=ahead)
+                self._few_product(head, x_RD[part], logits_RV[part], squares=None if squares is None else squares[part])
         if self.spec.logit_scale != 1.0:
             logits_RV.mul_(self.spec.logit_scale)
         if self.spec.logit_softcap is not None:

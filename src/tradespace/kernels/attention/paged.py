@@ -21,6 +21,7 @@ from tradespace.spec.cuda import COUNTERS
 from tradespace.spec.mixers import Attention
 from tradespace.spec.paged import mixer_refusal
 
+SHORT_CONTEXT = 8192  # tokens of the longest sequence that tables have room for
 STORES = ("fp32", "bf16", "fp16", "fp8", "int8")
 
 
@@ -98,7 +99,7 @@ def paged_decode(
         return out_BNHv
     flags, numbers, strides = _common(q_BNH, planes, mixer, out_BNHv, tables_BM, sinks_N)
     assert B * mixer.K <= COUNTERS and B * mixer.N * splits <= scratch.sums.numel(), "the scratch was made for fewer sequences or splits"
-    tiles = tiles or _decode_tiles(planes, mixer, q_BNH.device)
+    tiles = tiles or _decode_tiles(planes, mixer, q_BNH.device, splits=splits, context=tables_BM.shape[1] * planes.block_size)
     flags |= {
         "GP": max(16, padded(mixer.G)),
         "SPLIT": 1 if splits == 1 else max(2, padded(splits)),
@@ -190,13 +191,18 @@ def _pointers(planes: Planes) -> tuple[Tensor, ...]:
     return keys, values, *(present(x, keys) for x in scales)
 
 
-def _decode_tiles(planes: Planes, mixer: Attention, device: torch.device) -> PagedTiles:
+def _decode_tiles(planes: Planes, mixer: Attention, device: torch.device, *, splits: int, context: int) -> PagedTiles:
     if device.type != "cuda":
         return PagedTiles(N=16, stages=1)
     if max(mixer.H, mixer.Hv) > 128 or planes.store == "fp32":
         return PagedTiles(N=32, warps=4, stages=2)
-    # measured on an H100: warps that share a tile of plain keys keep the code short; coded keys take more stages to come through their table
-    return PagedTiles(N=64, warps=4, stages=2) if planes.code == "plain" else PagedTiles(N=32, warps=1, stages=8)
+    # measured on an H100: a context that may be long is split over programs of one warp, many to a processor (coded keys take more stages to come through
+    # their table); a short one takes few programs, whose warps share a tile: their code is short, and most of what a step of one sequence waits for is that
+    if splits > 1 and context > SHORT_CONTEXT:
+        return PagedTiles(N=32, warps=1, stages=4 if planes.code == "plain" else 8)
+    if planes.code == "plain":
+        return PagedTiles(N=64, warps=4, stages=2) if splits > 1 else PagedTiles(N=64, warps=2, stages=3)
+    return PagedTiles(N=64, warps=2, stages=4) if splits > 1 else PagedTiles(N=32, warps=1, stages=4)
 
 
 def _ragged_tiles(planes: Planes, mixer: Attention, device: torch.device) -> PagedTiles:

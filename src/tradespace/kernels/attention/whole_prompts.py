@@ -27,7 +27,7 @@ def fused_prefill(mixer: Attention, lengths: tuple[int, ...], sinks_N: Tensor | 
 
 
 def prefill(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, lengths: tuple[int, ...], mixer: Attention, out_TNHv: Tensor) -> Tensor:
-    """out_TNHv: each prompt's queries over its own keys and values, causally."""
+    """Each prompt's queries over its own keys and values, causally: in `out_TNHv`, or, where one call does all, as it leaves them (in one piece)."""
     start = 0
     for length, run in groupby(lengths):
         count = sum(1 for _ in run)
@@ -35,6 +35,9 @@ def prefill(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, lengths: tuple[int, ...
         q, k, v = (x[rows].unflatten(0, (count, length)).transpose(1, 2) for x in (q_TNH, k_TKH, v_TKH))
         with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
             found = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=mixer.softmax_scale, enable_gqa=mixer.G > 1)
-        out_TNHv[rows].unflatten(0, (count, length)).copy_(found.transpose(1, 2))
+        found_BSNHv = found.transpose(1, 2)
+        if rows == slice(0, len(q_TNH)) and found_BSNHv.is_contiguous():
+            return found_BSNHv.flatten(0, 1)
+        out_TNHv[rows].unflatten(0, (count, length)).copy_(found_BSNHv)
         start = rows.stop
     return out_TNHv

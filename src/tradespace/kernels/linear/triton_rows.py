@@ -22,7 +22,6 @@ from tradespace.kernels.linear.scratch import Scratch
 from tradespace.kernels.linear.triton_rows_kernel import rows_kernel
 from tradespace.kernels.linear.triton_rows_tiles import RowTiles, find_tiles
 from tradespace.kernels.triton_launch import ceil_div, launch, padded, present
-from tradespace.kernels.triton_prefetch import LINE, Ahead
 from tradespace.spec.cuda import FEW_ROWS, squares_tiles
 
 SHARED_BYTES = 208 * 1024  # that the tiles of a program may take while they come, of 227 KiB
@@ -69,13 +68,12 @@ def rows_linear(
     eps: float = 0.0,
     next_norm: NextNorm | None = None,
     tiles: RowTiles | None = None,
-    ahead: Ahead | None = None,
     pdl: bool = False,
 ) -> Tensor:
     """out_TR = x @ W.T (· 1/rms from `squares_TS`) (+ bias) (+ residual), or act(gate) · up of it where `gated` names the activation (R is then half of W's).
 
     `out_TR` may be the residual itself. w8a8 and fp8-a8 take activations as codes with their scales
-    (`triton_codes.quantize_rows`). `ahead`: the next product's weights, to be on their way meanwhile. Raises UnsupportedError for more than 64 rows.
+    (`triton_codes.quantize_rows`). Raises UnsupportedError for more than 64 rows.
     """
     T, C = x_TC.shape
     R = weight.rows // 2 if gated else weight.rows
@@ -105,19 +103,16 @@ def rows_linear(
         "M": M,
         "N": tiles.N,
         "K": K,
-        "WAYS": tiles.ways,
         "SPLIT": split > 1,
         "GATED": gated or "none",
         "BIAS": bias_R is not None,
         "RESIDUAL": residual_TR is not None,
         "SQUARES": 0 if squares_TS is None else padded(squares_tiles(C)),
         "NEXT": 0 if next_norm is None else 1,
-        "EVEN": C % (K * tiles.ways) == 0,
+        "EVEN": C % K == 0,
         "FAST": (x_TC.dtype == torch.bfloat16 or eight is not None) and not interprets(),
         "TYPE": TYPES[torch.bfloat16 if eight is not None else x_TC.dtype],
         "STAGES": tiles.stages,
-        "AHEAD": "none" if ahead is None or interprets() else "early" if ahead.early else "late",
-        "LANES": 32 * tiles.warps,
     }
     launch(
         rows_kernel, (ceil_div(R, tiles.N), split), x_TC,
@@ -128,7 +123,6 @@ def rows_linear(
         T, R, C, x_TC.stride(0), codes.stride(0), 0 if scale is None else scale.stride(0), out.stride(0),
         0 if residual_TR is None else residual_TR.stride(0), 0 if next_norm is None else next_norm.x_TR.stride(0), weight.first_row,
         layout.groups(C), R, split, eps,
-        *((none, 0, 0, 0, none, 0) if ahead is None else (ahead.codes, ahead.stripes, ahead.stride, ahead.lines, present(ahead.scale, none), ahead.scale_lines)),
         **flags, num_warps=tiles.warps, num_stages=tiles.stages, pdl=pdl,
     )  # fmt: skip
     return out
@@ -140,28 +134,6 @@ def _tiling(weight: PackedWeight, T: int, *, gated: bool, tiles: RowTiles | None
     R, M = weight.rows // 2 if gated else weight.rows, max(8, padded(T))
     tiles = tiles or find_tiles(layout.kind, layout.group or 0, M, R, C, gated=gated, device=weight.codes.device)
     K = tiles.K if layout.plain else layout.columns
-    bytes_of_step = tiles.ways * K * (tiles.N * layout.bits // 8 * (2 if gated else 1) + M * (1 if layout.kind in ("w8a8", "f8a8") else 2))
+    bytes_of_step = K * (tiles.N * layout.bits // 8 * (2 if gated else 1) + M * (1 if layout.kind in ("w8a8", "f8a8") else 2))
     stages = max(1, min(tiles.stages, SHARED_BYTES // bytes_of_step))
-    return replace(tiles, stages=stages), K, tiles.split_for(R, C, K * tiles.ways, M, gated=gated)
-
-
-def ahead_of(weight: PackedWeight, T: int, nbytes: int, *, gated: bool = False, early: bool = False) -> Ahead:
-    """About `nbytes` of a matrix that T rows meet next: equally much of what each program of that product reads first, and its scales."""
-    layout, C = weight.layout, weight.columns
-    tiles, K, split = _tiling(weight, T, gated=gated)
-    steps, blocks = -(-C // (K * tiles.ways)), weight.codes.shape[0]
-    each = -(-steps // split)
-    if each * split != steps or C % (K * tiles.ways):
-        each, split = steps, 1  # stripes at one distance alone
-    stride = weight.codes.nbytes // (blocks * split)
-    lines = max(1, min(stride, nbytes // max(1, blocks * split)) // LINE)
-    scale = weight.scale if layout.group else None
-    return Ahead(
-        codes=weight.codes,
-        stripes=blocks * split,
-        stride=stride,
-        lines=lines,
-        scale=scale,
-        scale_lines=0 if scale is None else scale.nbytes // LINE,
-        early=early,
-    )
+    return replace(tiles, stages=stages), K, tiles.split_for(R, C, K, M, gated=gated)

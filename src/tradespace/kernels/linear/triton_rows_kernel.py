@@ -12,7 +12,6 @@ import triton.language as tl
 from tradespace.kernels.activation.triton_functions import activation
 from tradespace.kernels.linear.triton_decode import e4m3, four, two
 from tradespace.kernels.triton_launch import after, release
-from tradespace.kernels.triton_prefetch import prefetch
 
 
 @triton.jit
@@ -44,31 +43,23 @@ def zero_of(zero, stride, rows, group):
 @triton.jit
 def less(w, shift, FAST: tl.constexpr):
     """w - shift of its row: small whole numbers, exact in 16 bits (the interpreter has no arithmetic of those)."""
-    shift = tl.expand_dims(shift, len(shift.shape))
-    return w - shift.to(w.dtype) if FAST else (w.to(tl.float32) - shift).to(w.dtype)
+    return w - shift[:, None].to(w.dtype) if FAST else (w.to(tl.float32) - shift[:, None]).to(w.dtype)
 
 
 @triton.jit
-def run_of(x, t, column, num_tokens, num_columns, x_stride, WAYS: tl.constexpr, EVEN: tl.constexpr):
-    """Activations of all tokens at some columns, as the right side of a product: (columns, M), or (WAYS, columns, M)."""
-    if WAYS == 1:
-        seen = (t < num_tokens)[:, None]
-        if not EVEN:
-            seen = seen & (column < num_columns)[None, :]
-        found = tl.trans(tl.load(x + t[:, None] * x_stride + column[None, :], mask=seen, other=0.0))
-    else:
-        seen = (t < num_tokens)[None, :, None]
-        if not EVEN:
-            seen = seen & (column < num_columns)[:, None, :]
-        found = tl.permute(tl.load(x + t[None, :, None] * x_stride + column[:, None, :], mask=seen, other=0.0), (0, 2, 1))
-    return found
+def run_of(x, t, column, num_tokens, num_columns, x_stride, EVEN: tl.constexpr):
+    """Activations of all tokens at some columns, as the right side of a product: (columns, M)."""
+    seen = (t < num_tokens)[:, None]
+    if not EVEN:
+        seen = seen & (column < num_columns)[None, :]
+    return tl.trans(tl.load(x + t[:, None] * x_stride + column[None, :], mask=seen, other=0.0))
 
 
 @triton.jit
 def met(acc, w, x0, x1, x2, x3, scale, zero, nested, table, offset, rows, group, scale_stride, first_row, num_groups,
         KIND: tl.constexpr, BYTES: tl.constexpr, NESTED: tl.constexpr, ZERO: tl.constexpr, GROUPS: tl.constexpr, FAST: tl.constexpr,
         TYPE: tl.constexpr):  # fmt: skip
-    """acc += a tile of codes times its runs of activations. `group`: the tile's first, of each way."""
+    """acc += a tile of codes times its runs of activations. `group`: the tile's first."""
     if KIND == "bf16":
         acc = tl.dot(w.to(TYPE), x0, acc)
     elif KIND == "w8a8":
@@ -79,11 +70,11 @@ def met(acc, w, x0, x1, x2, x3, scale, zero, nested, table, offset, rows, group,
         else:
             acc += tl.dot(e4m3(w.to(tl.int32)), e4m3(x0.to(tl.int32)), input_precision="ieee")
     elif KIND == "int8" or KIND == "fp8":
-        w0, w1 = two(w, KIND == "fp8", FAST, TYPE)
+        w0, w1 = two(w, KIND == "fp8", FAST, TYPE)  # pyright: ignore[reportGeneralTypeIssues]
         acc = tl.dot(w0, x0, acc)
         acc = tl.dot(w1, x1, acc)
     else:
-        w0, w1, w2, w3 = four(w, table, KIND == "nf4", FAST, TYPE)
+        w0, w1, w2, w3 = four(w, table, KIND == "nf4", FAST, TYPE)  # pyright: ignore[reportGeneralTypeIssues]
         factor = scale_of(scale, nested, table, offset, scale_stride, first_row, num_groups, rows, group, BYTES, NESTED)
         if ZERO:
             shift = zero_of(zero, scale_stride, rows, group)
@@ -94,111 +85,83 @@ def met(acc, w, x0, x1, x2, x3, scale, zero, nested, table, offset, rows, group,
         part = tl.dot(w0, x0)
         part = tl.dot(w1, x1, part)
         if GROUPS == 2:  # half of the chunk's columns each
-            acc += part * tl.expand_dims(factor, len(factor.shape))
+            acc += part * factor[:, None]
             factor = scale_of(scale, nested, table, offset, scale_stride, first_row, num_groups, rows, group + 1, BYTES, NESTED)
             part = tl.dot(w2, x2)
         else:
             part = tl.dot(w2, x2, part)
         part = tl.dot(w3, x3, part)
-        acc += part * tl.expand_dims(factor, len(factor.shape))
+        acc += part * factor[:, None]
     return acc
 
 
 @triton.jit
 def product(acc, up, x, codes, scale, zero, nested, table, offset, begin, end, rows, t, gate_rows, num_tokens, num_columns, x_stride, row_stride,
             scale_stride, first_row, num_groups, KIND: tl.constexpr, BYTES: tl.constexpr, NESTED: tl.constexpr, ZERO: tl.constexpr,
-            GROUPS: tl.constexpr, K: tl.constexpr, WAYS: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr, TYPE: tl.constexpr,
+            GROUPS: tl.constexpr, K: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr, TYPE: tl.constexpr,
             STAGES: tl.constexpr):  # fmt: skip
-    """acc (N, M) += W[rows] · x over steps begin … end - 1 of WAYS tiles of K columns; up likewise of rows + gate_rows. WAYS > 1: (WAYS, N, M), each warp
-    has columns of its own. row_stride: 16-bit elements from one row (of chunks) to the next.
+    """acc (N, M) += W[rows] · x over tiles begin … end - 1 of K columns; GATED: up likewise of rows + gate_rows, with the same activations.
+    row_stride: 16-bit elements from one row (of chunks) to the next.
     """
     PLAIN: tl.constexpr = KIND == "bf16" or KIND == "w8a8" or KIND == "f8a8"
+    upper = rows + gate_rows
     if PLAIN:
         per_row: tl.constexpr = K
-        chunk: tl.constexpr = K
-        place_n = rows.to(tl.int64) * row_stride
-        more = gate_rows.to(tl.int64) * row_stride
+        step: tl.constexpr = K
+        first = rows.to(tl.int64) * row_stride
+        above = upper.to(tl.int64) * row_stride
     else:
         per_row: tl.constexpr = K // 2 if (KIND == "int8" or KIND == "fp8") else K // 4
-        chunk: tl.constexpr = 32 * per_row
-        place_n = (rows // 32).to(tl.int64) * row_stride + rows % 32 * per_row
-        upper = rows + gate_rows
-        more = (upper // 32).to(tl.int64) * row_stride + upper % 32 * per_row - place_n
+        step: tl.constexpr = 32 * per_row
+        first = (rows // 32).to(tl.int64) * row_stride + rows % 32 * per_row
+        above = (upper // 32).to(tl.int64) * row_stride + upper % 32 * per_row
     place = tl.arange(0, per_row)
-    if WAYS == 1:
-        way = 0
-        column = place
-        tile = codes + place_n[:, None] + place[None, :]
-        group_way = 0
-        scale_rows = rows
-    else:
-        way = tl.arange(0, WAYS)[:, None]
-        column = way * K + place[None, :]
-        tile = codes + place_n[None, :, None] + way[:, :, None] * chunk + place[None, None, :]
-        group_way = way * GROUPS
-        scale_rows = rows[None, :]
-    if PLAIN or GATED == "none":
-        above = tile + more if PLAIN else tile
-    elif WAYS == 1:
-        above = tile + more[:, None]
-    else:
-        above = tile + more[None, :, None]
     for index in tl.range(begin, end, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
-        start = index * (WAYS * K)
-        step = index * (WAYS * chunk)
-        group = index * (WAYS * GROUPS) + group_way
-        if EVEN:
-            w = tl.load(tile + step)
+        start = index * K
+        known = (start + place < num_columns)[None, :]  # only where rows lie as they are may a tile reach past them
+        if EVEN or not PLAIN:
+            w = tl.load(codes + first[:, None] + place[None, :] + index * step)
         else:
-            known = (start + column if PLAIN else start + way * K) < num_columns
-            w = tl.load(tile + step, mask=tl.expand_dims(known, len(known.shape) - 1), other=0)
-            group = tl.minimum(group, (num_groups - 1) // GROUPS * GROUPS)
-        x0 = run_of(x, t, start + column, num_tokens, num_columns, x_stride, WAYS, EVEN)
+            w = tl.load(codes + first[:, None] + place[None, :] + index * step, mask=known, other=0)
+        x0 = run_of(x, t, start + place, num_tokens, num_columns, x_stride, EVEN)
         x1 = x0
         x2 = x0
         x3 = x0
         if not PLAIN:
-            x1 = run_of(x, t, start + per_row + column, num_tokens, num_columns, x_stride, WAYS, EVEN)
+            x1 = run_of(x, t, start + per_row + place, num_tokens, num_columns, x_stride, EVEN)
             if KIND != "int8" and KIND != "fp8":
-                x2 = run_of(x, t, start + 2 * per_row + column, num_tokens, num_columns, x_stride, WAYS, EVEN)
-                x3 = run_of(x, t, start + 3 * per_row + column, num_tokens, num_columns, x_stride, WAYS, EVEN)
-        acc = met(acc, w, x0, x1, x2, x3, scale, zero, nested, table, offset, scale_rows, group, scale_stride, first_row, num_groups, KIND, BYTES, NESTED,
-                  ZERO, GROUPS, FAST, TYPE)  # fmt: skip
+                x2 = run_of(x, t, start + 2 * per_row + place, num_tokens, num_columns, x_stride, EVEN)
+                x3 = run_of(x, t, start + 3 * per_row + place, num_tokens, num_columns, x_stride, EVEN)
+        acc = met(acc, w, x0, x1, x2, x3, scale, zero, nested, table, offset, rows, index * GROUPS, scale_stride, first_row, num_groups, KIND, BYTES,
+                  NESTED, ZERO, GROUPS, FAST, TYPE)  # fmt: skip
         if GATED != "none":
-            if EVEN:
-                w = tl.load(above + step)
+            if EVEN or not PLAIN:
+                w = tl.load(codes + above[:, None] + place[None, :] + index * step)
             else:
-                w = tl.load(above + step, mask=tl.expand_dims(known, len(known.shape) - 1), other=0)
-            up = met(up, w, x0, x1, x2, x3, scale, zero, nested, table, offset, scale_rows + gate_rows, group, scale_stride, first_row, num_groups, KIND,
-                     BYTES, NESTED, ZERO, GROUPS, FAST, TYPE)  # fmt: skip
+                w = tl.load(codes + above[:, None] + place[None, :] + index * step, mask=known, other=0)
+            up = met(up, w, x0, x1, x2, x3, scale, zero, nested, table, offset, upper, index * GROUPS, scale_stride, first_row, num_groups, KIND, BYTES,
+                     NESTED, ZERO, GROUPS, FAST, TYPE)  # fmt: skip
     return acc, up
 
 
-@triton.jit(do_not_specialize=["num_tokens", "first_row", "splits", "stripes", "stripe_lines", "scale_lines"])
+@triton.jit(do_not_specialize=["num_tokens", "first_row", "splits"])
 def rows_kernel(
     x, x_scale, codes, scale, zero, nested, table, offset, bias, residual, squares, out, next_weight, next_x, next_squares, partial, counters,
     num_tokens, num_rows, num_columns, x_stride, row_stride, scale_stride, out_stride, residual_stride, next_stride, first_row, num_groups,
-    gate_rows, splits, eps, ahead, stripes, stripe_stride, stripe_lines, ahead_scale, scale_lines,
+    gate_rows, splits, eps,
     KIND: tl.constexpr, BYTES: tl.constexpr, NESTED: tl.constexpr, ZERO: tl.constexpr, GROUPS: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, WAYS: tl.constexpr, SPLIT: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, SPLIT: tl.constexpr,
     GATED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SQUARES: tl.constexpr, NEXT: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
-    TYPE: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, LANES: tl.constexpr, PDL: tl.constexpr,
+    TYPE: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program per tile of N rows of the result (gated: of both its halves) and split of the columns. SQUARES, NEXT: partial sums of a token, padded.
-    AHEAD: the next product's weights are asked for before this one reads ("early"), after it has read ("late"), or not ("none").
-    """
+    """One program per tile of N rows of the result (gated: of both its halves) and split of the columns. SQUARES, NEXT: partial sums of a token, padded."""
     tile = tl.program_id(0)
     split = tl.program_id(1)
-    program = split * tl.num_programs(0) + tile
-    programs = tl.num_programs(0) * tl.num_programs(1)
-    if AHEAD == "early":
-        prefetch(ahead, stripes, stripe_stride, stripe_lines, program, programs, LANES)
-        prefetch(ahead_scale, 1, 0, scale_lines, program, programs, LANES)
     after(PDL)
     n = tile * N + tl.arange(0, N)
     rows = tl.minimum(n, num_rows - 1)
     t = tl.arange(0, M)
-    steps = (num_columns + K * WAYS - 1) // (K * WAYS)
+    steps = (num_columns + K - 1) // K
     each = (steps + splits - 1) // splits
     begin = tl.minimum(split * each, steps)
     end = tl.minimum(begin + each, steps)
@@ -211,15 +174,9 @@ def rows_kernel(
         added = tl.load(residual + t[None, :] * residual_stride + n[:, None], mask=inside, other=0.0)
     if NEXT > 0:
         next_norm = tl.load(next_weight + rows)
-    acc = tl.zeros([N, M] if WAYS == 1 else [WAYS, N, M], tl.int32 if KIND == "w8a8" else tl.float32)
+    acc = tl.zeros([N, M], tl.int32 if KIND == "w8a8" else tl.float32)
     acc, up = product(acc, acc, x, codes, scale, zero, nested, table, offset, begin, end, rows, t, gate_rows, num_tokens, num_columns, x_stride, row_stride,
-                      scale_stride, first_row, num_groups, KIND, BYTES, NESTED, ZERO, GROUPS, K, WAYS, GATED, EVEN, FAST, TYPE, STAGES)  # fmt: skip
-    if WAYS > 1:
-        acc = tl.sum(acc, 0)
-        up = tl.sum(up, 0) if GATED != "none" else acc
-    if AHEAD == "late":
-        prefetch(ahead, stripes, stripe_stride, stripe_lines, program, programs, LANES)
-        prefetch(ahead_scale, 1, 0, scale_lines, program, programs, LANES)
+                      scale_stride, first_row, num_groups, KIND, BYTES, NESTED, ZERO, GROUPS, K, GATED, EVEN, FAST, TYPE, STAGES)  # fmt: skip
     release(PDL)
     if KIND == "w8a8" or KIND == "f8a8":
         per_token = tl.load(x_scale + t, mask=t < num_tokens, other=0.0)[None, :]
