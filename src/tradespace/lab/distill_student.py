@@ -69,9 +69,7 @@ LARGE = "layers=10,width=320,heads=5,kv-heads=5,ffn=1024"  # 30 M parameters wit
 SCALES = {
     "cuda": Scale(shape=LARGE, steps=2000, context=256, batch=64, lr=1e-3, chars=25_000_000, test_blocks=512, loss_tokens=4096),
     "cpu": Scale(shape=LARGE, steps=200, context=128, batch=8, lr=1e-3, chars=2_000_000, test_blocks=64, loss_tokens=128),
-    "quick": Scale(
-        shape="layers=2,width=64,heads=2,kv-heads=2,ffn=192", steps=20, context=32, batch=2, lr=1e-3, chars=40_000, test_blocks=4, loss_tokens=32
-    ),
+    "quick": Scale(shape="layers=2,width=64,heads=2,kv-heads=2,ffn=192", steps=20, context=32, batch=2, lr=1e-3, chars=40_000, test_blocks=4, loss_tokens=32),
 }
 
 
@@ -256,9 +254,7 @@ def markdown(record: Record) -> str:
         for row in record.rows
         if row["part"] == "quality"
     ]
-    speed = [
-        (row["model"], row["device"], f"{row['tokens_per_s']:,.0f}", f"{row['weight_bytes'] / 1e6:.1f}") for row in record.rows if "tokens_per_s" in row
-    ]
+    speed = [(row["model"], row["device"], f"{row['tokens_per_s']:,.0f}", f"{row['weight_bytes'] / 1e6:.1f}") for row in record.rows if "tokens_per_s" in row]
     refused = [f"{row['model']} on {row['device']} did not run: {row['not_run']}" for row in record.rows if "not_run" in row]
     header = ("model", "perplexity, held-out books", "same likeliest token", "KL to the teacher", "MB", "seconds of training")
     parts = [markdown_table(header, quality)]

@@ -96,6 +96,13 @@ class Trainer:
             for parameter in self.parameters.values():
                 parameter.grad = torch.zeros_like(parameter)
 
+    def release(self) -> None:
+        """Gives the parameters back: no hooks, no gradients. Another trainer can take them."""
+        for hook in self._hooks:
+            hook.remove()
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
     @property
     def gradient_bytes(self) -> int:
         return 0 if self.fused else sum(parameter.nbytes for parameter in self.parameters.values())
