@@ -143,6 +143,7 @@ class TrainPlan:
     weights       how the base is held: bf16 or fp32; for qlora its linears in nf4 (or int8, int4 …)
     context       tokens of a packed sequence; micro_batch sequences are computed at once, accumulation of them make a step
     fused         each parameter is updated as soon as its gradient is there, and the gradient forgotten: no gradients are held; needs accumulation 1
+    data_parallel, tensor_parallel  ranks (`spec.parallel`): micro_batch and accumulation are each rank's, memory_bytes too
     loss_tokens   tokens whose logits exist at once, each logit in logit_bytes (two fp32 copies; on a device one in bf16; beside a teacher's more)
     """
 
@@ -163,6 +164,8 @@ class TrainPlan:
     attention: str = "sdpa"
     device: str = "cpu"
     memory_bytes: int = 0
+    data_parallel: int = 1
+    tensor_parallel: int = 1
 
     def __post_init__(self):
         if self.method not in METHODS:
@@ -170,21 +173,31 @@ class TrainPlan:
         if self.optimizer not in OPTIMIZERS:
             raise InputError(f"unknown optimizer '{self.optimizer}'. Known: {', '.join(OPTIMIZERS)}")
         find_kernel(self.attention)
-        for name in ("rank", "context", "micro_batch", "accumulation", "loss_tokens"):
+        for name in ("rank", "context", "micro_batch", "accumulation", "loss_tokens", "data_parallel", "tensor_parallel"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; at least 1 is needed")
         if self.context < 2:
             raise InputError("a sequence of one token has nothing to predict. Give --context of at least 2")
         if self.fused and self.accumulation > 1:
             raise InputError("an optimizer step that is fused into the backward pass cannot wait for more micro-batches: accumulation must be 1")
+        if self.fused and self.data_parallel > 1:
+            raise InputError("a fused step has no gradient that could be summed over --data-parallel ranks. Give --no-fused")
+        if self.tensor_parallel > 1 and self.method != "full":
+            raise InputError(f"--method {self.method} over --tensor-parallel {self.tensor_parallel} ranks is not computed yet. Use --data-parallel")
+        if self.ranks > 1 and self.optimizer == "adafactor":
+            raise InputError("adafactor's rows and columns are those of whole matrices, and a rank has a part. Use --optimizer adamw, adamw8bit or sgd")
         if strange := [role for role in self.targets if role not in ADAPTED_ROLES]:
             raise InputError(f"no adapter stands beside {', '.join(strange)}. Known: {', '.join(ADAPTED_ROLES)}")
         if self.method == "full" and any(name not in ("fp32", "bf16") for name in self.weights.names):
             raise InputError(f"all weights are trained as floats: fp32 or bf16, not {self.weights.describe()}. Use --method qlora for coded ones")
 
     @property
+    def ranks(self) -> int:
+        return self.data_parallel * self.tensor_parallel
+
+    @property
     def tokens(self) -> int:
-        """Tokens that are computed at once."""
+        """Tokens that a rank computes at once."""
         return self.context * self.micro_batch
 
     def describe(self) -> str:
@@ -192,7 +205,9 @@ class TrainPlan:
         method = self.method if self.method == "full" else f"{self.method} r{self.rank}"
         batch = f"{self.micro_batch} × {self.context}" + (f" × {self.accumulation}" if self.accumulation > 1 else "")
         fused = " fused" if self.fused else ""
-        return f"{method} · {self.weights.describe()} · {self.optimizer}{fused} · {batch} tokens · {describe_segments(self.checkpointing)}"
+        axes = (("data", self.data_parallel), ("tensor", self.tensor_parallel))
+        ranks = "".join(f" · {count} {axis} ranks" for axis, count in axes if count > 1)
+        return f"{method} · {self.weights.describe()} · {self.optimizer}{fused} · {batch} tokens · {describe_segments(self.checkpointing)}{ranks}"
 
     def to_dict(self) -> dict[str, Any]:
         found = asdict(self)
