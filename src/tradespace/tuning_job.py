@@ -30,7 +30,9 @@ from tradespace.train.data import Document, Order, Packed, pack
 from tradespace.train.initialise import init
 from tradespace.train.loop import Limits, Objective, StepReport, Trainer, next_token
 from tradespace.train.optimizer import Hyper, Optimizer
+from tradespace.train.ranks import join, leave
 from tradespace.train.schedule import Schedule
+from tradespace.train.shards import Shards
 from tradespace.tuning_models import parse_shape, save_model
 from tradespace.units import KiB, format_bytes, parse_bytes
 
@@ -72,6 +74,7 @@ class Run:
     budget_bytes: int
     seconds: float
     resumed_from: int | None = None
+    ranks: list[dict[str, int]] = field(default_factory=list)  # predicted_bytes and peak_bytes of each, where there are several
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -80,7 +83,10 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How to learn, for all three commands. batch: sequences of a step; epochs counts where steps is None."""
+    """How to learn, for all three commands. batch: sequences of a step; epochs counts where steps is None.
+
+    data_parallel, tensor_parallel: ranks, which torchrun must have started; None: data ranks as many as were started, one tensor rank. memory is each one's.
+    """
 
     context: int = 512
     batch: int = 8
@@ -102,6 +108,8 @@ class Settings:
     memory: str | int | None = None
     resume: bool = False
     offline: bool = False
+    data_parallel: int | None = None
+    tensor_parallel: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,13 +127,19 @@ class Job:
     def __init__(self, out: Path, settings: Settings, on_progress: Callable[[Progress], None], say: Say):
         self.out, self.settings, self.on_progress, self.say = out, settings, on_progress, say
         self.began = time.monotonic()
+        self.ranks = join(settings.data_parallel, settings.tensor_parallel)
+        if not self.ranks.leader:
+            self.on_progress, self.say = (lambda progress: None), (lambda line: None)
         if out.exists() and not out.is_dir():
             raise InputError(f"--output {out} is a file. Give a folder")
-        self.last = checkpoints.latest(out, say) if out.exists() else None
+        self.last = checkpoints.latest(out, self.say) if out.exists() else None
         if out.exists() and any(out.iterdir()) and not settings.resume:
             raise InputError(f"--output {out} is not empty. Give --resume to go on with the run in it, or another folder")
         self.device = api.find_machine(None)
         self.budget = parse_bytes(api.DEFAULT_SHARE if settings.memory is None else settings.memory, free_bytes=self.device.free_bytes)
+        if settings.memory is None or str(settings.memory).strip().endswith("%"):
+            self.budget //= self.ranks.world  # one machine's free memory, shared by the ranks on it
+        self.ranks.wait()  # all have looked at the folder before one writes to it
         self.meter = MemoryMeter()
 
     def metered(self) -> MemoryMeter:
@@ -133,6 +147,12 @@ class Job:
         limit_heap_growth(128 * KiB)
         self.out.mkdir(parents=True, exist_ok=True)
         return self.meter
+
+    def first(self, work: Callable[[], None]) -> None:
+        """`work` on rank 0, the others waiting."""
+        if self.ranks.leader:
+            work()
+        self.ranks.wait()
 
     def pack(self, documents: Sequence[Document], *, chat: bool) -> Packed:
         return pack(documents, self.settings.context, source="the data", split=not chat)
@@ -149,7 +169,7 @@ class Job:
         question = Question(
             spec=spec, device=self.device, memory_bytes=self.budget, context=settings.context, batch=settings.batch, method=method, weights=settings.weights,
             optimizer=settings.optimizer, checkpointing=segments, rank=rank, alpha=alpha, fused=settings.fused if not settings.clip else False,
-            here_bytes=here, **asdict(beside or Beside()),
+            here_bytes=int(max(self.ranks.gather(here))), data_parallel=self.ranks.data, tensor_parallel=self.ranks.tensor, **asdict(beside or Beside()),
         )  # fmt: skip
         if len(data) < 1:
             raise InputError("the data make no block")
@@ -169,12 +189,16 @@ class Job:
         default_lr: float,
         name: str,
         extra: dict[str, Any] | None = None,
+        shards: Shards | None = None,
     ) -> Run:
-        settings = self.settings
-        order = Order(len(data), plan.micro_batch, plan.accumulation, settings.seed, settings.shuffle)
-        steps = settings.steps or max(1, round(settings.epochs * len(data) / (plan.micro_batch * plan.accumulation)))
+        settings, ranks = self.settings, self.ranks
+        shards = None if ranks.world == 1 else shards
+        order = Order(len(data), plan.micro_batch, plan.accumulation, settings.seed, settings.shuffle, ranks.data, ranks.data_rank)
+        steps = settings.steps or max(1, round(settings.epochs * len(data) / order.blocks_per_step))
         lr = settings.lr or default_lr
         parameters = prepare(net, plan, settings.seed)
+        if shards is not None:
+            parameters = shards.local(parameters, fused=plan.fused)
         described = {
             **plan.to_dict(), "lr": lr, "schedule": settings.schedule, "warmup": settings.warmup, "decay": settings.decay, "clip": settings.clip,
             "seed": settings.seed, "shuffle": settings.shuffle, "steps": steps, "blocks": len(data), "tokens": data.num_tokens, **(extra or {}),
@@ -184,21 +208,25 @@ class Job:
             model=net, parameters=parameters, optimizer=Optimizer(plan.optimizer, parameters, Hyper(lr=lr, decay=settings.decay)), data=data, order=order,
             schedule=Schedule(lr=lr, steps=steps, warmup=settings.warmup, shape=settings.schedule), objective=objective,
             limits=Limits(steps=steps, time_s=settings.time_limit_s, save_every=settings.save_every, clip=settings.clip), fused=plan.fused, settings=described,
+            shards=shards,
         )  # fmt: skip
         if settings.resume and self.last is not None:
             trainer.restore(self.last)
             self.say(f"resumed from step {trainer.step} of {steps}")
-        write_atomically(self.out / "run.json", json.dumps(described, indent=1) + "\n")
+        self.first(lambda: write_atomically(self.out / "run.json", json.dumps(described, indent=1) + "\n"))
         speeds: list[float] = []
         ended = trainer.run(self.out, on_step=lambda report: self._told(report, trainer, speeds), say=self.say)
-        result, peak = self._write(net, plan, name), self.meter.peak_bytes
-        loss_curve(self.out / "loss.png", trainer.losses, self.say)
+        result, peak = self._write(net, plan, name, shards), self.meter.peak_bytes
+        if ranks.leader:
+            loss_curve(self.out / "loss.png", trainer.losses, self.say)
+        by_rank = ranks.gather({"predicted_bytes": self.predicted, "peak_bytes": peak})
+        leave(ranks)
         speed = sorted(speeds)[len(speeds) // 2] if speeds else 0.0
         return Run(
             model=name, output=str(self.out), result=str(result), plan=plan.to_dict(), ledger=self.ledger.to_dict(), steps=trainer.step, ended=ended,
             losses=trainer.losses, tokens_per_s=speed, mfu=self._mfu(plan, speed), predicted_bytes=self.predicted,
             peak_bytes=peak, budget_bytes=self.budget, seconds=time.monotonic() - self.began,
-            resumed_from=self.last.step if settings.resume and self.last else None,
+            resumed_from=self.last.step if settings.resume and self.last else None, ranks=by_rank if ranks.world > 1 else [],
         )  # fmt: skip
 
     def _mfu(self, plan: TrainPlan, tokens_per_s: float) -> float | None:
@@ -217,7 +245,8 @@ class Job:
             Progress(step=report.step, steps=trainer.limits.steps, loss=report.loss, lr=report.lr, tokens_per_s=speed, mfu=mfu, memory_bytes=peak,
                      budget_bytes=self.budget, eta_s=left)
         )  # fmt: skip
-        if peak > self.budget:
+        if self.ranks.any(peak > self.budget):
+            peak = max(self.ranks.gather(peak))
             trainer.save(self.out)
             raise BudgetError(
                 f"the run took {format_bytes(peak)}; {format_bytes(self.budget)} were stated, and {format_bytes(self.predicted)} predicted. It was stopped "
@@ -226,19 +255,22 @@ class Job:
                 have_bytes=self.budget,
             )
 
-    def _write(self, net: Transformer, plan: TrainPlan, name: str) -> Path:
-        """The result, whole or not at all."""
+    def _write(self, net: Transformer, plan: TrainPlan, name: str, shards: Shards | None) -> Path:
+        """The result, whole or not at all, by rank 0."""
         target = self.out / (MERGED if plan.method == "full" else ADAPTER)
         partial = self.out / f".{target.name}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
+        self.first(lambda: shutil.rmtree(partial, ignore_errors=True))
         if plan.method == "full":
-            save_model(net, partial, dtype=torch.float32 if plan.weights.default == "fp32" else torch.bfloat16)
+            save_model(net, partial, dtype=torch.float32 if plan.weights.default == "fp32" else torch.bfloat16, shards=shards)
+            if not self.ranks.leader:
+                return target
             if (self.out / TOKENIZER).is_dir():
                 shutil.copytree(self.out / TOKENIZER, partial, dirs_exist_ok=True)
-        else:
+        elif self.ranks.leader:
             save_adapter(net, partial, Shape(rank=plan.rank, alpha=plan.alpha, targets=plan.targets), base=name)
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(partial, target)
+        if self.ranks.leader:
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(partial, target)
         return target
 
 

@@ -23,6 +23,7 @@ from tradespace.quantize.shards import write_shard
 from tradespace.spec.families import model_spec_from_config
 from tradespace.spec.model import ModelSpec
 from tradespace.spec.tensors import model_tensors
+from tradespace.train.shards import Shards
 
 # short name → config.json's
 SHAPE_KEYS = {
@@ -97,11 +98,13 @@ def copy_tokenizer(files: ModelFiles, folder: Path) -> None:
 
 
 @torch.no_grad()
-def save_model(model: Transformer, folder: Path, *, dtype: torch.dtype) -> None:
-    """config.json and model.safetensors under the names of the model's family."""
-    spec = model.spec
+def save_model(model: Transformer, folder: Path, *, dtype: torch.dtype, shards: Shards | None = None) -> None:
+    """config.json and model.safetensors under the names of the model's family. With `shards` put together from all ranks: all must call, rank 0 writes."""
+    spec = model.spec if shards is None else shards.spec
     config = config_from_spec(spec, dtype={torch.float32: "float32", torch.bfloat16: "bfloat16"}[dtype])
-    held = {tensor.name: model.get_parameter(tensor.name) for tensor in model_tensors(spec)}
+    held = {tensor.name: model.get_parameter(tensor.name) if shards is None else shards.whole(tensor.name) for tensor in model_tensors(spec)}
+    if shards is not None and not shards.ranks.leader:
+        return
     found = {}
     for piece in hugging_face_pieces(spec, ()):
         rows = held[piece.target][piece.row_start : piece.row_start + piece.num_rows]

@@ -14,11 +14,12 @@ from math import ceil
 
 from tradespace.cost.memory import compute_pool
 from tradespace.cost.training import Terms, TrainLedger, again_seconds, step_seconds, terms, train_ledger, with_segments
-from tradespace.errors import BudgetError, UnsupportedError
+from tradespace.errors import BudgetError, InputError, UnsupportedError
 from tradespace.spec import cuda
 from tradespace.spec.device import DeviceSpec
 from tradespace.spec.estimate import Estimate
 from tradespace.spec.model import ModelSpec
+from tradespace.spec.parallel import shard_spec, split_refusal
 from tradespace.spec.training import BY_LAYER, KINDS, Segment, TrainPlan, best_k, every, qlora_weights, refusal, selective_refusal
 from tradespace.spec.weights import TRAINING_LAYOUT, WeightPlan
 from tradespace.units import format_bytes
@@ -100,7 +101,8 @@ class TrainCandidate:
 
     @property
     def tokens_per_s(self) -> float:
-        return self.plan.tokens * self.plan.accumulation / self.seconds.require()
+        """Of all ranks together."""
+        return self.plan.data_parallel * self.plan.tokens * self.plan.accumulation / self.seconds.require()
 
     def to_dict(self) -> dict[str, object]:
         speed = self.tokens_per_s if self.seconds.known else None
@@ -129,6 +131,8 @@ class Question:
     spare_bytes: int = 0  # what is taken beside the plan: a teacher, for instance
     spare_token_bytes: int = 0  # and of each token of a micro-batch: its teacher's last stream
     logit_bytes: int | None = None  # while the loss is computed; None: those of plain cross entropy
+    data_parallel: int = 1  # ranks; memory_bytes is each one's, batch all of theirs
+    tensor_parallel: int = 1
 
     def spare(self, plan: TrainPlan) -> int:
         """Bytes beside the plan."""
@@ -144,17 +148,30 @@ def rungs(question: Question) -> list[tuple[str, str, str]]:
         if fmt == "fp32" and question.weights is None and question.device.kind == "cuda":
             continue
         fmt, optimizer = question.weights or fmt, question.optimizer or optimizer
-        if (method == "qlora") == (fmt in ("fp32", "bf16")):
+        if (method == "qlora") == (fmt in ("fp32", "bf16")) or not _over_ranks(question, method, optimizer):
             continue
         if (method, fmt, optimizer) not in found:
             found.append((method, fmt, optimizer))
     return found
 
 
+def _over_ranks(question: Question, method: str, optimizer: str) -> bool:
+    """Whether the question's ranks can learn so; what was asked for by name is refused later, with its reason."""
+    ranks = question.data_parallel * question.tensor_parallel
+    adapters = question.tensor_parallel > 1 and method != "full" and question.method is None
+    factored = ranks > 1 and optimizer == "adafactor" and question.optimizer is None
+    return not adapters and not factored
+
+
 def candidates(question: Question) -> list[TrainCandidate]:
     """Every rung at every micro-batch, the fitting ones first; within a rung the fastest first."""
     if (reason := refusal(question.spec)) is not None:
         raise UnsupportedError(f"{question.spec.name} cannot be trained yet: {reason}")
+    if (reason := split_refusal(question.spec, question.tensor_parallel)) is not None:
+        raise UnsupportedError(f"{question.spec.name}: {reason}")
+    batch, left = divmod(question.batch, question.data_parallel)
+    if left or not batch:
+        raise InputError(f"--batch {question.batch} cannot be shared by {question.data_parallel} data ranks. Give a multiple of {question.data_parallel}")
     found: list[tuple[int, TrainCandidate]] = []
     for number, (method, fmt, optimizer) in enumerate(rungs(question)):
         weights = (
@@ -163,17 +180,18 @@ def candidates(question: Question) -> list[TrainCandidate]:
             else WeightPlan(default=fmt)
         )
         for micro in MICRO_BATCHES:
-            if micro > question.batch or question.batch % micro:
+            if micro > batch or batch % micro:
                 continue
-            accumulation = question.batch // micro
-            fused = accumulation == 1 and method == "full" if question.fused is None else question.fused
+            accumulation = batch // micro
+            can_fuse = accumulation == 1 and method == "full" and question.data_parallel == 1
+            fused = can_fuse if question.fused is None else question.fused
             if fused and accumulation > 1:
                 continue
             plan = TrainPlan(
                 model=question.spec.name, method=method, weights=weights, rank=question.rank, alpha=question.alpha, optimizer=optimizer, context=question.context,  # noqa: E501
                 micro_batch=micro, accumulation=accumulation, fused=fused, attention=question.attention, device=question.device.name,
                 memory_bytes=question.memory_bytes, loss_tokens=_loss_tokens(question.spec, question.context * micro, question.device),
-                logit_bytes=_logit_bytes(question),
+                logit_bytes=_logit_bytes(question), data_parallel=question.data_parallel, tensor_parallel=question.tensor_parallel,
             )  # fmt: skip
             found.append((number, _candidate(question, plan)))
     found.sort(key=lambda each: (not each[1].fits, each[0], each[1].seconds.value or 0.0))
@@ -196,7 +214,7 @@ def _loss_tokens(spec: ModelSpec, tokens: int, device: DeviceSpec) -> int:
 
 
 def _candidate(question: Question, plan: TrainPlan) -> TrainCandidate:
-    spec, device = question.spec, question.device
+    spec, device = shard_spec(question.spec, question.tensor_parallel), question.device
     bare = train_ledger(spec, with_segments(plan, every(1, spec.L, "none")), device, data_bytes=question.data_bytes, here_bytes=question.here_bytes)
     fixed = sum(line.bytes.require() for line in bare.lines if line.name not in ("activations", "step"))
     room = int(question.memory_bytes - question.spare(plan) - fixed)

@@ -1,6 +1,7 @@
 """How a model is cut over devices for training: which part of every tensor a rank holds. No torch.
 
-tensor parallel   each of t ranks has 1/t of the heads and of the feed-forward's columns, the stream whole: two sums over ranks a layer and pass. arXiv:1909.08053
+tensor parallel   each of t ranks has 1/t of the heads and of the feed-forward's columns, and the stream whole: two sums over ranks a layer and pass.
+                  arXiv:1909.08053
 data parallel     each of d ranks computes its own sequences; weights, gradients and states lie in d parts by rows, and a layer is gathered while it runs
                   (fully sharded data parallel, FSDP2). arXiv:1910.02054, 2304.11277
 Embedding, head and norms are whole on every tensor rank; norms on every data rank, too.

@@ -14,6 +14,7 @@ from tradespace.errors import InputError
 from tradespace.spec.attention import find_kernel
 from tradespace.spec.mixers import Attention
 from tradespace.spec.model import DenseFFN, LayerSpec, ModelSpec
+from tradespace.spec.parallel import held_shape
 from tradespace.spec.tensors import TensorSpec, model_tensors
 from tradespace.spec.weights import WeightPlan
 
@@ -278,9 +279,9 @@ def _parts(layer: LayerSpec, tensor: TensorSpec) -> tuple[int, ...]:
 
 
 def trained(spec: ModelSpec, plan: TrainPlan) -> tuple[tuple[str, tuple[int, ...], str], ...]:
-    """(name, shape, dtype) of every parameter that is trained. Norms and adapters are fp32."""
+    """(name, shape, dtype) of every parameter that is trained, in shape what a data rank holds of it. Norms and adapters are fp32 and whole."""
     if plan.method == "full":
-        return tuple((tensor.name, tensor.shape, plan.weights.format_of(tensor).name) for tensor in model_tensors(spec))
+        return tuple((tensor.name, held_shape(tensor, plan.data_parallel), plan.weights.format_of(tensor).name) for tensor in model_tensors(spec))
     found = []
     for adapter in adapters(spec, plan.targets):
         found.append((f"{adapter.tensor}.lora_A.{adapter.part}", (plan.rank, adapter.columns), "fp32"))

@@ -59,7 +59,7 @@ def save(
     states: Mapping[str, Mapping[str, Tensor]],
     ranks: Ranks = ALONE,
 ) -> Path:
-    """Writes checkpoint `step` and removes all but the last two. Every rank must call. Raises BudgetError where the disk is full: what was whole before stays."""
+    """Writes checkpoint `step` and removes all but the last two; every rank must call. Raises BudgetError where the disk is full: what was whole stays."""
     final = run / f"{PREFIX}{step:08d}"
     partial = run / f".{final.name}.partial"
     flat = {f"{key}|{name}": tensor for key, held in states.items() for name, tensor in held.items()}

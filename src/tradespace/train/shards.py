@@ -97,6 +97,7 @@ class Shards:
                 local[name].grad = _part(parameter.grad)
             elif self.ranks.data > 1:
                 self.ranks.sum_tensors([parameter.grad], "data")
+                parameter.grad.div_(self.ranks.data)  # averaged, as FSDP does with parts
 
     def norm(self, local: Mapping[str, Tensor]) -> float:
         """Of all gradients together, each number counted once."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.distributed as dist
 import torch.autograd
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import parallelize_module
