@@ -74,6 +74,7 @@ class Run:
     budget_bytes: int
     seconds: float
     resumed_from: int | None = None
+    rank: int = 0
     ranks: list[dict[str, int]] = field(default_factory=list)  # predicted_bytes and peak_bytes of each, where there are several
 
     def to_dict(self) -> dict[str, Any]:
@@ -226,7 +227,7 @@ class Job:
             model=name, output=str(self.out), result=str(result), plan=plan.to_dict(), ledger=self.ledger.to_dict(), steps=trainer.step, ended=ended,
             losses=trainer.losses, tokens_per_s=speed, mfu=self._mfu(plan, speed), predicted_bytes=self.predicted,
             peak_bytes=peak, budget_bytes=self.budget, seconds=time.monotonic() - self.began,
-            resumed_from=self.last.step if settings.resume and self.last else None, ranks=by_rank if ranks.world > 1 else [],
+            resumed_from=self.last.step if settings.resume and self.last else None, rank=ranks.rank, ranks=by_rank if ranks.world > 1 else [],
         )  # fmt: skip
 
     def _mfu(self, plan: TrainPlan, tokens_per_s: float) -> float | None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from tradespace.errors import InputError
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 TIMEOUT_S = 120.0  # a rank that waits longer for another ends with an error
 
@@ -110,6 +112,8 @@ def join(data: int | None, tensor: int | None, device: str = "cpu") -> Ranks:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(seconds=TIMEOUT_S))
+    from torch.distributed.device_mesh import init_device_mesh
+
     mesh = init_device_mesh(device, (data, tensor), mesh_dim_names=("data", "tensor"))
     return Ranks(data, tensor, dist.get_rank(), mesh)
 

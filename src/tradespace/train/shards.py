@@ -9,19 +9,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
 from tradespace.model.transformer import Transformer
 from tradespace.spec.model import ModelSpec
 from tradespace.spec.parallel import is_sharded, rows_of, tensor_part
 from tradespace.spec.tensors import TensorSpec, model_tensors
 from tradespace.train.ranks import ALONE, Ranks
-from tradespace.train.tensor_parallel import cut_products
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 @dataclass
@@ -38,8 +39,14 @@ class Shards:
 
     def apply(self, model: Transformer) -> None:
         """Cuts `model`, which was built as this tensor rank's part and without memory for its parameters where there are several data ranks."""
-        cut_products(model, self.ranks)
+        # torch's parts for this are imported where they are needed: they take a second and 40 MiB
+        if self.ranks.tensor > 1:
+            from tradespace.train.tensor_parallel import cut_products
+
+            cut_products(model, self.ranks)
         if self.ranks.data > 1:
+            from torch.distributed.fsdp import fully_shard
+
             mesh = self.ranks.along("data")
             whole = {parameter for name, parameter in model.named_parameters() if (tensor := self._tensor(name)) is None or not is_sharded(tensor.role)}
             for layer in model.layers:
@@ -66,7 +73,7 @@ class Shards:
         if cut is not None:
             dim, parts = cut
             whole = torch.cat([whole.narrow(dim, part.start, len(part)) for part in parts], dim=dim)
-        if isinstance(parameter, DTensor):
+        if in_parts(parameter):
             rows = rows_of(len(whole), ranks.data_rank, ranks.data)
             parameter.to_local().copy_(whole[rows.start : rows.stop])
         else:
@@ -80,7 +87,7 @@ class Shards:
         found: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
             parameter.grad = torch.zeros_like(parameter)
-            if isinstance(parameter, DTensor):
+            if in_parts(parameter):
                 held = parameter.to_local().detach()
                 held.grad = _part(parameter.grad)
                 found[name] = held
@@ -93,7 +100,7 @@ class Shards:
         """After a step's backward passes: gradients of what every data rank holds whole are summed, and those of parts are seen."""
         for name, parameter in self.parameters.items():
             assert parameter.grad is not None, "buffers are there from the start"
-            if isinstance(parameter, DTensor):
+            if in_parts(parameter):
                 local[name].grad = _part(parameter.grad)
             elif self.ranks.data > 1:
                 self.ranks.sum_tensors([parameter.grad], "data")
@@ -104,7 +111,7 @@ class Shards:
         squares = {(in_data, in_tensor): 0.0 for in_data in (False, True) for in_tensor in (False, True)}
         for name, held in local.items():
             assert held.grad is not None, "buffers are there from the start"
-            key = (isinstance(self.parameters[name], DTensor), self._cut(name, 0) is not None)
+            key = (in_parts(self.parameters[name]), self._cut(name, 0) is not None)
             squares[key] += float(held.grad.float().square().sum(dtype=torch.float64))
         total = 0.0
         for (in_data, in_tensor), value in squares.items():
@@ -116,7 +123,7 @@ class Shards:
     def whole(self, name: str) -> Tensor:
         """A tensor of the whole model, in host memory. Every rank must ask."""
         parameter, ranks = self.parameters[name], self.ranks
-        held = (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach()
+        held = (parameter.full_tensor() if in_parts(parameter) else parameter).detach()
         cut, tensor = self._cut(name, 0), self._tensor(name)
         if cut is None or tensor is None:
             return held.cpu()
@@ -138,8 +145,13 @@ def _plain(name: str) -> str:
     return name.replace(".base.", ".")
 
 
+def in_parts(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Whether FSDP holds it as this rank's rows."""
+    return hasattr(tensor, "to_local")
+
+
 def _part(gradient: Tensor | None) -> Tensor:
-    assert isinstance(gradient, DTensor), "FSDP keeps gradients in parts"
+    assert gradient is not None and in_parts(gradient), "FSDP keeps gradients in parts"
     return gradient.to_local()
 
 

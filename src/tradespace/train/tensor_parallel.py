@@ -101,8 +101,6 @@ class CutProducts(ParallelStyle):
 
 def cut_products(model: Transformer, ranks: Ranks) -> None:
     """Puts the sums into `model`, which was built as one rank's part (`spec.parallel.shard_spec`)."""
-    if ranks.tensor == 1:
-        return
     styles: dict[str, ParallelStyle] = {}
     for index, layer in enumerate(model.layers):
         assert isinstance(layer, Layer) and isinstance(layer.ffn, FeedForward), "layers are cut as they were built"
