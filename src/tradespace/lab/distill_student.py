@@ -83,7 +83,7 @@ def run(
     files = resolve(model or TEACHER, offline=model is not None)
     teacher = load_teacher(files, scale.context, place)
     train, test = tokens_of_books(files, scale)
-    say(f"{len(train):,} tokens to learn, {len(test):,} held out; teacher {teacher.spec.name} on {described.name} after {format_seconds(clock.spent_s)}")
+    say(f"{len(train):,} tokens to learn, {len(test):,} held out; teacher {Path(teacher.spec.name).name} on {described.name} after {format_seconds(clock.spent_s)}")
     spec, data = shaped(f"{scale.shape},vocab={teacher.spec.V},context={scale.context}"), pack([Document(train)], scale.context, source="pd-books")
     objectives = {"taught": distillation(teacher, CHOICE, scale.loss_tokens), "alone": next_token(scale.loss_tokens)}
     common = settings_of(**asdict(scale), teacher=digest_of(files), choice=asdict(CHOICE), seed=SEED, device=described.name, tokens=digest(train))
@@ -105,8 +105,8 @@ def run(
     folder = folder_of("distill-student", {**common, "steps": steps, "student": "taught"})
     dense, coded = written(students["taught"], files, folder)
     models = {"teacher": str(files.weights[0]) if files.kind == "gguf" else str(files.folder), "taught": str(dense), "taught, int4": str(coded)}
-    rows += decode_speeds(models, place.type, say)
-    notes = findings(rows, spec, scale, steps, teacher.spec.name)
+    rows += decode_speeds(models, place.type, scale.context, say)
+    notes = findings(rows, spec, scale, steps, Path(teacher.spec.name).name)
     say(notes)
     return new_record("distill-student", command=command_line(), device=described, repeats=1, figures=_figures(rows), rows=rows, notes=notes)
 

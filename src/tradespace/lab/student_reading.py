@@ -24,7 +24,8 @@ from tradespace.tuning_models import copy_tokenizer, save_model
 
 INT4 = WeightPlan(default="int4-g64", exceptions={"embed": "int8"})
 PROMPT = "It was the best of times, it was the worst of times, it was the age of wisdom"
-DECODED, ROUNDS = 128, 5
+DECODED, ROUNDS, MODEL_S = 128, 5, 15.0  # tokens of a round; rounds; seconds after which no round of a model begins
+PROMPT_TOKENS = 24  # that the prompt takes at the most
 
 
 @torch.no_grad()
@@ -70,7 +71,7 @@ def written(model: Transformer, tokenizer: ModelFiles, folder: Path) -> tuple[Pa
     return dense, coded
 
 
-def decode_speeds(models: dict[str, str], device: str, say: Callable[[str], None]) -> list[dict[str, Any]]:
+def decode_speeds(models: dict[str, str], device: str, context: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
     """Tokens a second of one greedy sequence through the engine on `device`, the models in turn. One that does not run there says why in its row."""
     import tradespace as ts
 
@@ -79,13 +80,16 @@ def decode_speeds(models: dict[str, str], device: str, say: Callable[[str], None
         began = time.monotonic()
         row: dict[str, Any] = {"part": "speed", "model": name, "device": device}
         try:
-            with ts.open(path, device=device, context=512, concurrency=1, offline=True) as llm:
-                params = llm.sampling(max_tokens=DECODED, temperature=0.0, ignore_eos=True)
+            with ts.open(path, device=device, context=context, concurrency=1, offline=True) as llm:
+                params = llm.sampling(max_tokens=min(DECODED, context - PROMPT_TOKENS), temperature=0.0, ignore_eos=True)
                 speeds: list[float] = []
-                for number in range(ROUNDS + 1):
+                llm.generate(PROMPT, params)
+                ready = time.monotonic()
+                while len(speeds) < ROUNDS and (not speeds or time.monotonic() - ready < MODEL_S):
                     llm.generate(PROMPT, params)
-                    if number and (speed := llm.speeds.decode_tokens_per_s) is not None:
-                        speeds.append(speed)
+                    speed = llm.speeds.decode_tokens_per_s
+                    assert speed is not None, "it decoded"
+                    speeds.append(speed)
                 row |= {"tokens_per_s": median(speeds), "speeds": speeds, "weight_bytes": sum(llm.weight_bytes().values()), "plan": llm.plan.describe()}
         except Exception as error:  # whatever it is: the trainings before it took minutes of a device, and their record is to be written
             row["not_run"] = f"{type(error).__name__}: {error}"
