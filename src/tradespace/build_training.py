@@ -101,9 +101,10 @@ def fill(
         stem, kind = tensor.name.rsplit(".", 1)
         module = model.get_submodule(stem)
         if isinstance(module, Weight) and kind == "weight":
-            if tensor.role in ("embed", "lm_head") and len(weights.pieces[tensor.name]) == 1 and isinstance(module, DenseWeight):
+            in_rows = isinstance(module, DenseWeight) or module.format_name == "int8"  # each row for itself
+            if tensor.role in ("embed", "lm_head") and len(weights.pieces[tensor.name]) == 1 and in_rows:
                 for row, rows_RC in weights.row_chunks(tensor.name):
-                    fill_rtn(module, row, rows_RC.clone(), name=tensor.name)
+                    fill_rtn(module, row, rows_RC.to(_device_of(module), copy=True), name=tensor.name)
             else:
                 _fill_rows(module, weights.read(tensor.name), tensor.name)
         else:
@@ -113,10 +114,13 @@ def fill(
 
 
 def _fill_rows(module: Weight, values_RC: Tensor, name: str) -> None:
-    step = max(1, FILL_ELEMENTS // values_RC.shape[-1])
-    device = module.weight.data.device  # pyright: ignore[reportAttributeAccessIssue]
+    step, device = max(1, FILL_ELEMENTS // values_RC.shape[-1]), _device_of(module)
     for start in range(0, len(values_RC), step):
         fill_rtn(module, start, values_RC[start : start + step].to(device), name=name)  # pyright: ignore
+
+
+def _device_of(module: Weight) -> torch.device:
+    return next(tensor.device for tensor in (*module.parameters(), *module.buffers()))
 
 
 def prepare(model: Transformer, plan: TrainPlan, seed: int) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ from tradespace.spec.model import DenseFFN, LayerSpec, ModelSpec
 from tradespace.spec.parallel import held_shape, is_sharded
 from tradespace.spec.tensors import model_tensors
 from tradespace.spec.training import ADAPTED_ROLES, BY_LAYER, KINDS, OPTIMIZERS, Kind, Segment, TrainPlan, adapters, trained
-from tradespace.spec.weights import tile_elements, weight_bytes, workspace_shape
+from tradespace.spec.weights import tile_elements, tile_rows, weight_bytes, workspace_shape
 from tradespace.units import KiB
 
 CALLS_PER_LAYER = 90  # operations that Python starts, forward and backward
@@ -94,7 +94,18 @@ def loss_moment(spec: ModelSpec, plan: TrainPlan) -> int:
     e, T = element_bytes(plan), plan.tokens
     chunk = min(plan.loss_tokens, T)
     head = spec.V * spec.D * e if plan.method == "full" else 0
-    return rope_rows(spec, T, e) + T * spec.D * e * 3 + plan.logit_bytes * chunk * spec.V + chunk * spec.D * e + head
+    return rope_rows(spec, T, e) + T * spec.D * e * 3 + plan.logit_bytes * chunk * spec.V + chunk * spec.D * e + head + _coded_head(spec, plan, chunk)
+
+
+def _coded_head(spec: ModelSpec, plan: TrainPlan, chunk: int) -> int:
+    """A head in codes is decoded tile by tile: a tile's logits on their way to the others, and the gradient of the chunk's input."""
+    head = next(tensor for tensor in reversed(model_tensors(spec)) if tensor.role in ("lm_head", "embed"))
+    if plan.weights.format_of(head).name in ELEMENT_BYTES:
+        return 0
+    rows = tile_rows(spec.V, spec.D, tile_elements(plan.weights))
+    # logits of plain cross entropy in 16 bits leave no room for a second copy; others are smaller in 16 bits than in the fp32 that follows
+    joined = chunk * rows * element_bytes(plan) if plan.logit_bytes == 2 and rows < spec.V else 0
+    return joined + chunk * spec.D * element_bytes(plan)
 
 
 @dataclass(frozen=True)

@@ -24,16 +24,18 @@ from tradespace.spec.training import BY_LAYER, KINDS, Segment, TrainPlan, best_k
 from tradespace.spec.weights import TRAINING_LAYOUT, WeightPlan
 from tradespace.units import format_bytes
 
-# (method, base format, optimizer): what is learned with, from all parameters in fp32 states down to adapters over codes
+# (method, base format, optimizer, format of embedding and head; "": as the base): what is learned with, from all parameters in fp32 states down to adapters
+# over codes, embedding and head in 8 bits, too
 LADDER = (
-    ("full", "fp32", "adamw"),
-    ("full", "bf16", "adamw"),
-    ("full", "bf16", "adamw8bit"),
-    ("full", "bf16", "adafactor"),
-    ("lora", "fp32", "adamw"),
-    ("lora", "bf16", "adamw"),
-    ("qlora", "nf4", "adamw"),
-    ("qlora", "nf4", "adamw8bit"),
+    ("full", "fp32", "adamw", ""),
+    ("full", "bf16", "adamw", ""),
+    ("full", "bf16", "adamw8bit", ""),
+    ("full", "bf16", "adafactor", ""),
+    ("lora", "fp32", "adamw", ""),
+    ("lora", "bf16", "adamw", ""),
+    ("qlora", "nf4", "adamw", "bf16"),
+    ("qlora", "nf4", "adamw", "int8"),
+    ("qlora", "nf4", "adamw8bit", "int8"),
 )
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 
@@ -139,10 +141,10 @@ class Question:
         return self.spare_bytes + plan.tokens * self.spare_token_bytes
 
 
-def rungs(question: Question) -> list[tuple[str, str, str]]:
+def rungs(question: Question) -> list[tuple[str, str, str, str]]:
     """The rungs of the ladder that were not excluded, a pinned format or optimizer in its place."""
     found = []
-    for method, fmt, optimizer in LADDER:
+    for method, fmt, optimizer, tables in LADDER:
         if question.method not in (None, method):
             continue
         if fmt == "fp32" and question.weights is None and question.device.kind == "cuda":
@@ -150,8 +152,8 @@ def rungs(question: Question) -> list[tuple[str, str, str]]:
         fmt, optimizer = question.weights or fmt, question.optimizer or optimizer
         if (method == "qlora") == (fmt in ("fp32", "bf16")) or not _over_ranks(question, method, optimizer):
             continue
-        if (method, fmt, optimizer) not in found:
-            found.append((method, fmt, optimizer))
+        if (method, fmt, optimizer, tables) not in found:
+            found.append((method, fmt, optimizer, tables))
     return found
 
 
@@ -173,9 +175,9 @@ def candidates(question: Question) -> list[TrainCandidate]:
     if left or not batch:
         raise InputError(f"--batch {question.batch} cannot be shared by {question.data_parallel} data ranks. Give a multiple of {question.data_parallel}")
     found: list[tuple[int, TrainCandidate]] = []
-    for number, (method, fmt, optimizer) in enumerate(rungs(question)):
+    for number, (method, fmt, optimizer, tables) in enumerate(rungs(question)):
         weights = (
-            qlora_weights(fmt, "bf16", TRAINING_LAYOUT if question.device.kind == "cuda" and cuda.runs(fmt) else "stored")
+            qlora_weights(fmt, tables, TRAINING_LAYOUT if question.device.kind == "cuda" and cuda.runs(fmt) else "stored")
             if method == "qlora"
             else WeightPlan(default=fmt)
         )

@@ -241,9 +241,9 @@ def selective_refusal(layer: LayerSpec) -> str | None:
     return None if layer.arrangement in ("pre", "sandwich", "post") else f"a layer of the arrangement {layer.arrangement} is computed in one piece"
 
 
-def qlora_weights(fmt: str, dense: str = "bf16", layout: str = "stored") -> WeightPlan:
-    """A base whose linears are coded, with embedding and head as floats."""
-    return WeightPlan(default=fmt, exceptions=dict.fromkeys(("embed", "lm_head"), dense), layout=layout)
+def qlora_weights(fmt: str, tables: str = "bf16", layout: str = "stored") -> WeightPlan:
+    """A base whose linears are coded, with embedding and head in the format `tables`: as floats, or coded, too."""
+    return WeightPlan(default=fmt, exceptions=dict.fromkeys(("embed", "lm_head"), tables), layout=layout)
 
 
 @dataclass(frozen=True, slots=True)
