@@ -1,4 +1,4 @@
-"""Training over several processes: two ranks on gloo, started by torchrun, learn what one learns; their bytes are predicted; they resume; and what is refused."""
+"""Training over several processes: two ranks on gloo, as torchrun starts them, learn what one learns; their bytes are predicted; they resume."""
 
 from __future__ import annotations
 

@@ -103,8 +103,8 @@ def _coded_head(spec: ModelSpec, plan: TrainPlan, chunk: int) -> int:
     if plan.weights.format_of(head).name in ELEMENT_BYTES:
         return 0
     rows = tile_rows(spec.V, spec.D, tile_elements(plan.weights))
-    # logits of plain cross entropy in 16 bits leave no room for a second copy; others are smaller in 16 bits than in the fp32 that follows
-    joined = chunk * rows * element_bytes(plan) if plan.logit_bytes == 2 and rows < spec.V else 0
+    # on a device a single tile's logits are written where all are; the scaling of a row's product holds two copies in fp32 beside them
+    joined = chunk * rows * element_bytes(plan) if plan.weights.layout == "stored" or rows < spec.V else 0
     return joined + chunk * spec.D * element_bytes(plan)
 
 

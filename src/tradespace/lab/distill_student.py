@@ -83,9 +83,7 @@ def run(
     files = resolve(model or TEACHER, offline=model is not None)
     teacher = load_teacher(files, scale.context, place)
     train, test = tokens_of_books(files, scale)
-    say(
-        f"{len(train):,} tokens to learn, {len(test):,} held out; teacher {Path(teacher.spec.name).name} on {described.name} after {format_seconds(clock.spent_s)}"
-    )
+    say(f"{len(train):,} tokens, {len(test):,} held out, in {format_seconds(clock.spent_s)}; teacher {Path(teacher.spec.name).name} on {described.name}")
     spec, data = shaped(f"{scale.shape},vocab={teacher.spec.V},context={scale.context}"), pack([Document(train)], scale.context, source="pd-books")
     objectives = {"taught": distillation(teacher, CHOICE, scale.loss_tokens), "alone": next_token(scale.loss_tokens)}
     common = settings_of(**asdict(scale), teacher=digest_of(files), choice=asdict(CHOICE), seed=SEED, device=described.name, tokens=digest(train))

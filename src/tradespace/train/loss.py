@@ -58,7 +58,7 @@ def chunked_loss(model: Transformer, hidden_TD: Tensor, chunk_loss: ChunkLoss, *
     if isinstance(head, NativeWeight):
         raise UnsupportedError("a head that is packed for the native kernels passes no gradient on. Plan with --attention sdpa")
     learned = (head.weight, head.bias) if isinstance(head, DenseWeight) else (None, None)
-    return _Chunked.apply(normed_TD, *learned, head, model.dtype, chunk_loss, model.spec.logit_scale, model.spec.logit_softcap, scale, chunk)  # pyright: ignore[reportReturnType]
+    return _Chunked.apply(normed_TD, *learned, head, chunk_loss, model.spec.logit_scale, model.spec.logit_softcap, scale, chunk)  # pyright: ignore[reportReturnType]
 
 
 class _Chunked(torch.autograd.Function):
@@ -71,7 +71,6 @@ class _Chunked(torch.autograd.Function):
         weight_VD: Tensor | None,
         bias_V: Tensor | None,
         head: DenseWeight | Coded,
-        dense: torch.dtype,
         chunk_loss: ChunkLoss,
         logit_scale: float,
         softcap: float | None,
@@ -81,14 +80,14 @@ class _Chunked(torch.autograd.Function):
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         dx_TD = torch.empty_like(x_TD) if wants_x else None
         dweight_VD = torch.zeros_like(weight_VD, memory_format=torch.contiguous_format) if wants_weight and weight_VD is not None else None
-        dtype = dense if weight_VD is None else weight_VD.dtype
+        dtype = weight_VD.dtype if weight_VD is not None else head.dtype if isinstance(head, QuantizedWeight) else torch.bfloat16
         dbias_V = torch.zeros_like(bias_V) if wants_bias and bias_V is not None else None
         total = torch.zeros((), dtype=torch.float32, device=x_TD.device)
         plain = x_TD.is_cuda and isinstance(chunk_loss, CrossEntropy) and softcap is None and logit_scale == 1.0
         for start in range(0, len(x_TD), chunk):
             rows = slice(start, min(start + chunk, len(x_TD)))
             x_CD = x_TD[rows].to(dtype)
-            logits_CV = head.linear(x_CD, head.bias) if weight_VD is None else torch.nn.functional.linear(x_CD, weight_VD, bias_V)
+            logits_CV = head.linear(x_CD.detach(), head.bias) if weight_VD is None else torch.nn.functional.linear(x_CD, weight_VD, bias_V)
             if plain:
                 assert isinstance(chunk_loss, CrossEntropy)
                 total += chunk_loss.in_place(logits_CV, rows, scale)
@@ -118,7 +117,7 @@ class _Chunked(torch.autograd.Function):
         outer = gradients[0]
         if outer.device.type != "cpu" or float(outer) != 1.0:  # a device is not asked: that would wait for it
             found = tuple(None if each is None else each.mul_(outer.to(each.dtype)) for each in found)
-        return (*found, None, None, None, None, None, None, None)
+        return (*found, None, None, None, None, None, None)
 
 
 def _collect(gradient_CV: Tensor, x_CD: Tensor, head: DenseWeight | Coded, dx_CD: Tensor | None, dweight_VD: Tensor | None, dbias_V: Tensor | None) -> None:
