@@ -25,7 +25,7 @@ from tradespace.spec.model import DenseFFN, LayerSpec, ModelSpec
 from tradespace.spec.parallel import held_shape, is_sharded
 from tradespace.spec.tensors import model_tensors
 from tradespace.spec.training import ADAPTED_ROLES, BY_LAYER, KINDS, OPTIMIZERS, Kind, Segment, TrainPlan, adapters, trained
-from tradespace.spec.weights import tile_elements, tile_rows, weight_bytes, workspace_shape
+from tradespace.spec.weights import FLOATS, tile_elements, tile_rows, weight_bytes, workspace_shape
 from tradespace.units import KiB
 
 CALLS_PER_LAYER = 90  # operations that Python starts, forward and backward
@@ -100,7 +100,7 @@ def loss_moment(spec: ModelSpec, plan: TrainPlan) -> int:
 def _coded_head(spec: ModelSpec, plan: TrainPlan, chunk: int) -> int:
     """A head in codes is decoded tile by tile: a tile's logits on their way to the others, and the gradient of the chunk's input."""
     head = next(tensor for tensor in reversed(model_tensors(spec)) if tensor.role in ("lm_head", "embed"))
-    if plan.weights.format_of(head).name in ELEMENT_BYTES:
+    if plan.weights.format_of(head).name in FLOATS:
         return 0
     rows = tile_rows(spec.V, spec.D, tile_elements(plan.weights))
     # on a device a single tile's logits are written where all are; the scaling of a row's product holds two copies in fp32 beside them
@@ -132,7 +132,7 @@ def _whole_bytes(spec: ModelSpec, plan: TrainPlan, layer: int) -> int:
     if plan.data_parallel == 1:
         return 0
     found = [tensor for tensor in model_tensors(spec) if tensor.layer == layer and is_sharded(tensor.role)]
-    return sum(plan.weights.nbytes(tensor) for tensor in found if plan.weights.format_of(tensor).name in ELEMENT_BYTES)
+    return sum(plan.weights.nbytes(tensor) for tensor in found if plan.weights.format_of(tensor).name in FLOATS)
 
 
 @lru_cache(maxsize=256)
@@ -238,7 +238,7 @@ def _held_bytes(spec: ModelSpec, plan: TrainPlan) -> int:
     total = 0
     for tensor in model_tensors(spec):
         fmt = plan.weights.format_of(tensor)
-        total += fmt.nbytes(held_shape(tensor, plan.data_parallel)) if fmt.name in ELEMENT_BYTES else plan.weights.nbytes(tensor)
+        total += fmt.nbytes(held_shape(tensor, plan.data_parallel)) if fmt.name in FLOATS else plan.weights.nbytes(tensor)
     return total
 
 
