@@ -56,7 +56,7 @@ def train(
                 f"the tokenizer has {found.vocab_size} tokens; the shape has vocab={spec.V}. Give vocab={found.vocab_size}, or another --tokenizer"
             )
         packed = job.pack(read_documents(paths, found, end=_end(found), say=say), chat=is_chat(paths))
-        plan = job.plan(spec, packed, method="full")
+        plan = job.plan(spec, packed, method="full", beside=Beside())
         net, shards = build_part(spec, plan, job.ranks, context=settings.context)
         init(net, settings.seed, shards)
         return job.run(net, plan, packed, next_token(plan.loss_tokens), default_lr=1e-3, name=str(model), shards=shards)

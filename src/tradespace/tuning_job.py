@@ -6,7 +6,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from tradespace.adapt.lora import Shape
 from tradespace.adapt.peft_files import save_adapter
 from tradespace.build_training import build_model, prepare
 from tradespace.errors import BudgetError, InputError
-from tradespace.measure.memory import MemoryMeter, limit_heap_growth, process_bytes
+from tradespace.measure.memory import MemoryMeter, limit_heap_growth, process_bytes, return_freed_memory
 from tradespace.measure.record import write_atomically
 from tradespace.model.transformer import Transformer
 from tradespace.planner.training import Question, best_plan
@@ -34,7 +35,7 @@ from tradespace.train.ranks import join, leave
 from tradespace.train.schedule import Schedule
 from tradespace.train.shards import Shards
 from tradespace.tuning_models import parse_shape, save_model
-from tradespace.units import KiB, format_bytes, parse_bytes
+from tradespace.units import KiB, format_bytes
 
 Say = Callable[[str], None]
 MERGED, ADAPTER, TOKENIZER = "model", "adapter", "tokenizer"
@@ -115,11 +116,14 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Beside:
-    """What a run takes beside its plan: bytes, bytes of each token of a micro-batch, bytes of a logit. See `planner.training.Question`."""
+    """What a run takes beside its plan: bytes, bytes of each token of a micro-batch, bytes of a logit; whether its command has one method alone.
+
+    See `planner.training.Question`."""
 
     spare_bytes: int = 0
     spare_token_bytes: int = 0
     logit_bytes: int | None = None
+    only_method: bool = True
 
 
 class Job:
@@ -137,17 +141,28 @@ class Job:
         if out.exists() and any(out.iterdir()) and not settings.resume:
             raise InputError(f"--output {out} is not empty. Give --resume to go on with the run in it, or another folder")
         self.device = api.find_machine(None)
-        self.budget = parse_bytes(api.DEFAULT_SHARE if settings.memory is None else settings.memory, free_bytes=self.device.free_bytes)
+        self.budget = api.budget_bytes(settings.memory, self.device)
         if settings.memory is None or str(settings.memory).strip().endswith("%"):
             self.budget //= self.ranks.world  # one machine's free memory, shared by the ranks on it
         self.ranks.wait()  # all have looked at the folder before one writes to it
         self.meter = MemoryMeter()
 
-    def metered(self) -> MemoryMeter:
+    @contextmanager
+    def metered(self) -> Iterator[None]:
+        """The run, from its data to its result. What fails before its first checkpoint leaves nothing behind."""
         # a step's tensors come and go in another order than a stack's: in the heap they leave holes of 20 to 50 MiB, as mappings of their own none
         limit_heap_growth(128 * KiB)
-        self.out.mkdir(parents=True, exist_ok=True)
-        return self.meter
+        there = self.out.exists()
+        fresh = not there or not any(self.out.iterdir())
+        try:
+            with self.meter:
+                yield
+        except BaseException:
+            if fresh and self.ranks.leader and self.out.exists() and checkpoints.latest(self.out) is None:
+                shutil.rmtree(self.out)
+                if there:
+                    self.out.mkdir()
+            raise
 
     def first(self, work: Callable[[], None]) -> None:
         """`work` on rank 0, the others waiting."""
@@ -165,12 +180,14 @@ class Job:
             raise InputError(f"--context {settings.context}: {spec.name} takes at most {spec.max_context} tokens")
         # what the process costs by now is measured: it takes the place of the runtime, the tokenizer and the data
         rehearse()
+        return_freed_memory()
         here = process_bytes()
         segments = None if settings.checkpointing is None else parse_checkpointing(settings.checkpointing, spec.L)
         question = Question(
             spec=spec, device=self.device, memory_bytes=self.budget, context=settings.context, batch=settings.batch, method=method, weights=settings.weights,
             optimizer=settings.optimizer, checkpointing=segments, rank=rank, alpha=alpha, fused=settings.fused if not settings.clip else False,
-            here_bytes=int(max(self.ranks.gather(here))), data_parallel=self.ranks.data, tensor_parallel=self.ranks.tensor, **asdict(beside or Beside()),
+            here_bytes=int(max(self.ranks.gather(here))), data_parallel=self.ranks.data, tensor_parallel=self.ranks.tensor,
+            **asdict(beside or Beside(only_method=False)),
         )  # fmt: skip
         if len(data) < 1:
             raise InputError("the data make no block")

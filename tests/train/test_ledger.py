@@ -9,7 +9,7 @@ import pytest
 
 from tradespace.build_training import build_model, prepare
 from tradespace.cost.training import PRODUCT_BYTES, activation_peak, fixed_lines, terms, train_ledger, with_segments
-from tradespace.errors import BudgetError
+from tradespace.errors import BudgetError, InputError
 from tradespace.lab.train_gpu_ours import draw
 from tradespace.measure.allocations import peak_allocated
 from tradespace.planner import training
@@ -103,6 +103,35 @@ def test_a_budget_too_small_says_what_fits():
     assert best_plan(Question(spec, device, round(need * 1.01), 2048, method="qlora")).fits
     with pytest.raises(BudgetError, match="--method qlora"):
         best_plan(Question(spec, device, 8 * GiB, 2048, method="full"))
+    # a command that has one method alone is not told another
+    with pytest.raises(BudgetError) as caught:
+        best_plan(Question(spec, device, 8 * GiB, 2048, method="full", only_method=True))
+    assert "--method" not in str(caught.value) and "--memory" in str(caught.value)
+
+
+def test_a_policy_that_does_not_fit_is_named():
+    """What was pinned is in the remedy, and without it the plan fits."""
+    spec, device = replace(find_model("llama-3.2-1b"), max_context=8192), find_device("h100-80gb")
+    question = Question(spec, device, 24 * GiB, 8192, batch=1, method="full", checkpointing=every(1, spec.L, "none"), weights="bf16")
+    with pytest.raises(BudgetError, match="Fits with .*without --checkpointing --weights"):
+        best_plan(question)
+    assert best_plan(replace(question, checkpointing=None, weights=None)).fits
+    # no sequence of this length fits under any policy: the longest that does is named
+    with pytest.raises(BudgetError, match=r"--context \d+") as caught:
+        best_plan(replace(question, checkpointing=None, context=131072, memory_bytes=14 * GiB, spec=replace(spec, max_context=131072)))
+    shorter = int(str(caught.value).split("--context ")[1].split()[0])
+    assert best_plan(replace(question, checkpointing=None, context=shorter, memory_bytes=14 * GiB)).fits
+
+
+def test_names_that_mean_nothing_are_refused_with_those_that_do():
+    question = Question(find_model("llama-3.2-1b"), find_device("h100-80gb"), 40 * GiB, 2048)
+    for changes, known in (
+        ({"method": "foo"}, "full, lora, qlora"),
+        ({"optimizer": "lion"}, "adamw, adamw8bit, adafactor, sgd"),
+        ({"weights": "int5"}, "int4"),
+    ):
+        with pytest.raises(InputError, match=known):
+            best_plan(replace(question, **changes))
 
 
 def test_an_8b_shape_learns_within_seven_and_a_half_gib():

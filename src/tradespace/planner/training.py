@@ -18,9 +18,10 @@ from tradespace.errors import BudgetError, InputError, UnsupportedError
 from tradespace.spec import cuda
 from tradespace.spec.device import DeviceSpec
 from tradespace.spec.estimate import Estimate
+from tradespace.spec.formats import find_format
 from tradespace.spec.model import ModelSpec
 from tradespace.spec.parallel import shard_spec, split_refusal
-from tradespace.spec.training import BY_LAYER, KINDS, Segment, TrainPlan, best_k, every, qlora_weights, refusal, selective_refusal
+from tradespace.spec.training import BY_LAYER, KINDS, METHODS, OPTIMIZERS, Segment, TrainPlan, best_k, every, qlora_weights, refusal, selective_refusal
 from tradespace.spec.weights import TRAINING_LAYOUT, WeightPlan
 from tradespace.units import format_bytes
 
@@ -121,6 +122,7 @@ class Question:
     context: int
     batch: int = 8
     method: str | None = None
+    only_method: bool = False  # the command has no other
     weights: str | None = None
     optimizer: str | None = None
     checkpointing: tuple[Segment, ...] | None = None
@@ -166,7 +168,12 @@ def _over_ranks(question: Question, method: str, optimizer: str) -> bool:
 
 
 def candidates(question: Question) -> list[TrainCandidate]:
-    """Every rung at every micro-batch, the fitting ones first; within a rung the fastest first."""
+    """Every rung at every micro-batch, the fitting ones first; within a rung the fastest first. Raises InputError for a name that means nothing."""
+    for what, name, known in (("method", question.method, METHODS), ("optimizer", question.optimizer, tuple(OPTIMIZERS))):
+        if name is not None and name not in known:
+            raise InputError(f"--{what} {name}: known are {', '.join(known)}")
+    if question.weights is not None:
+        find_format(question.weights)
     if (reason := refusal(question.spec)) is not None:
         raise UnsupportedError(f"{question.spec.name} cannot be trained yet: {reason}")
     if (reason := split_refusal(question.spec, question.tensor_parallel)) is not None:
@@ -238,6 +245,14 @@ def best_plan(question: Question) -> TrainCandidate:
     raise no_fit(question, found)
 
 
+def _over_more(question: Question) -> list[str]:
+    """The fewest data ranks, as devices of this kind, over which it would fit."""
+    for ranks in (2, 4, 8):
+        if question.batch % ranks == 0 and candidates(replace(question, data_parallel=ranks, fused=None))[0].fits:
+            return [f"--data-parallel {ranks} on as many devices"]
+    return []
+
+
 def no_fit(question: Question, found: Sequence[TrainCandidate]) -> Exception:
     """The error for a budget that holds nothing: the nearest plan, or the longest sequence that would fit."""
     if not found:
@@ -254,10 +269,16 @@ def no_fit(question: Question, found: Sequence[TrainCandidate]) -> Exception:
         if shorter[0].fits:
             remedies.append(f"--context {context}")
             break
-    if question.method is not None:
-        freer = candidates(replace(question, method=None, weights=None, optimizer=None, checkpointing=None, fused=None))
+    pinned = [name for name in ("checkpointing", "weights", "optimizer") if getattr(question, name) is not None]
+    free = replace(question, **dict.fromkeys(pinned))
+    if pinned and candidates(free)[0].fits:
+        remedies.append("without " + " ".join(f"--{name}" for name in pinned))
+    elif question.method is not None and not question.only_method:
+        freer = candidates(replace(free, method=None))
         if freer[0].fits:
             remedies.append(f"--method {freer[0].plan.method}")
+    if question.data_parallel == question.tensor_parallel == 1 and not remedies and compute_pool(question.device) == "device":
+        remedies += _over_more(question)
     remedies.append(f"--memory {format_bytes(need * 1.01).replace(' ', '')}")
     message = (
         f"training {question.spec.name} needs {format_bytes(need)} at the least ({least.plan.describe()}); "
