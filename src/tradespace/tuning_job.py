@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import time
@@ -113,6 +114,14 @@ class Settings:
     data_parallel: int | None = None
     tensor_parallel: int | None = None
 
+    def __post_init__(self):
+        for name, least in (("context", 2), ("batch", 1), ("steps", 1), ("save_every", 1), ("warmup", 0)):
+            if (value := getattr(self, name)) is not None and value < least:
+                raise InputError(f"--{name.replace('_', '-')} {value}: at least {least} is needed")
+        if not 0 < self.epochs < math.inf:
+            raise InputError(f"--epochs {self.epochs}: a number above 0 is needed, such as 1 or 0.5; or give --steps")
+        Schedule(lr=1e-3 if self.lr is None else self.lr, steps=1, shape=self.schedule)  # refuses what is no rate and no schedule
+
 
 @dataclass(frozen=True, kw_only=True)
 class Beside:
@@ -213,7 +222,7 @@ class Job:
         shards = None if ranks.world == 1 else shards
         order = Order(len(data), plan.micro_batch, plan.accumulation, settings.seed, settings.shuffle, ranks.data, ranks.data_rank)
         steps = settings.steps or max(1, round(settings.epochs * len(data) / order.blocks_per_step))
-        lr = settings.lr or default_lr
+        lr = default_lr if settings.lr is None else settings.lr
         parameters = prepare(net, plan, settings.seed)
         if shards is not None:
             parameters = shards.local(parameters, fused=plan.fused)
