@@ -122,11 +122,10 @@ class _Chunked(torch.autograd.Function):
 
 def _collect(gradient_CV: Tensor, x_CD: Tensor, head: DenseWeight | Coded, dx_CD: Tensor | None, dweight_VD: Tensor | None, dbias_V: Tensor | None) -> None:
     """What a chunk's gradient adds to the three others."""
-    if dx_CD is not None and not isinstance(head, DenseWeight):
-        dx_CD.copy_(transposed_product(head, gradient_CV))
+    if dx_CD is not None and isinstance(head, DenseWeight) and dx_CD.dtype == gradient_CV.dtype:
+        torch.mm(gradient_CV, head.weight, out=dx_CD)
     elif dx_CD is not None:
-        weight_VD = head.weight
-        torch.mm(gradient_CV, weight_VD, out=dx_CD) if dx_CD.dtype == gradient_CV.dtype else dx_CD.copy_(gradient_CV @ weight_VD)
+        dx_CD.copy_(gradient_CV @ head.weight if isinstance(head, DenseWeight) else transposed_product(head, gradient_CV))
     if dweight_VD is not None:
         dweight_VD.addmm_(gradient_CV.T, x_CD)
     if dbias_V is not None:
