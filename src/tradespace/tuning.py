@@ -49,6 +49,7 @@ def train(
     settings, out = settings or Settings(), Path(output)
     job = Job(out, settings, on_progress, say)
     spec, paths = find_shape(str(model)), _paths(data)
+    job.check_context(spec)
     with job.metered():
         found = _tokenizer_for_scratch(job, str(model), spec, tokenizer, paths)
         if found.vocab_size > spec.V:
@@ -57,7 +58,7 @@ def train(
             )
         packed = job.pack(read_documents(paths, found, end=_end(found), say=say), chat=is_chat(paths))
         plan = job.plan(spec, packed, method="full", beside=Beside())
-        net, shards = build_part(spec, plan, job.ranks, context=settings.context)
+        net, shards = build_part(spec, plan, job.ranks, context=settings.context, device=job.place)
         init(net, settings.seed, shards)
         return job.run(net, plan, packed, next_token(plan.loss_tokens), default_lr=1e-3, name=str(model), shards=shards)
 
@@ -86,7 +87,7 @@ def finetune(
         spec = with_halves(stored)
         plan = job.plan(spec, packed, method=method, rank=rank, alpha=2.0 * rank if alpha is None else alpha)
         job.first(lambda: copy_tokenizer(files, out / TOKENIZER))
-        net, shards = build_part(spec, plan, job.ranks, context=settings.context)
+        net, shards = build_part(spec, plan, job.ranks, context=settings.context, device=job.place)
         fill(net, source, stored, shards=shards)
         return job.run(net, plan, packed, next_token(plan.loss_tokens), default_lr=1e-5 if plan.method == "full" else 2e-4, name=model, shards=shards)
 
@@ -130,9 +131,10 @@ def distill(
         stream = master_spec.D * ELEMENT_BYTES[teaching.dense]
         plan = job.plan(spec, packed, method="full", beside=Beside(spare_bytes=held, spare_token_bytes=stream, logit_bytes=LOGIT_BYTES))
         copy_tokenizer(files, out / TOKENIZER)
-        master = build_model(master_spec, teaching, context=settings.context).eval()
+        master = build_model(master_spec, teaching, context=settings.context, device=job.place).eval()
         fill(master, source, stored)
-        net = build_model(spec, plan.weights, context=settings.context)
+        job.check_context(spec)
+        net = build_model(spec, plan.weights, context=settings.context, device=job.place)
         if theirs is not None:
             fill(net, *theirs)
         elif layers is not None:
@@ -173,6 +175,7 @@ def opened(files: ModelFiles) -> tuple[ModelSpec, Source]:
 def _read(job: Job, files: ModelFiles, paths: Sequence[Path], say: Say) -> tuple[ModelSpec, Source, Packed]:
     """A model that is there: its spec, its weights, and the data in its own tokens."""
     stored, source = opened(files)
+    job.check_context(stored)
     tokenizer = Tokenizer.from_files(files)
     return stored, source, job.pack(read_documents(paths, tokenizer, end=_end(tokenizer), say=say), chat=is_chat(paths))
 

@@ -20,7 +20,7 @@ from tradespace.adapt.lora import Shape
 from tradespace.adapt.peft_files import save_adapter
 from tradespace.build_training import build_model, prepare
 from tradespace.errors import BudgetError, InputError
-from tradespace.measure.memory import MemoryMeter, limit_heap_growth, process_bytes, return_freed_memory
+from tradespace.measure.memory import limit_heap_growth, process_bytes, return_freed_memory
 from tradespace.measure.record import write_atomically
 from tradespace.model.transformer import Transformer
 from tradespace.planner.training import Question, best_plan
@@ -36,6 +36,7 @@ from tradespace.train.ranks import join, leave
 from tradespace.train.schedule import Schedule
 from tradespace.train.shards import Shards
 from tradespace.tuning_models import parse_shape, save_model
+from tradespace.tuning_place import ALLOCATOR_SHARE, CardPeak, HostPeak, find_training_place
 from tradespace.units import KiB, format_bytes
 
 Say = Callable[[str], None]
@@ -88,6 +89,7 @@ class Run:
 class Settings:
     """How to learn, for all three commands. batch: sequences of a step; epochs counts where steps is None.
 
+    device: cpu, cuda or cuda:N; None: the first CUDA device that can be used, else the CPU. Of several ranks on CUDA each takes its own.
     data_parallel, tensor_parallel: ranks, which torchrun must have started; None: data ranks as many as were started, one tensor rank. memory is each one's.
     """
 
@@ -113,6 +115,7 @@ class Settings:
     offline: bool = False
     data_parallel: int | None = None
     tensor_parallel: int | None = None
+    device: str | None = None
 
     def __post_init__(self):
         for name, least in (("context", 2), ("batch", 1), ("steps", 1), ("save_every", 1), ("warmup", 0)):
@@ -141,7 +144,9 @@ class Job:
     def __init__(self, out: Path, settings: Settings, on_progress: Callable[[Progress], None], say: Say):
         self.out, self.settings, self.on_progress, self.say = out, settings, on_progress, say
         self.began = time.monotonic()
-        self.ranks = join(settings.data_parallel, settings.tensor_parallel)
+        self.place, self.device = find_training_place(settings.device)
+        self.meter = HostPeak() if self.place.type == "cpu" else CardPeak(self.place.index or 0)
+        self.ranks = join(settings.data_parallel, settings.tensor_parallel, self.place.type)
         if not self.ranks.leader:
             self.on_progress, self.say = (lambda progress: None), (lambda line: None)
         if out.exists() and not out.is_dir():
@@ -149,12 +154,11 @@ class Job:
         self.last = checkpoints.latest(out, self.say) if out.exists() else None
         if out.exists() and any(out.iterdir()) and not settings.resume:
             raise InputError(f"--output {out} is not empty. Give --resume to go on with the run in it, or another folder")
-        self.device = api.find_machine(None)
         self.budget = api.budget_bytes(settings.memory, self.device)
         if settings.memory is None or str(settings.memory).strip().endswith("%"):
-            self.budget //= self.ranks.world  # one machine's free memory, shared by the ranks on it
+            # one machine's free memory is shared by the ranks on it; on cards each has its own
+            self.budget //= self.ranks.world if self.place.type == "cpu" else 1
         self.ranks.wait()  # all have looked at the folder before one writes to it
-        self.meter = MemoryMeter()
 
     @contextmanager
     def metered(self) -> Iterator[None]:
@@ -179,29 +183,37 @@ class Job:
             work()
         self.ranks.wait()
 
+    def check_context(self, spec: ModelSpec) -> None:
+        """Raises InputError where the model takes no sequences of this length: before anything is read or made for them."""
+        if self.settings.context > spec.max_context:
+            raise InputError(f"--context {self.settings.context}: {spec.name} takes at most {spec.max_context} tokens")
+
     def pack(self, documents: Sequence[Document], *, chat: bool) -> Packed:
         return pack(documents, self.settings.context, source="the data", split=not chat)
 
     def plan(self, spec: ModelSpec, data: Packed, *, method: str | None, rank: int = 16, alpha: float = 32.0, beside: Beside | None = None) -> TrainPlan:
         """The plan to run. Raises BudgetError with what would fit."""
         settings = self.settings
-        if settings.context > spec.max_context:
-            raise InputError(f"--context {settings.context}: {spec.name} takes at most {spec.max_context} tokens")
         # what the process costs by now is measured: it takes the place of the runtime, the tokenizer and the data
-        rehearse()
-        return_freed_memory()
-        here = process_bytes()
+        room, here = self.budget, None
+        if self.place.type == "cpu":
+            rehearse()
+            return_freed_memory()
+            here = int(max(self.ranks.gather(process_bytes())))
+        else:
+            room = int(self.budget * ALLOCATOR_SHARE)
+            self.meter.hold(self.budget)
         segments = None if settings.checkpointing is None else parse_checkpointing(settings.checkpointing, spec.L)
         question = Question(
-            spec=spec, device=self.device, memory_bytes=self.budget, context=settings.context, batch=settings.batch, method=method, weights=settings.weights,
+            spec=spec, device=self.device, memory_bytes=room, context=settings.context, batch=settings.batch, method=method, weights=settings.weights,
             optimizer=settings.optimizer, checkpointing=segments, rank=rank, alpha=alpha, fused=settings.fused if not settings.clip else False,
-            here_bytes=int(max(self.ranks.gather(here))), data_parallel=self.ranks.data, tensor_parallel=self.ranks.tensor,
+            here_bytes=here, data_parallel=self.ranks.data, tensor_parallel=self.ranks.tensor,
             **asdict(beside or Beside(only_method=False)),
         )  # fmt: skip
         if len(data) < 1:
             raise InputError("the data make no block")
         found = best_plan(question)
-        self.ledger, self.spec = found.ledger, spec
+        self.ledger, self.spec, self.dense = found.ledger, spec, found.plan.weights.dense
         self.predicted = found.ledger.total_bytes + question.spare(found.plan)
         self.say(f"plan: {found.plan.describe()}; predicted {format_bytes(self.predicted)} of {format_bytes(self.budget)}")
         return found.plan
@@ -235,14 +247,22 @@ class Job:
             model=net, parameters=parameters, optimizer=Optimizer(plan.optimizer, parameters, Hyper(lr=lr, decay=settings.decay)), data=data, order=order,
             schedule=Schedule(lr=lr, steps=steps, warmup=settings.warmup, shape=settings.schedule), objective=objective,
             limits=Limits(steps=steps, time_s=settings.time_limit_s, save_every=settings.save_every, clip=settings.clip), fused=plan.fused, settings=described,
-            shards=shards,
+            shards=shards, device=self.place,
         )  # fmt: skip
         if settings.resume and self.last is not None:
             trainer.restore(self.last)
             self.say(f"resumed from step {trainer.step} of {steps}")
         self.first(lambda: write_atomically(self.out / "run.json", json.dumps(described, indent=1) + "\n"))
         speeds: list[float] = []
-        ended = trainer.run(self.out, on_step=lambda report: self._told(report, trainer, speeds), say=self.say)
+        try:
+            ended = trainer.run(self.out, on_step=lambda report: self._told(report, trainer, speeds), say=self.say)
+        except torch.cuda.OutOfMemoryError as error:
+            raise BudgetError(
+                f"torch found no room for a step within {format_bytes(self.budget)}; {format_bytes(self.predicted)} were predicted. Checkpoints are whole. "
+                f"Go on with --resume --memory {format_bytes(self.budget * 1.1).replace(' ', '')}",
+                need_bytes=self.predicted,
+                have_bytes=self.budget,
+            ) from error
         result, peak = self._write(net, plan, name, shards), self.meter.peak_bytes
         if ranks.leader:
             loss_curve(self.out / "loss.png", trainer.losses, self.say)
@@ -251,23 +271,23 @@ class Job:
         speed = sorted(speeds)[len(speeds) // 2] if speeds else 0.0
         return Run(
             model=name, output=str(self.out), result=str(result), plan=plan.to_dict(), ledger=self.ledger.to_dict(), steps=trainer.step, ended=ended,
-            losses=trainer.losses, tokens_per_s=speed, mfu=self._mfu(plan, speed), predicted_bytes=self.predicted,
+            losses=trainer.losses, tokens_per_s=speed, mfu=self._mfu(speed), predicted_bytes=self.predicted,
             peak_bytes=peak, budget_bytes=self.budget, seconds=time.monotonic() - self.began,
             resumed_from=self.last.step if settings.resume and self.last else None, rank=ranks.rank, ranks=by_rank if ranks.world > 1 else [],
         )  # fmt: skip
 
-    def _mfu(self, plan: TrainPlan, tokens_per_s: float) -> float | None:
-        rate = self.device.flops_per_s(plan.weights.dense)
-        return None if rate.value is None else flops_per_token(self.spec, plan.context) * tokens_per_s / rate.value
+    def _mfu(self, tokens_per_s: float) -> float | None:
+        """Of all ranks: on a CPU they share one machine's rate, on cards each has its own."""
+        rate = self.device.flops_per_s(self.dense)
+        devices = 1 if self.place.type == "cpu" else self.ranks.world
+        return None if rate.value is None else flops_per_token(self.spec, self.settings.context) * tokens_per_s / (rate.value * devices)
 
     def _told(self, report: StepReport, trainer: Trainer, speeds: list[float]) -> None:
         speeds.append(report.tokens / report.seconds)
         speed = sorted(speeds[-20:])[len(speeds[-20:]) // 2]
         left = (trainer.limits.steps - report.step) * report.tokens / speed
         peak = self.meter.peak_bytes
-        mfu = None
-        if (rate := self.device.flops_per_s(trainer.settings["weights"]["default"] if trainer.settings["method"] == "full" else "fp32")).value:
-            mfu = flops_per_token(self.spec, trainer.settings["context"]) * speed / rate.value
+        mfu = self._mfu(speed)
         self.on_progress(
             Progress(step=report.step, steps=trainer.limits.steps, loss=report.loss, lr=report.lr, tokens_per_s=speed, mfu=mfu, memory_bytes=peak,
                      budget_bytes=self.budget, eta_s=left)

@@ -226,3 +226,14 @@ def test_what_fails_before_its_first_checkpoint_leaves_nothing(tmp_path):
         with pytest.raises(InputError, match="Give more text"):
             train("layers=1,width=32,heads=2,vocab=300", [data], tmp_path / "run", settings=Settings(context=64))
         assert (tmp_path / "run").exists() == there and (not there or not any((tmp_path / "run").iterdir()))
+
+
+def test_a_card_that_is_not_there_is_refused(tmp_path):
+    from tradespace.tuning import train
+    from tradespace.tuning_job import Settings
+
+    with pytest.raises(InputError, match=r"device cuda:7: this machine has \d CUDA devices\. Use --device cpu"):
+        train("layers=1,width=32,heads=2,vocab=300", [tmp_path / "text.txt"], tmp_path / "run", settings=Settings(device="cuda:7"))
+    with pytest.raises(InputError, match="takes at most 16 tokens"):
+        train("layers=1,width=32,heads=2,context=16", [tmp_path / "text.txt"], tmp_path / "run", settings=Settings(device="cpu", context=32))
+    assert not (tmp_path / "run").exists()

@@ -256,9 +256,8 @@ def _over_more(question: Question) -> list[str]:
 def no_fit(question: Question, found: Sequence[TrainCandidate]) -> Exception:
     """The error for a budget that holds nothing: the nearest plan, or the longest sequence that would fit."""
     if not found:
-        return UnsupportedError(
-            "these choices exclude each other: no method takes this base format. qlora takes nf4, int8, int4 …; full and lora bf16 and fp32"
-        )
+        asked = " ".join(f"--{name} {value}" for name, value in (("method", question.method), ("weights", question.weights)) if value is not None)
+        return UnsupportedError(f"{asked} exclude each other: qlora takes a base in nf4, int8, int4 …; full and lora one in bf16 or fp32")
     least = min(found, key=lambda each: each.ledger.total_bytes)
     need = least.ledger.total_bytes + question.spare(least.plan)
     remedies = []
