@@ -123,6 +123,8 @@ class Settings:
                 raise InputError(f"--{name.replace('_', '-')} {value}: at least {least} is needed")
         if not 0 < self.epochs < math.inf:
             raise InputError(f"--epochs {self.epochs}: a number above 0 is needed, such as 1 or 0.5; or give --steps")
+        if self.fused and self.clip:
+            raise InputError("--clip needs all gradients at once, and a fused step forgets them. Leave --clip away, or give --no-fused")
         Schedule(lr=1e-3 if self.lr is None else self.lr, steps=1, shape=self.schedule)  # refuses what is no rate and no schedule
 
 
@@ -210,8 +212,8 @@ class Job:
             here_bytes=here, data_parallel=self.ranks.data, tensor_parallel=self.ranks.tensor,
             **asdict(beside or Beside(only_method=False)),
         )  # fmt: skip
-        if len(data) < 1:
-            raise InputError("the data make no block")
+        if settings.batch > len(data):
+            self.say(f"a step of {settings.batch} sequences passes over the data more than once: they make {len(data)} of {settings.context} tokens")
         found = best_plan(question)
         self.ledger, self.spec, self.dense = found.ledger, spec, found.plan.weights.dense
         self.predicted = found.ledger.total_bytes + question.spare(found.plan)

@@ -204,6 +204,7 @@ def test_killed_in_the_middle_it_goes_on(tmp_path):
         ({"save_every": 0}, "--save-every 0"),
         ({"context": 1}, "--context 1: at least 2"),
         ({"schedule": "stairs"}, "stairs"),
+        ({"fused": True, "clip": 1.0}, "--clip needs all gradients at once"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused_before_anything_runs(settings, message):
