@@ -10,8 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from tradespace import api
-from tradespace.build_training import build_model, fill
-from tradespace.errors import InputError
+from tradespace.build_training import build_model, build_part, fill
+from tradespace.errors import InputError, UnsupportedError
 from tradespace.loading.gguf import read_gguf
 from tradespace.loading.resolve import ModelFiles, resolve
 from tradespace.loading.safetensors import read_sharded
@@ -49,6 +49,7 @@ def train(
     settings, out = settings or Settings(), Path(output)
     job = Job(out, settings, on_progress, say)
     spec, paths = find_shape(str(model)), _paths(data)
+    job.check_context(spec)
     with job.metered():
         found = _tokenizer_for_scratch(job, str(model), spec, tokenizer, paths)
         if found.vocab_size > spec.V:
@@ -56,10 +57,10 @@ def train(
                 f"the tokenizer has {found.vocab_size} tokens; the shape has vocab={spec.V}. Give vocab={found.vocab_size}, or another --tokenizer"
             )
         packed = job.pack(read_documents(paths, found, end=_end(found), say=say), chat=is_chat(paths))
-        plan = job.plan(spec, packed, method="full")
-        net = build_model(spec, plan.weights, context=settings.context)
-        init(net, settings.seed)
-        return job.run(net, plan, packed, next_token(plan.loss_tokens), default_lr=1e-3, name=str(model))
+        plan = job.plan(spec, packed, method="full", beside=Beside())
+        net, shards = build_part(spec, plan, job.ranks, context=settings.context, device=job.place)
+        init(net, settings.seed, shards)
+        return job.run(net, plan, packed, next_token(plan.loss_tokens), default_lr=1e-3, name=str(model), shards=shards)
 
 
 def finetune(
@@ -85,10 +86,10 @@ def finetune(
         stored, source, packed = _read(job, files, _paths(data), say)
         spec = with_halves(stored)
         plan = job.plan(spec, packed, method=method, rank=rank, alpha=2.0 * rank if alpha is None else alpha)
-        copy_tokenizer(files, out / TOKENIZER)
-        net = build_model(spec, plan.weights, context=settings.context)
-        fill(net, source, stored)
-        return job.run(net, plan, packed, next_token(plan.loss_tokens), default_lr=1e-5 if plan.method == "full" else 2e-4, name=model)
+        job.first(lambda: copy_tokenizer(files, out / TOKENIZER))
+        net, shards = build_part(spec, plan, job.ranks, context=settings.context, device=job.place)
+        fill(net, source, stored, shards=shards)
+        return job.run(net, plan, packed, next_token(plan.loss_tokens), default_lr=1e-5 if plan.method == "full" else 2e-4, name=model, shards=shards)
 
 
 def distill(
@@ -108,6 +109,8 @@ def distill(
     """
     settings, out, choice = settings or Settings(), Path(output), choice or Distillation()
     job = Job(out, settings, on_progress, say)
+    if job.ranks.world > 1:
+        raise UnsupportedError(f"distill runs in one process, and {job.ranks.world} were started. Start it without torchrun")
     files = resolve(teacher, offline=settings.offline)
     with job.metered():
         stored, source, packed = _read(job, files, _paths(data), say)
@@ -128,9 +131,10 @@ def distill(
         stream = master_spec.D * ELEMENT_BYTES[teaching.dense]
         plan = job.plan(spec, packed, method="full", beside=Beside(spare_bytes=held, spare_token_bytes=stream, logit_bytes=LOGIT_BYTES))
         copy_tokenizer(files, out / TOKENIZER)
-        master = build_model(master_spec, teaching, context=settings.context).eval()
+        master = build_model(master_spec, teaching, context=settings.context, device=job.place).eval()
         fill(master, source, stored)
-        net = build_model(spec, plan.weights, context=settings.context)
+        job.check_context(spec)
+        net = build_model(spec, plan.weights, context=settings.context, device=job.place)
         if theirs is not None:
             fill(net, *theirs)
         elif layers is not None:
@@ -171,6 +175,7 @@ def opened(files: ModelFiles) -> tuple[ModelSpec, Source]:
 def _read(job: Job, files: ModelFiles, paths: Sequence[Path], say: Say) -> tuple[ModelSpec, Source, Packed]:
     """A model that is there: its spec, its weights, and the data in its own tokens."""
     stored, source = opened(files)
+    job.check_context(stored)
     tokenizer = Tokenizer.from_files(files)
     return stored, source, job.pack(read_documents(paths, tokenizer, end=_end(tokenizer), say=say), chat=is_chat(paths))
 
@@ -181,16 +186,20 @@ def _end(tokenizer: Tokenizer) -> int | None:
 
 def _tokenizer_for_scratch(job: Job, model: str, spec: ModelSpec, tokenizer: str | None, paths: Sequence[Path]) -> Tokenizer:
     folder = job.out / TOKENIZER
-    if (folder / "tokenizer.json").is_file():
-        return read_tokenizer(folder)
-    if tokenizer is not None:
-        copy_tokenizer(resolve(tokenizer, offline=job.settings.offline), folder)
-        return read_tokenizer(folder)
-    own = Path(model).expanduser()
-    if own.is_dir() and (own / "tokenizer.json").is_file():
-        folder.mkdir(parents=True)
-        for path in own.glob("tokenizer*"):
-            shutil.copyfile(path, folder / path.name)
-        return read_tokenizer(folder)
-    job.say(f"a byte-level tokenizer of {spec.V:,} entries is trained on the data")
-    return train_tokenizer(paths, spec.V, folder)
+
+    def make() -> None:
+        own = Path(model).expanduser()
+        if (folder / "tokenizer.json").is_file():
+            return
+        if tokenizer is not None:
+            copy_tokenizer(resolve(tokenizer, offline=job.settings.offline), folder)
+        elif own.is_dir() and (own / "tokenizer.json").is_file():
+            folder.mkdir(parents=True)
+            for path in own.glob("tokenizer*"):
+                shutil.copyfile(path, folder / path.name)
+        else:
+            job.say(f"a byte-level tokenizer of {spec.V:,} entries is trained on the data")
+            train_tokenizer(paths, spec.V, folder)
+
+    job.first(make)
+    return read_tokenizer(folder)

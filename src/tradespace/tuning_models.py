@@ -23,6 +23,7 @@ from tradespace.quantize.shards import write_shard
 from tradespace.spec.families import model_spec_from_config
 from tradespace.spec.model import ModelSpec
 from tradespace.spec.tensors import model_tensors
+from tradespace.train.shards import Shards
 
 # short name → config.json's
 SHAPE_KEYS = {
@@ -31,6 +32,7 @@ SHAPE_KEYS = {
 }  # fmt: skip
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja")
 DEFAULT_VOCAB = 4096
+WORDS_CHARS = 4096  # of a text that a vocabulary is made from at once
 END = "<|end|>"
 
 
@@ -43,6 +45,8 @@ def parse_shape(text: str, *, vocab: int | None = None) -> ModelSpec | None:
         key, _, number = part.strip().partition("=")
         if key not in SHAPE_KEYS or not number.isdigit():
             raise InputError(f"shape '{text}': '{part}' is not KEY=NUMBER with a key of {', '.join(SHAPE_KEYS)}")
+        if key in values:
+            raise InputError(f"shape '{text}' says {key} twice")
         values[key] = int(number)
     if missing := {"layers", "width", "heads"} - values.keys():
         raise InputError(f"shape '{text}' lacks {', '.join(sorted(missing))}. Write for example layers=6,width=256,heads=4")
@@ -71,8 +75,9 @@ def train_tokenizer(paths: Sequence[Path], vocab: int, folder: Path) -> Tokenize
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=vocab, special_tokens=[AddedToken(END, special=True)], initial_alphabet=alphabet, show_progress=False)
-    lines = (line for text in texts for line in text.splitlines(keepends=True))
-    tokenizer.train_from_iterator(lines, trainer)
+    # a line of megabytes would be one word of as many letters, or take a hundred times its bytes
+    pieces = (line[start : start + WORDS_CHARS] for text in texts for line in text.splitlines(keepends=True) for start in range(0, len(line), WORDS_CHARS))
+    tokenizer.train_from_iterator(pieces, trainer)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": END}) + "\n", encoding="utf-8")
@@ -97,11 +102,13 @@ def copy_tokenizer(files: ModelFiles, folder: Path) -> None:
 
 
 @torch.no_grad()
-def save_model(model: Transformer, folder: Path, *, dtype: torch.dtype) -> None:
-    """config.json and model.safetensors under the names of the model's family."""
-    spec = model.spec
+def save_model(model: Transformer, folder: Path, *, dtype: torch.dtype, shards: Shards | None = None) -> None:
+    """config.json and model.safetensors under the names of the model's family. With `shards` put together from all ranks: all must call, rank 0 writes."""
+    spec = model.spec if shards is None else shards.spec
     config = config_from_spec(spec, dtype={torch.float32: "float32", torch.bfloat16: "bfloat16"}[dtype])
-    held = {tensor.name: model.get_parameter(tensor.name) for tensor in model_tensors(spec)}
+    held = {tensor.name: model.get_parameter(tensor.name) if shards is None else shards.whole(tensor.name) for tensor in model_tensors(spec)}
+    if shards is not None and not shards.ranks.leader:
+        return
     found = {}
     for piece in hugging_face_pieces(spec, ()):
         rows = held[piece.target][piece.row_start : piece.row_start + piece.num_rows]

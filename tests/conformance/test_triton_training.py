@@ -95,3 +95,34 @@ def test_gradients_pass_through_packed_codes(fmt, room):
     want = dy.float() @ plain.dense_rows(0, rows).float()
     found = transposed_product(packed, dy).float()
     assert (found - want).norm() / want.norm() < 1e-2
+
+
+def test_a_packed_head_gives_the_loss_and_gradient_of_what_it_stands_for():
+    """QLoRA on a device with embedding and head in int8: the loss through CudaWeight, its last chunk of few rows included, beside the same numbers as floats."""
+    from tradespace.build_training import build_model
+    from tradespace.spec.training import qlora_weights
+    from tradespace.spec.weights import TRAINING_LAYOUT, WeightPlan
+    from tradespace.train.loss import chunked_loss
+    from tradespace.train.loss import cross_entropy as summed
+    from train.small import V, small_spec
+
+    spec = small_spec(L=1, tied=False)
+    model = build_model(spec, qlora_weights("nf4", "int8", TRAINING_LAYOUT), context=64)
+    dense = build_model(spec, WeightPlan(default="bf16"), context=64)
+    for name in ("embed", "lm_head"):
+        packed, plain = model.get_submodule(name), dense.get_submodule(name)
+        assert isinstance(packed, CudaWeight)
+        fill_rtn(packed, 0, _drawn(V, 64, seed=4) * 0.3, name=name)
+        plain.weight.data.copy_(packed.dense_rows(0, V))  # type: ignore[union-attr]
+    ids_T, targets_T = torch.arange(70) % V, torch.arange(1, 71) % V
+    torch.testing.assert_close(model.embed.rows(ids_T), dense.embed.rows(ids_T))
+    found = []
+    for held in (model, dense):
+        held.get_parameter("final_norm.weight").data.fill_(1.0)
+        x_TD = _drawn(70, 64, dtype=torch.bfloat16, seed=5).requires_grad_()
+        loss = chunked_loss(held, x_TD, summed(targets_T), scale=0.02, chunk=66)
+        loss.backward()
+        assert x_TD.grad is not None
+        found.append((float(loss.detach()), x_TD.grad.float()))
+    assert found[0][0] == pytest.approx(found[1][0], rel=5e-3)
+    assert (found[0][1] - found[1][1]).norm() / found[1][1].norm() < 2e-2

@@ -144,9 +144,11 @@ def test_gradients_pass_through_codes(fmt):
             assert weight.linear(x).shape == (5, weight.shape[0])
 
 
-def test_qlora_learns_and_merging_codes_is_refused(folder):
-    model = _ours(folder, qlora_weights("nf4"))
-    plan = TrainPlan(model="tiny", method="qlora", weights=qlora_weights("nf4"), rank=4, checkpointing=every(1, 2), context=32)
+@pytest.mark.parametrize("tables", ["bf16", "int8"])
+def test_qlora_learns_and_merging_codes_is_refused(folder, tables):
+    model = _ours(folder, qlora_weights("nf4", tables))
+    assert model.embed.format_name == tables
+    plan = TrainPlan(model="tiny", method="qlora", weights=qlora_weights("nf4", tables), rank=4, checkpointing=every(1, 2), context=32)
     parameters = prepare(model, plan, 0)
     assert [(name, tuple(value.shape)) for name, value in parameters.items()] == [(name, shape) for name, shape, _ in trained(model.spec, plan)]
     ids = torch.randint(6, model.spec.V, (32,))

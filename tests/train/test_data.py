@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from array import array
 
 import pytest
 
@@ -13,6 +14,7 @@ from tradespace.loading.tokenizer import Tokenizer
 from tradespace.train import reading
 from tradespace.train.data import IGNORED, Document, Order, pack
 from tradespace.train.reading import MAX_LINE_BYTES, read_documents
+from tradespace.tuning_models import parse_shape, train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +79,13 @@ BAD = {
     "number.jsonl": (b'{"messages": [{"role": "user", "content": 3}]}', '"content" is int'),
     "mute.jsonl": (b'{"messages": [{"role": "user", "content": "x"}]}', "no message has the role assistant"),
     "other.jsonl": (b'{"prompt": "x"}', 'no "messages" and no "text"'),
+    "none.jsonl": (b'{"messages": []}', 'no "messages" and no "text"'),
+    "null.jsonl": (b'{"messages": [{"role": null, "content": "x"}]}', '"role" is NoneType'),
+    "surrogate.jsonl": (b'{"text": "x"}\n{"text": "\\ud800"}', "line 2: the text is not valid Unicode"),
+    "array.json": (b'[\n {"messages": []},\n {"messages": []}\n]', "is one JSON array over several lines. Write one conversation a line, for example with jq"),
+    "line.json": (b'[{"messages": []}, {"messages": []}]', "is an array of 2 conversations. Write one a line, for example with jq"),
+    "wide.txt": ("hello".encode("utf-16"), "is UTF-16. Convert it, for example with iconv -f utf-16"),
+    "deep.jsonl": (b"[" * 5000 + b"]" * 5000, "line 1 is not JSON|one JSON array"),
 }
 
 
@@ -87,6 +96,27 @@ def test_bad_data_is_named(name, tmp_path, tokenizer):
     with pytest.raises(InputError, match=message.replace("(", r"\(")) as caught:
         read_documents([tmp_path / name], tokenizer)
     assert name in str(caught.value)
+
+
+def test_a_mark_at_the_front_is_no_text(tmp_path, tokenizer):
+    for name, mark in (("plain.txt", b""), ("marked.txt", b"\xef\xbb\xbf")):
+        (tmp_path / name).write_bytes(mark + b"a budget is stated")
+    plain, marked = read_documents([tmp_path / "plain.txt", tmp_path / "marked.txt"], tokenizer)
+    assert list(plain.ids) == list(marked.ids)
+
+
+@pytest.mark.parametrize("text", ["x y z " * 500_000, "x" * 10_000_000], ids=["words", "one word"])
+def test_a_line_of_megabytes(text, tmp_path, tokenizer):
+    """Without a line's end anywhere: read in pieces, 4 bytes a token kept; and a vocabulary is made from it in seconds."""
+    path = tmp_path / "line.txt"
+    path.write_text(text)
+    (document,) = read_documents([path], tokenizer)
+    assert tokenizer.decode(list(document.ids)[:2000]).strip() == text[: len(tokenizer.decode(list(document.ids)[:2000]).strip())]
+    assert isinstance(document.ids, array) and document.ids.itemsize == 4
+    data = pack([document], 512)
+    assert data.num_tokens // 512 == len(data)
+    made = train_tokenizer([path], 300, tmp_path / "made")
+    assert made.decode(made.encode(text[:99], add_special_tokens=False)) == text[:99]
 
 
 def test_too_little_data(tmp_path, tokenizer):
@@ -108,3 +138,8 @@ def test_a_long_text_is_tokenized_as_a_whole(tmp_path, tokenizer, monkeypatch):
     (document,) = read_documents([tmp_path / "text.txt"], tokenizer)
     assert list(document.ids) == tokenizer.encode(text)
     assert make_tokenizer().get_vocab_size() > max(document.ids)
+
+
+def test_a_shape_says_each_thing_once():
+    with pytest.raises(InputError, match="says layers twice"):
+        parse_shape("layers=2,width=64,heads=4,layers=3")

@@ -10,9 +10,12 @@ from torch import nn
 from torch.nn.functional import cross_entropy as torch_cross_entropy
 
 from tradespace.adapt.recompute import recompute
+from tradespace.build_training import build_model
 from tradespace.errors import InputError, UnsupportedError
 from tradespace.kernels.view import StepBatch, positions_of
-from tradespace.spec.training import parse_checkpointing
+from tradespace.quantize.rtn import fill_rtn
+from tradespace.spec.training import parse_checkpointing, qlora_weights
+from tradespace.spec.weights import WeightPlan
 from tradespace.train.data import IGNORED
 from tradespace.train.loss import chunked_loss, cross_entropy
 from train.small import V, small_data, small_model, small_spec
@@ -81,6 +84,32 @@ def test_chunked_loss_is_that_of_float64(softcap, scale, chunk):
     (3 * 0.25 * torch_cross_entropy(logits, targets_T, ignore_index=IGNORED, reduction="sum")).backward()
     for ours, theirs in ((x_TD.grad, wide_TD.grad), (model.embed.weight.grad, wide_VD.grad)):
         assert (ours - theirs).norm() / theirs.norm() < 1e-5
+
+
+@pytest.mark.parametrize("fmt", ["int8", "nf4", "int4"])
+def test_a_head_in_codes_gives_the_loss_and_gradient_of_what_it_stands_for(fmt):
+    """Embedding and head of a QLoRA base, in codes; beside the same numbers as floats."""
+    spec = small_spec(L=1, tied=False)
+    model = build_model(spec, qlora_weights("nf4", fmt), context=64)
+    dense = build_model(spec, WeightPlan(default="bf16"), context=64)
+    torch.manual_seed(2)
+    for name in ("embed", "lm_head"):
+        coded, plain = model.get_submodule(name), dense.get_submodule(name)
+        fill_rtn(coded, 0, torch.randn(V, 64) * 0.3, name=name)  # type: ignore[arg-type]
+        plain.weight.data.copy_(coded.dense_rows(0, V))  # type: ignore[union-attr]
+    for held in (model, dense):
+        held.get_parameter("final_norm.weight").data.fill_(1.0)
+    ids_T, targets_T = torch.randint(0, V, (50,)), torch.randint(0, V, (50,))
+    torch.testing.assert_close(model.embed.rows(ids_T), dense.embed.rows(ids_T))
+    found = []
+    for held in (model, dense):
+        x_TD = torch.randn(50, 64, generator=torch.Generator().manual_seed(3)).bfloat16().requires_grad_()
+        loss = chunked_loss(held, x_TD, cross_entropy(targets_T), scale=0.02, chunk=16)
+        loss.backward()
+        assert x_TD.grad is not None
+        found.append((float(loss.detach()), x_TD.grad.float()))
+    assert found[0][0] == pytest.approx(found[1][0], rel=2e-3)
+    assert (found[0][1] - found[1][1]).norm() / found[1][1].norm() < 1e-2
 
 
 def test_training_attention_and_norms_are_those_of_float64():

@@ -7,15 +7,20 @@ from itertools import pairwise, product
 
 import pytest
 
+from tradespace.build_training import build_model, prepare
 from tradespace.cost.training import PRODUCT_BYTES, activation_peak, fixed_lines, terms, train_ledger, with_segments
-from tradespace.errors import BudgetError
+from tradespace.errors import BudgetError, InputError
+from tradespace.lab.train_gpu_ours import draw
 from tradespace.measure.allocations import peak_allocated
 from tradespace.planner import training
 from tradespace.planner.training import Question, best_plan, plan_checkpointing
 from tradespace.spec.device_zoo import find_device
-from tradespace.spec.training import OPTIMIZERS, Segment, TrainPlan, every, trained
+from tradespace.spec.training import OPTIMIZERS, Segment, TrainPlan, every, parse_checkpointing, qlora_weights, trained
 from tradespace.spec.weights import WeightPlan
 from tradespace.spec.zoo import find_model
+from tradespace.train.data import Order
+from tradespace.train.loop import Limits, Trainer, next_token
+from tradespace.train.schedule import Schedule
 from tradespace.units import GiB
 from train.small import Hyper, Optimizer, plan_of, small_data, small_model, small_spec, small_trainer
 
@@ -98,6 +103,73 @@ def test_a_budget_too_small_says_what_fits():
     assert best_plan(Question(spec, device, round(need * 1.01), 2048, method="qlora")).fits
     with pytest.raises(BudgetError, match="--method qlora"):
         best_plan(Question(spec, device, 8 * GiB, 2048, method="full"))
+    # a command that has one method alone is not told another
+    with pytest.raises(BudgetError) as caught:
+        best_plan(Question(spec, device, 8 * GiB, 2048, method="full", only_method=True))
+    assert "--method" not in str(caught.value) and "--memory" in str(caught.value)
+
+
+def test_a_policy_that_does_not_fit_is_named():
+    """What was pinned is in the remedy, and without it the plan fits."""
+    spec, device = replace(find_model("llama-3.2-1b"), max_context=8192), find_device("h100-80gb")
+    question = Question(spec, device, 12 * GiB, 8192, batch=1, method="full", checkpointing=every(1, spec.L, "none"), weights="bf16")
+    with pytest.raises(BudgetError, match=r"Fits with .*without --checkpointing --weights"):
+        best_plan(question)
+    assert best_plan(replace(question, checkpointing=None, weights=None)).fits
+    # no sequence of this length fits under any policy: the longest that does is named
+    with pytest.raises(BudgetError, match=r"--context \d+") as caught:
+        best_plan(replace(question, checkpointing=None, context=131072, memory_bytes=14 * GiB, spec=replace(spec, max_context=131072)))
+    shorter = int(str(caught.value).split("--context ")[1].split()[0])
+    assert best_plan(replace(question, checkpointing=None, context=shorter, memory_bytes=14 * GiB)).fits
+
+
+def test_names_that_mean_nothing_are_refused_with_those_that_do():
+    question = Question(find_model("llama-3.2-1b"), find_device("h100-80gb"), 40 * GiB, 2048)
+    for changes, known in (
+        ({"method": "foo"}, "full, lora, qlora"),
+        ({"optimizer": "lion"}, "adamw, adamw8bit, adafactor, sgd"),
+        ({"weights": "int5"}, "int4"),
+    ):
+        with pytest.raises(InputError, match=known):
+            best_plan(replace(question, **changes))
+
+
+def test_an_8b_shape_learns_within_seven_and_a_half_gib():
+    """As the driver counts: context and an allocator's 3% in it. Embedding and head go to 8 bits, and the plan says so; with more room they stay."""
+    spec, device = replace(find_model("llama-3-8b"), max_context=2048), find_device("h100-80gb")
+    tight = best_plan(Question(spec, device, int(7.5 * GiB * 0.97), 2048, batch=1, method="qlora"))
+    assert tight.ledger.total_bytes <= 7.5 * GiB * 0.97
+    assert "embed int8, lm_head int8" in tight.plan.describe() and tight.plan.optimizer == "adamw"
+    roomy = best_plan(Question(spec, device, 12 * GiB, 2048, batch=1, method="qlora"))
+    assert "embed bf16, lm_head bf16" in roomy.plan.describe()
+    small = replace(find_model("llama-3.2-1b"), max_context=2048)
+    full = best_plan(Question(small, device, int(16 * GiB * 0.97), 2048, batch=4, method="full"))
+    assert full.plan.weights.default == "bf16" and full.plan.accumulation == 1
+
+
+@pytest.mark.parametrize("policy", ["none", "full"])
+def test_a_coded_head_is_priced(policy):
+    """QLoRA with embedding and head in int8, whose loss is the peak: within 5% of measured."""
+    spec = replace(small_spec(L=2, D=128, F=256, vocab=6000), max_context=512)
+    plan = TrainPlan(
+        model="small", method="qlora", weights=qlora_weights("nf4", "int8"), rank=4, context=256, micro_batch=2, loss_tokens=128,
+        checkpointing=parse_checkpointing(policy, 2),
+    )  # fmt: skip
+    model = build_model(spec, plan.weights, context=256)
+    draw(model)
+    parameters = prepare(model, plan, 0)
+    data = small_data(256, 6000, 4)
+    trainer = Trainer(
+        model=model, parameters=parameters, optimizer=Optimizer("adamw", parameters, Hyper(lr=1e-5)), data=data, order=Order(len(data), 2, 1, 0),
+        schedule=Schedule(lr=1e-5, steps=9), objective=next_token(128), limits=Limits(steps=9),
+    )  # fmt: skip
+    trainer.advance()
+    measured, predicted = peak_allocated(trainer.advance), activation_peak(spec, plan)[1]
+    assert 0.95 * (measured - PRODUCT_BYTES["bf16"]) < predicted < 1.05 * measured
+    lines = {line.name: line.bytes.value for line in fixed_lines(spec, plan)}
+    held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    assert lines["weights"] + lines["adapters"] == held
+    assert model.workspace is not None and lines["dequantizing"] == model.workspace.nbytes
 
 
 def test_segments_cover_what_they_say():

@@ -190,3 +190,51 @@ def test_killed_in_the_middle_it_goes_on(tmp_path):
     assert cut.losses == whole.losses
     want = _weights(whole)
     assert all(torch.equal(want[name], value) for name, value in _weights(cut).items())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"epochs": 0.0}, "--epochs 0.0"),
+        ({"epochs": math.inf}, "--epochs inf"),
+        ({"epochs": math.nan}, "--epochs nan"),
+        ({"lr": 0.0}, "--lr 0.0"),
+        ({"lr": math.nan}, "--lr nan"),
+        ({"steps": 0}, "--steps 0: at least 1"),
+        ({"save_every": 0}, "--save-every 0"),
+        ({"context": 1}, "--context 1: at least 2"),
+        ({"schedule": "stairs"}, "stairs"),
+        ({"fused": True, "clip": 1.0}, "--clip needs all gradients at once"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused_before_anything_runs(settings, message):
+    from tradespace.tuning_job import Settings
+
+    with pytest.raises(InputError, match=message):
+        Settings(**settings)
+
+
+def test_what_fails_before_its_first_checkpoint_leaves_nothing(tmp_path):
+    """A tokenizer made from bad data would be taken for the next run's."""
+    from tradespace.tuning import train
+    from tradespace.tuning_job import Settings
+
+    data = tmp_path / "line.txt"
+    data.write_text("one line")
+    for there in (False, True):
+        if there:
+            (tmp_path / "run").mkdir()
+        with pytest.raises(InputError, match="Give more text"):
+            train("layers=1,width=32,heads=2,vocab=300", [data], tmp_path / "run", settings=Settings(context=64))
+        assert (tmp_path / "run").exists() == there and (not there or not any((tmp_path / "run").iterdir()))
+
+
+def test_a_card_that_is_not_there_is_refused(tmp_path):
+    from tradespace.tuning import train
+    from tradespace.tuning_job import Settings
+
+    with pytest.raises(InputError, match=r"device cuda:7: this machine has \d CUDA devices\. Use --device cpu"):
+        train("layers=1,width=32,heads=2,vocab=300", [tmp_path / "text.txt"], tmp_path / "run", settings=Settings(device="cuda:7"))
+    with pytest.raises(InputError, match="takes at most 16 tokens"):
+        train("layers=1,width=32,heads=2,context=16", [tmp_path / "text.txt"], tmp_path / "run", settings=Settings(device="cpu", context=32))
+    assert not (tmp_path / "run").exists()

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from tradespace.cli import lab_cache, lab_claims
 from tradespace.cli.options import Json, console, print_json
+from tradespace.cli.training_options import parse_duration
 from tradespace.errors import InputError
 
 lab = typer.Typer(no_args_is_help=True, help="Measure, and keep the record.\n\nExample: tradespace lab run memory")
@@ -47,6 +48,8 @@ def run(
     quick: Annotated[bool, typer.Option("--quick", help="Fewer repeats and smaller grids: to see that it works, not to quote.")] = False,
     only: Annotated[list[str] | None, typer.Option("--only", help="Only this part of it (cpu-speed: decode, prefill, batch, start); the rest stays.")] = None,
     device: Annotated[str | None, typer.Option("--device", help="cpu or cuda, for experiments that run on either. Default: cpu.")] = None,
+    time_limit: Annotated[str | None, typer.Option("--time-limit", help="Such as 240s or 8m, for experiments that can be cut; what is done is kept.")] = None,
+    model: Annotated[str | None, typer.Option("--model", help="Name or path, for experiments that take one (distill-student: the teacher).")] = None,
     json: Json = False,
 ) -> None:
     """Run one experiment (or all) and write its record.
@@ -66,7 +69,10 @@ def run(
             notes.print(f"{experiment.name} left out: it needs a device of kind {experiment.on}. Alone: tradespace lab run {experiment.name}", style="dim")
             continue
         notes.print(f"{experiment.name}: {experiment.question} (about {experiment.minutes:g} minutes)", style="dim", soft_wrap=True)
-        record = experiment.run(quick=quick, say=lambda line: notes.print(escape(line), style="dim", soft_wrap=True), only=only or (), device=device)
+        record = experiment.run(
+            quick=quick, say=lambda line: notes.print(escape(line), style="dim", soft_wrap=True), only=only or (), device=device,
+            time_limit_s=parse_duration(time_limit), model=model,
+        )  # fmt: skip
         path = output / experiment.file
         if only and path.exists():
             record = experiment.joined(read_record(path), record, only)

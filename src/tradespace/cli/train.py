@@ -141,6 +141,8 @@ def _line(progress: Progress) -> str:
 
 
 def _show(found: Run, as_json: bool) -> None:
+    if found.rank:  # rank 0 speaks for all
+        return
     if as_json:
         print_json(found)
         return
@@ -156,5 +158,7 @@ def _show(found: Run, as_json: bool) -> None:
     )
     for line in found.ledger["lines"]:
         table.add_row(f"  {line['name']}", format_bytes(line["bytes"]))
+    for number, each in enumerate(found.ranks):
+        table.add_row(f"  rank {number}", f"{format_bytes(each['peak_bytes'])} at the peak, {format_bytes(each['predicted_bytes'])} predicted")
     table.add_row("time", format_seconds(found.seconds))
     console().print(table)

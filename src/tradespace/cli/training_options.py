@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tradespace.cli.options import Memory, Offline
+from tradespace.cli.options import Device, Memory, Offline
 from tradespace.errors import InputError
 
 if TYPE_CHECKING:
@@ -39,6 +39,13 @@ def settings_of(
     save_every: Annotated[int, typer.Option("--save-every", min=1, help="Steps between checkpoints; the last two are kept.")] = 100,
     time_limit: Annotated[str | None, typer.Option("--time-limit", help="Such as 90s, 30m or 2h: a checkpoint is written and the run ends.")] = None,
     memory: Memory = None,
+    device: Device = None,
+    data_parallel: Annotated[
+        int | None, typer.Option("--data-parallel", min=1, help="Ranks that share the batch and hold parts of everything (FSDP2); torchrun starts them.")
+    ] = None,
+    tensor_parallel: Annotated[
+        int | None, typer.Option("--tensor-parallel", min=1, help="Ranks that share heads and feed-forward; torchrun starts them. Default: 1.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --output, bit for bit.")] = False,
     offline: Offline = False,
 ) -> Settings:
@@ -48,7 +55,7 @@ def settings_of(
     return Settings(
         context=context, batch=batch, steps=steps, epochs=epochs, lr=lr, schedule=schedule, warmup=warmup, decay=decay, clip=clip, optimizer=optimizer,
         weights=weights, checkpointing=checkpointing, fused=fused, seed=seed, save_every=save_every, time_limit_s=parse_duration(time_limit), memory=memory,
-        resume=resume, offline=offline,
+        resume=resume, offline=offline, data_parallel=data_parallel, tensor_parallel=tensor_parallel, device=device,
     )  # fmt: skip
 
 

@@ -4,6 +4,9 @@ always     weights, adapters, gradients (none where the step is fused), optimize
 activations   what every layer keeps for the backward pass, by its checkpointing; counted tensor by tensor (`layer_kept`)
 peak       the worst of two kinds of moment: the loss (all that is kept, a chunk of logits and gradients by them), and the backward pass of each segment (what
            it and those before it keep, what is computed again, and the layer's own temporaries)
+
+Several ranks: all of this is one rank's. `spec` is then what a tensor rank builds (`spec.parallel.shard_spec`). Data ranks hold matrices, gradients and states
+in parts, embedding and head whole while a step runs ("gathered"), and layers whole while they run: part of the step.
 """
 
 from __future__ import annotations
@@ -19,9 +22,10 @@ from tradespace.spec.estimate import Estimate
 from tradespace.spec.formats import ELEMENT_BYTES, FORMATS
 from tradespace.spec.mixers import Attention
 from tradespace.spec.model import DenseFFN, LayerSpec, ModelSpec
+from tradespace.spec.parallel import held_shape, is_sharded
 from tradespace.spec.tensors import model_tensors
 from tradespace.spec.training import ADAPTED_ROLES, BY_LAYER, KINDS, OPTIMIZERS, Kind, Segment, TrainPlan, adapters, trained
-from tradespace.spec.weights import tile_elements, weight_bytes, workspace_shape
+from tradespace.spec.weights import FLOATS, tile_elements, tile_rows, weight_bytes, workspace_shape
 from tradespace.units import KiB
 
 CALLS_PER_LAYER = 90  # operations that Python starts, forward and backward
@@ -90,7 +94,18 @@ def loss_moment(spec: ModelSpec, plan: TrainPlan) -> int:
     e, T = element_bytes(plan), plan.tokens
     chunk = min(plan.loss_tokens, T)
     head = spec.V * spec.D * e if plan.method == "full" else 0
-    return rope_rows(spec, T, e) + T * spec.D * e * 3 + plan.logit_bytes * chunk * spec.V + chunk * spec.D * e + head
+    return rope_rows(spec, T, e) + T * spec.D * e * 3 + plan.logit_bytes * chunk * spec.V + chunk * spec.D * e + head + _coded_head(spec, plan, chunk)
+
+
+def _coded_head(spec: ModelSpec, plan: TrainPlan, chunk: int) -> int:
+    """A head in codes is decoded tile by tile: a tile's logits on their way to the others, and the gradient of the chunk's input."""
+    head = next(tensor for tensor in reversed(model_tensors(spec)) if tensor.role in ("lm_head", "embed"))
+    if plan.weights.format_of(head).name in FLOATS:
+        return 0
+    rows = tile_rows(spec.V, spec.D, tile_elements(plan.weights))
+    # on a device a single tile's logits are written where all are; the scaling of a row's product holds two copies in fp32 beside them
+    joined = chunk * rows * element_bytes(plan) if plan.weights.layout == "stored" or rows < spec.V else 0
+    return joined + chunk * spec.D * element_bytes(plan)
 
 
 @dataclass(frozen=True)
@@ -105,21 +120,40 @@ class Terms:
 
 @lru_cache(maxsize=256)
 def _largest_gradient(spec: ModelSpec, plan: TrainPlan) -> int:
-    """Of a layer's matrices; computed beside the buffer that it is added to."""
-    if plan.method != "full":
+    """Of a layer's matrices; computed beside the buffer that it is added to. Over data ranks it is that buffer, and counted in `layer_gathered`."""
+    if plan.method != "full" or plan.data_parallel > 1:
         return 0
     e = element_bytes(plan)
     return max(prod(tensor.shape) for tensor in model_tensors(spec) if tensor.layer >= 0) * e
+
+
+def _whole_bytes(spec: ModelSpec, plan: TrainPlan, layer: int) -> int:
+    """Of what data ranks hold in parts and gather, in a layer (-1: outside of the layers). 0 on one data rank."""
+    if plan.data_parallel == 1:
+        return 0
+    found = [tensor for tensor in model_tensors(spec) if tensor.layer == layer and is_sharded(tensor.role)]
+    return sum(plan.weights.nbytes(tensor) for tensor in found if plan.weights.format_of(tensor).name in FLOATS)
+
+
+@lru_cache(maxsize=256)
+def layer_gathered(spec: ModelSpec, plan: TrainPlan) -> tuple[int, ...]:
+    """By layer, what FSDP2 holds at the worst moment of its backward pass: its matrices, the next one's on their way, its gradients, and the ones of the layer
+    before it on their way to their ranks; nothing is on its way from before the last layer. A frozen base has no gradients."""
+    whole = [_whole_bytes(spec, plan, index) for index in range(spec.L)]
+    copies = [2 if plan.method != "full" else 3 if index == spec.L - 1 else 4 for index in range(spec.L)]
+    return tuple(count * size for count, size in zip(copies, whole, strict=True))
 
 
 def terms(spec: ModelSpec, plan: TrainPlan) -> Terms:
     """All terms of the plan's activations."""
     e, T, D = element_bytes(plan), plan.tokens, spec.D
     kept = tuple({kind: layer_kept(layer, D, T, e, kind) for kind in KINDS} for layer in spec.layers)
-    grad = _largest_gradient(spec, plan)
-    transient = tuple({kind: layer_transient(layer, D, T, e, grad, kind) for kind in BY_LAYER} for layer in spec.layers)
-    tied = spec.V * D * e if plan.method == "full" and spec.tied else 0
-    return Terms(kept, transient, loss_moment(spec, plan), tied + rope_rows(spec, T, e))
+    grad, gathered = _largest_gradient(spec, plan), layer_gathered(spec, plan)
+    transient = tuple({kind: layer_transient(layer, D, T, e, grad, kind) + gathered[index] for kind in BY_LAYER} for index, layer in enumerate(spec.layers))
+    # the head's gradient stays where the embedding's is added to it, or where both wait for the end of the backward pass
+    head = spec.V * D * e if plan.method == "full" and (spec.tied or plan.data_parallel > 1) else 0
+    last = _whole_bytes(spec, plan, spec.L - 1)  # as it was gathered
+    return Terms(kept, transient, loss_moment(spec, plan) + last, head + rope_rows(spec, T, e))
 
 
 def activation_peak(spec: ModelSpec, plan: TrainPlan, segments: Sequence[Segment] | None = None) -> tuple[int, int]:
@@ -154,6 +188,9 @@ def _embedding_moment(spec: ModelSpec, plan: TrainPlan) -> int:
         return 0
     e = element_bytes(plan)
     table = spec.V * spec.D * e
+    if plan.data_parallel > 1:  # both gradients whole, once more on their way to their ranks, and the part that comes back
+        tables = table * (1 if spec.tied else 2)
+        return max(2 * tables + tables // plan.data_parallel, table * 2) + _whole_bytes(spec, plan, 0) + plan.tokens * spec.D * e
     return table * (2 if spec.tied else 1) + plan.tokens * spec.D * e
 
 
@@ -196,6 +233,15 @@ def num_products(spec: ModelSpec, plan: TrainPlan) -> int:
     return 2 * len(shapes) + 6 * len({(each.rows, each.columns) for each in adapters(spec, plan.targets)})
 
 
+def _held_bytes(spec: ModelSpec, plan: TrainPlan) -> int:
+    """Weights that a data rank holds: rows of float matrices, codes and norms whole."""
+    total = 0
+    for tensor in model_tensors(spec):
+        fmt = plan.weights.format_of(tensor)
+        total += fmt.nbytes(held_shape(tensor, plan.data_parallel)) if fmt.name in FLOATS else plan.weights.nbytes(tensor)
+    return total
+
+
 def fixed_lines(
     spec: ModelSpec, plan: TrainPlan, device: DeviceSpec | None = None, *, data_bytes: int = 0, here_bytes: int | None = None
 ) -> tuple[TrainLine, ...]:
@@ -204,7 +250,10 @@ def fixed_lines(
     learns = trained(spec, plan)
     sizes = sum(prod(shape) * ELEMENT_BYTES[dtype] for _, shape, dtype in learns)
     optimizer = OPTIMIZERS[plan.optimizer]
-    lines = [TrainLine("weights", Estimate(weight_bytes(spec, plan.weights), "exact"), "Σ tensors in their formats")]
+    weights = weight_bytes(spec, plan.weights) if plan.data_parallel == 1 else _held_bytes(spec, plan)
+    lines = [TrainLine("weights", Estimate(weights, "exact"), "Σ tensors in their formats" + (", a rank's rows" if plan.data_parallel > 1 else ""))]
+    if plan.data_parallel > 1:
+        lines.append(TrainLine("gathered", Estimate(_whole_bytes(spec, plan, -1), "exact"), "embedding and head, whole while a step runs"))
     if plan.method != "full":
         lines.append(TrainLine("adapters", Estimate(sizes, "exact"), "4 · rank · (rows + columns) a linear"))
     lines.append(TrainLine("gradients", Estimate(0 if plan.fused else sizes, "exact"), "0: the step is fused" if plan.fused else "as what learns"))
@@ -275,6 +324,19 @@ def again_seconds(spec: ModelSpec, plan: TrainPlan, device: DeviceSpec, index: i
     return seconds
 
 
+def sum_seconds(spec: ModelSpec, plan: TrainPlan, device: DeviceSpec) -> float:
+    """What ranks send each other for a micro-batch: the stream four times a layer over tensor ranks; weights twice and gradients once over data ranks.
+    0 where the link is not known."""
+    link = device.peer_link_bytes_per_s
+    if link is None or not link.known or plan.ranks == 1:
+        return 0.0
+    t, d = plan.tensor_parallel, plan.data_parallel
+    streams = 4 * spec.L * plan.tokens * spec.D * element_bytes(plan) * 2 * (t - 1) / t
+    passes = 3 if plan.method == "full" else 2
+    weights = passes * sum(_whole_bytes(spec, plan, index) for index in range(-1, spec.L)) * (d - 1) / d
+    return (streams + weights) / link.require()
+
+
 def step_seconds(spec: ModelSpec, plan: TrainPlan, device: DeviceSpec) -> Estimate:
     """Seconds of one step: forward, backward (twice; once where weights do not learn), what is computed again, and the optimizer's traffic."""
     rate = device.flops_per_s(plan.weights.dense)
@@ -298,6 +360,7 @@ def step_seconds(spec: ModelSpec, plan: TrainPlan, device: DeviceSpec) -> Estima
     states = sum(OPTIMIZERS[plan.optimizer].state_bytes(shape, dtype) for _, shape, dtype in trained(spec, plan))
     bandwidth = device.read_bytes_per_s.require()
     calls = device.op_overhead_s.require() * CALLS_PER_LAYER * spec.L if device.op_overhead_s.known else 0.0
+    again += sum_seconds(spec, plan, device)
     again += calls * (1 + 0.5 * sum(segment.kind != "none" for segment in plan.checkpointing) / max(1, len(plan.checkpointing)))
     return Estimate(plan.accumulation * (compute + again + traffic / bandwidth) + 2.5 * states / bandwidth, "roofline")
 

@@ -123,7 +123,7 @@ class CudaWeight(nn.Module):
         from tradespace.kernels.linear.triton_rows import rows_linear
 
         weight = self.packed if expert is None else self.packed.part(expert * self.shape[-2], (expert + 1) * self.shape[-2])
-        if 0 < len(x_TC) <= cuda.FEW_ROWS:
+        if 0 < len(x_TC) <= cuda.FEW_ROWS and (self.scratch is not None or self.workspace is None):  # training has no scratch: it decodes for few rows, too
             if self.scratch is None:
                 raise EngineError(f"a product of few rows in {self.format_name} needs scratch for partial sums; give the weight one")
             if weight.layout.kind not in ("w8a8", "f8a8"):

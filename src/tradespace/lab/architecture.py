@@ -18,7 +18,7 @@ from tradespace.build_training import build_model
 from tradespace.kernels.view import Span, StepBatch
 from tradespace.kv.cache import KVCache
 from tradespace.lab.common import command_line, markdown_table
-from tradespace.lab.kept import go_on, kept, settings_of
+from tradespace.lab.kept import Clock, go_on, kept, settings_of
 from tradespace.lab.place import find_lab_device
 from tradespace.lab.training_text import book_tokens, digest, held_out_loss, scratch_trainer, shaped
 from tradespace.measure.record import Figure, Record, new_record
@@ -31,6 +31,7 @@ from tradespace.spec.weights import WeightPlan
 from tradespace.train.data import Document, Packed, pack
 from tradespace.train.initialise import init
 from tradespace.train.loop import Limits
+from tradespace.units import format_seconds
 
 VOCAB, CONTEXT = 1024, 128
 # all within 2% of the parameters of the first: 4 layers, width 128, 8 heads of 16, a feed-forward 3 times as wide
@@ -61,16 +62,17 @@ class Scale:
     clip: float = 1.0
 
 
-# about an hour of one thread; about ten minutes of a device
+# about an hour of one thread; a few minutes of a device, which takes large batches in the time of small ones
 SCALES = {
     "cpu": Scale(steps=1000, batch=8, lr=2e-3, chars=3_200_000),
-    "cuda": Scale(steps=1500, batch=64, lr=4e-3, chars=24_000_000),
+    "cuda": Scale(steps=600, batch=160, lr=4e-3, chars=25_000_000),
     "quick": Scale(steps=10, batch=8, lr=2e-3, chars=200_000, test_blocks=16),
 }
 
 
-def run(*, quick: bool, say: Callable[[str], None], device: str | None = None) -> Record:
-    """Trains every way under every seed, on the same blocks in the seed's order."""
+def run(*, quick: bool, say: Callable[[str], None], device: str | None = None, time_limit_s: float | None = None) -> Record:
+    """Trains every way under every seed, on the same blocks in the seed's order. Raises EngineError at the time limit: the same command goes on."""
+    clock = Clock(time_limit_s)
     place, described = find_lab_device(device)
     scale, seeds = (SCALES["quick"], SEEDS[:1]) if quick else (SCALES[place.type], SEEDS)
     train, held_out = book_tokens(VOCAB, scale.chars)
@@ -86,10 +88,10 @@ def run(*, quick: bool, say: Callable[[str], None], device: str | None = None) -
             )
 
             def learn(folder: Path, spec: ModelSpec = spec, seed: int = seed, settings: dict[str, Any] = settings) -> dict[str, float]:
-                return _trained(folder, spec, data, test, scale, seed, settings, place, say)
+                return _trained(folder, spec, data, test, scale, seed, settings, place, say, clock)
 
             found.append(kept("architecture", settings, learn))
-            say(f"{name}, seed {seed}: {found[-1]['loss']:.4f} nats")
+            say(f"{name}, seed {seed}: {found[-1]['loss']:.4f} nats, {found[-1]['seconds']:.1f} s; {format_seconds(clock.spent_s)} since the start")
         losses = [each["loss"] for each in found]
         figures[f"{name}: held-out loss"] = Figure.of(losses, "nats")
         rows.append(
@@ -110,12 +112,12 @@ def run(*, quick: bool, say: Callable[[str], None], device: str | None = None) -
 
 def _trained(
     folder: Path, spec: ModelSpec, data: Packed, test: Sequence[int], scale: Scale, seed: int, settings: dict[str, Any], place: torch.device,
-    say: Callable[[str], None],
+    say: Callable[[str], None], clock: Clock,
 ) -> dict[str, float]:  # fmt: skip
     trainer = scratch_trainer(spec, data, steps=scale.steps, batch=scale.batch, lr=scale.lr, seed=seed, warmup=scale.steps // 20, clip=scale.clip, device=place)
     trainer.settings, trainer.limits = settings, Limits(steps=scale.steps, save_every=200, clip=scale.clip)
     began = time.perf_counter()
-    first = go_on(trainer, folder, say)
+    first = go_on(trainer, folder, say, clock, every=200)
     seconds = (time.perf_counter() - began) * scale.steps / max(1, scale.steps - first)
     return {"loss": held_out_loss(trainer.model, test, CONTEXT, device=place), "seconds": seconds}
 

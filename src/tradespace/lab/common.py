@@ -14,8 +14,9 @@ from pathlib import Path
 
 from tradespace.errors import EngineError, InputError
 
-# The evaluation data lies beside a checkout and is no part of the package.
-DATA = Path(__file__).resolve().parents[4] / "shared" / "data"
+# The evaluation data lies beside a checkout, or in it, and is no part of the package.
+_BESIDE, _INSIDE = (Path(__file__).resolve().parents[number] / "shared" / "data" for number in (4, 3))
+DATA = _INSIDE if _INSIDE.is_dir() else _BESIDE
 SEED = 20231116
 
 

@@ -1,222 +1,263 @@
 """Experiment distill-student: a student of about 30 M parameters on SmolLM2's tokenizer learns books, once taught by SmolLM2-135M and once alone, from the same
-random weights over the same tokens; then both, and the taught one in int4, are read on held-out books.
-python -m tradespace.lab.distill_student --output results/distill_student.json [--teacher FILE.gguf] [--tokens FILE.npz] [--weights FOLDER]
+random weights over the same tokens in the same order; both, and the taught one in int4, are read on held-out books, and the engine's decode is timed.
+
+With a time limit both trainings get the same number of steps: as many as fit, by a measurement of either. Finished trainings are kept (`lab.kept`).
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 import time
-from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from math import exp, prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 
 from tradespace.build_training import build_model, fill, prepare
-from tradespace.errors import UnsupportedError
-from tradespace.formats import DenseWeight
-from tradespace.kernels.view import StepBatch, positions_of
-from tradespace.lab.common import data_file, markdown_table
-from tradespace.lab.training_text import held_out_loss, shaped
-from tradespace.loading.resolve import resolve
+from tradespace.errors import BudgetError
+from tradespace.lab.common import command_line, data_file, markdown_table
+from tradespace.lab.kept import Clock, folder_of, go_on, kept, settings_of
+from tradespace.lab.place import find_lab_device
+from tradespace.lab.student_reading import INT4, against_teacher, decode_speeds, rounded, written
+from tradespace.lab.training_text import digest, held_out_loss, shaped
+from tradespace.loading.resolve import ModelFiles, resolve
 from tradespace.loading.tokenizer import Tokenizer
-from tradespace.measure.record import Record, read_record
+from tradespace.measure.record import Figure, Record, new_record
 from tradespace.model.transformer import Transformer
-from tradespace.quantize.rtn import fill_rtn
 from tradespace.quantize.source import with_halves
+from tradespace.spec.model import ModelSpec
 from tradespace.spec.tensors import model_tensors
 from tradespace.spec.training import TrainPlan, every
 from tradespace.spec.weights import WeightPlan, weight_bytes
-from tradespace.train.data import Document, Order, pack
+from tradespace.train.data import Document, Order, Packed, pack
 from tradespace.train.distill import Distillation, distillation
 from tradespace.train.initialise import init
 from tradespace.train.loop import Limits, Objective, Trainer, next_token
 from tradespace.train.optimizer import Hyper, Optimizer
 from tradespace.train.schedule import Schedule
 from tradespace.tuning import opened
+from tradespace.units import format_seconds
 
 TEACHER = "smollm2-135m"
-SHAPE = "layers=10,width=320,heads=5,kv-heads=5,ffn=1024,vocab=49152,context=256"
-CONTEXT, BATCH, LR, SEED = 256, 64, 1e-3, 11
 CHOICE = Distillation(direction="forward", temperature=1.0, share=0.7)
-HELD_OUT_BLOCKS = 512
-INT4 = WeightPlan(default="int4-g64", exceptions={"embed": "bf16"})
+SEED = 11
+STUDENT = "student.safetensors"
+READING_S = 100.0  # kept back of a time limit: held-out text, int4, decode
 
 
-def run(*, quick: bool, say: Callable[[str], None]) -> Record:
-    """As an experiment. Raises UnsupportedError without a CUDA device: on a CPU it would take a day."""
-    import tempfile
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """How much is learned. steps: at the most; chars of the books are tokenized; loss_tokens: whose logits exist at once."""
 
-    if not torch.cuda.is_available():
-        raise UnsupportedError("this experiment needs a CUDA device, and torch sees none. The record that is shipped was made on an H100")
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "record.json"
-        main(["--output", str(path), *(["--steps", "20"] if quick else [])], say)
-        return read_record(path)
+    shape: str
+    steps: int
+    context: int
+    batch: int
+    lr: float
+    chars: int
+    test_blocks: int
+    loss_tokens: int
+    decay: float = 0.1
+    clip: float = 1.0
 
 
-def tokens_of_books() -> tuple[np.ndarray, np.ndarray]:
+LARGE = "layers=10,width=320,heads=5,kv-heads=5,ffn=1024"  # 30 M parameters with SmolLM2's vocabulary
+SCALES = {
+    "cuda": Scale(shape=LARGE, steps=2000, context=256, batch=64, lr=1e-3, chars=25_000_000, test_blocks=512, loss_tokens=4096),
+    "cpu": Scale(shape=LARGE, steps=200, context=128, batch=8, lr=1e-3, chars=2_000_000, test_blocks=64, loss_tokens=128),
+    "quick": Scale(shape="layers=2,width=64,heads=2,kv-heads=2,ffn=192", steps=20, context=32, batch=2, lr=1e-3, chars=40_000, test_blocks=4, loss_tokens=32),
+}
+
+
+def run(
+    *, quick: bool, say: Callable[[str], None], device: str | None = None, time_limit_s: float | None = None, model: str | None = None
+) -> Record:  # fmt: skip
+    """Trains both, reads both, and the taught one in int4. `model`: the teacher, by default SmolLM2-135M. Raises BudgetError for a limit that holds nothing."""
+    clock = Clock(time_limit_s)
+    place, described = find_lab_device(device)
+    scale = SCALES["quick" if quick else place.type]
+    files = resolve(model or TEACHER, offline=model is not None)
+    teacher = load_teacher(files, scale.context, place)
+    train, test = tokens_of_books(files, scale)
+    say(f"{len(train):,} tokens, {len(test):,} held out, in {format_seconds(clock.spent_s)}; teacher {Path(teacher.spec.name).name} on {described.name}")
+    spec, data = shaped(f"{scale.shape},vocab={teacher.spec.V},context={scale.context}"), pack([Document(train)], scale.context, source="pd-books")
+    objectives = {"taught": distillation(teacher, CHOICE, scale.loss_tokens), "alone": next_token(scale.loss_tokens)}
+    common = settings_of(**asdict(scale), teacher=digest_of(files), choice=asdict(CHOICE), seed=SEED, device=described.name, tokens=digest(train))
+    steps = _steps(spec, data, objectives, scale, common, place, clock, say)
+    rows = [_read("teacher", teacher, teacher, test, scale, place, say)]
+    students: dict[str, Transformer] = {}
+    for name, objective in objectives.items():
+        settings = {**common, "steps": steps, "student": name}
+
+        def learn(folder: Path, name: str = name, objective: Objective = objective, settings: dict[str, Any] = settings) -> Mapping[str, Any]:
+            say(f"{name}: {steps} steps of {scale.batch} × {scale.context} tokens")
+            return _trained(folder, spec, data, scale, steps, objective, settings, place, clock, say)
+
+        found = kept("distill-student", settings, learn)
+        students[name] = _student(spec, scale, folder_of("distill-student", settings) / STUDENT, place)
+        rows.append(_read(name, students[name], teacher, test, scale, place, say) | {"train_s": found["seconds"], "last_losses": found["losses"][-20:]})
+    int4 = rounded(students["taught"], INT4, scale.context, place)
+    rows.append(_read("taught, int4", int4, teacher, test, scale, place, say) | {"bytes": weight_bytes(spec, INT4)})
+    folder = folder_of("distill-student", {**common, "steps": steps, "student": "taught"})
+    dense, coded = written(students["taught"], files, folder)
+    models = {"teacher": str(files.weights[0]) if files.kind == "gguf" else str(files.folder), "taught": str(dense), "taught, int4": str(coded)}
+    rows += decode_speeds(models, place.type, scale.context, say)
+    notes = findings(rows, spec, scale, steps, Path(teacher.spec.name).name)
+    say(notes)
+    return new_record("distill-student", command=command_line(), device=described, repeats=1, figures=_figures(rows), rows=rows, notes=notes)
+
+
+def tokens_of_books(files: ModelFiles, scale: Scale) -> tuple[list[int], list[int]]:
     """(training, held-out) tokens of the books in the teacher's vocabulary."""
-    tokenizer = Tokenizer.from_files(resolve(TEACHER, offline=True))
+    tokenizer = Tokenizer.from_files(files)
     found = []
     for name in ("train.txt", "valid.txt"):
-        text = data_file("pd-books", name).read_text(encoding="utf-8")
+        text = data_file("pd-books", name).read_text(encoding="utf-8")[: scale.chars]
         pieces = [text[start : start + 500_000] for start in range(0, len(text), 500_000)]
-        found.append(np.concatenate([np.asarray(tokenizer.encode(piece, add_special_tokens=False), np.uint16) for piece in pieces]))
-    return found[0], found[1]
+        found.append(np.concatenate([np.asarray(tokenizer.encode(piece, add_special_tokens=False), np.int32) for piece in pieces]).tolist())
+    return found[0], found[1][: scale.test_blocks * scale.context]
 
 
-def load_teacher(name: str, device: torch.device) -> Transformer:
-    """In bf16."""
-    stored, source = opened(resolve(name, offline=True))
-    model = build_model(with_halves(stored), WeightPlan(default="bf16"), context=CONTEXT, device=device)
+def digest_of(files: ModelFiles) -> str:
+    """Name and bytes of a teacher's files: what tells one from another without reading them."""
+    return " ".join(f"{path.name}:{path.stat().st_size}" for path in files.weights)
+
+
+def load_teacher(files: ModelFiles, context: int, place: torch.device) -> Transformer:
+    """In bf16 on a device, else in fp32."""
+    stored, source = opened(files)
+    model = build_model(with_halves(stored), WeightPlan(default="bf16" if place.type == "cuda" else "fp32"), context=context, device=place)
     fill(model, source, stored)
     return model.eval()
 
 
-def taught(tokens: Sequence[int], steps: int, objective: Objective, device: torch.device, say: Callable[[str], None]) -> tuple[Transformer, Trainer, float]:
-    """A student after its steps, fp32 weights."""
-    spec = shaped(SHAPE)
-    weights = WeightPlan(default="bf16" if device.type == "cuda" else "fp32")
-    model = build_model(spec, weights, context=CONTEXT, device=device)
-    init(model, SEED)
-    plan = TrainPlan(model=spec.name, weights=weights, context=CONTEXT, micro_batch=BATCH, checkpointing=every(1, spec.L, "none"))
+def _student(spec: ModelSpec, scale: Scale, path: Path | None, place: torch.device) -> Transformer:
+    """With the weights in `path`, else as every student begins."""
+    model = build_model(spec, WeightPlan(default="bf16" if place.type == "cuda" else "fp32"), context=scale.context, device=place)
+    if path is None:
+        init(model, SEED)
+        return model
+    stored = load_file(path)
+    for name, parameter in model.named_parameters():
+        parameter.data.copy_(stored[name])
+    return model.eval()
+
+
+def _trainer(spec: ModelSpec, data: Packed, scale: Scale, steps: int, objective: Objective, settings: Mapping[str, Any], place: torch.device) -> Trainer:
+    model = _student(spec, scale, None, place)
+    plan = TrainPlan(model=spec.name, weights=model.plan, context=scale.context, micro_batch=scale.batch, checkpointing=every(1, spec.L, "none"))
     parameters = prepare(model, plan, SEED)
-    data = pack([Document(tokens)], CONTEXT, source="pd-books")
-    trainer = Trainer(
-        model=model, parameters=parameters, optimizer=Optimizer("adamw", parameters, Hyper(lr=LR, decay=0.1)), data=data,
-        order=Order(len(data), BATCH, 1, SEED), schedule=Schedule(lr=LR, steps=steps, warmup=steps // 20, shape="cosine"), objective=objective,
-        limits=Limits(steps=steps, clip=1.0), device=device,
+    return Trainer(
+        model=model, parameters=parameters, optimizer=Optimizer("adamw", parameters, Hyper(lr=scale.lr, decay=scale.decay)), data=data,
+        order=Order(len(data), scale.batch, 1, SEED), schedule=Schedule(lr=scale.lr, steps=steps, warmup=steps // 20, shape="cosine"), objective=objective,
+        limits=Limits(steps=steps, clip=scale.clip, save_every=500), device=place, settings=settings,
     )  # fmt: skip
-    began = time.perf_counter()
-    for step in range(steps):
-        report = trainer.advance()
-        if step % 100 == 99:
-            say(f"step {step + 1}: loss {report.loss:.3f}, {(step + 1) * BATCH * CONTEXT / (time.perf_counter() - began):,.0f} tok/s")
-    return model, trainer, time.perf_counter() - began
 
 
-@torch.no_grad()
-def against_teacher(model: Transformer, teacher: Transformer, tokens: Sequence[int], device: torch.device) -> tuple[float, float]:
-    """(share of positions whose likeliest token is the teacher's, mean KL divergence from the teacher in nats)."""
-    data = pack([Document(list(tokens))], CONTEXT)
-    same = divergence = count = 0.0
-    for start in range(0, len(data), 4):
-        micro = data.micro_batch(range(start, min(start + 4, len(data))), device)
-        batch = StepBatch.packed([span.length for span in micro.batch.spans], device=device)
-        positions = positions_of(batch.spans, device=device)
-        theirs, ours = (each.logits(each(micro.tokens_T, positions, batch)).log_softmax(dim=-1) for each in (teacher, model))
-        same += float((theirs.argmax(-1) == ours.argmax(-1)).sum())
-        divergence += float((theirs.exp() * (theirs - ours)).sum())
-        count += len(theirs)
-    return same / count, divergence / count
+def _trained(
+    folder: Path, spec: ModelSpec, data: Packed, scale: Scale, steps: int, objective: Objective, settings: Mapping[str, Any], place: torch.device,
+    clock: Clock, say: Callable[[str], None],
+) -> dict[str, Any]:  # fmt: skip
+    trainer = _trainer(spec, data, scale, steps, objective, settings, place)
+    began = time.monotonic()
+    first = go_on(trainer, folder, say, clock, every=100 if steps >= 200 else 10)
+    seconds = (time.monotonic() - began) * steps / max(1, steps - first)
+    save_file({name: parameter.detach().cpu().contiguous() for name, parameter in trainer.model.named_parameters()}, folder / STUDENT)
+    return {"seconds": seconds, "losses": trainer.losses}
 
 
-def coded(model: Transformer, device: torch.device) -> Transformer:
-    """The same in int4 by round to nearest, its embedding in bf16."""
-    found = build_model(model.spec, INT4, context=CONTEXT, device=device)
-    held = dict(model.named_parameters())
-    for tensor in model_tensors(model.spec):
-        stem, _, kind = tensor.name.rpartition(".")
-        module = found.get_submodule(stem)
-        if hasattr(module, "set_rows") and kind == "weight" and not isinstance(module, DenseWeight):
-            fill_rtn(module, 0, held[tensor.name].detach().float(), name=tensor.name)  # pyright: ignore[reportArgumentType]
-        else:
-            found.get_parameter(tensor.name).data.copy_(held[tensor.name])
-    return found.eval()
+def _steps(
+    spec: ModelSpec, data: Packed, objectives: Mapping[str, Objective], scale: Scale, common: Mapping[str, Any], place: torch.device, clock: Clock,
+    say: Callable[[str], None],
+) -> int:  # fmt: skip
+    """Steps that both trainings take: the scale's, or as many as fit in what is left. Kept, so that a run that goes on takes as many."""
+    if clock.left_s is None:
+        return scale.steps
+
+    def probe(folder: Path) -> dict[str, Any]:
+        seconds = {name: _seconds_of_a_step(_trainer(spec, data, scale, 100, objective, {}, place), place) for name, objective in objectives.items()}
+        left = (clock.left_s or 0.0) - READING_S
+        return {"steps": min(scale.steps, int(0.9 * left / sum(seconds.values())) // 10 * 10), "seconds": seconds}
+
+    found = kept("distill-student", {**common, "time_limit_s": clock.limit_s}, probe)
+    shown = ", ".join(f"{name} {1e3 * seconds:.0f} ms" for name, seconds in found["seconds"].items())
+    say(f"a step takes {shown}: {found['steps']} steps of each within the limit")
+    if found["steps"] < 10:
+        need = READING_S + 10 * sum(found["seconds"].values()) / 0.9 + clock.spent_s
+        raise BudgetError(f"10 steps of each take {format_seconds(need)}; {format_seconds(clock.limit_s or 0.0)} are allowed. Give --time-limit {need:.0f}s")
+    return found["steps"]
 
 
-def main(arguments: list[str], say: Callable[[str], None] = print) -> int:
-    """Trains both, reads both, and writes the record; with --weights the taught student's numbers, in pieces that a small mail takes."""
-    parser = argparse.ArgumentParser(description="a student with and without its teacher")
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--teacher", default=TEACHER)
-    parser.add_argument("--tokens", type=Path)
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--commit", default="unknown: no repository on this machine")
-    parser.add_argument("--weights", type=Path)
-    options = parser.parse_args(arguments)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if options.tokens:
-        with np.load(options.tokens) as stored:
-            train, held_out = stored["train"], stored["held_out"]
-    else:
-        train, held_out = tokens_of_books()
-    train, test = train.astype(np.int32).tolist(), held_out[: HELD_OUT_BLOCKS * CONTEXT].astype(np.int32).tolist()
-    if options.steps < 100:
-        train, test = train[: 200 * CONTEXT], test[: 4 * CONTEXT]
-    teacher = load_teacher(options.teacher, device)
-    rows: list[dict[str, Any]] = []
-
-    def read(name: str, model: Transformer, seconds: float, losses: Sequence[float]) -> None:
-        loss = held_out_loss(model, test, CONTEXT, device=device)
-        agreement, divergence = against_teacher(model, teacher, test, device)
-        nbytes = weight_bytes(model.spec, model.plan)
-        row = {"model": name, "loss": loss, "perplexity": exp(loss), "agreement": agreement, "kl": divergence, "bytes": nbytes, "seconds": seconds}
-        rows.append(row | {"last_losses": list(losses[-20:])})
-        say(f"{name}: perplexity {exp(loss):.2f}, agreement {agreement:.2%}, {divergence:.3f} nats, {nbytes:,} bytes, {seconds:.0f} s")
-
-    read("teacher", teacher, 0.0, ())
-    for name, objective in (("taught", distillation(teacher, CHOICE, 4096)), ("alone", next_token(4096))):
-        model, trainer, seconds = taught(train, options.steps, objective, device, say)
-        read(name, model.eval(), seconds, trainer.losses)
-        if name == "taught":
-            read("taught, int4", coded(model, device), 0.0, ())
-            if options.weights:
-                _pieces(model, options.weights)
-        del model, trainer
-    _write(options.output, rows, options.steps, options.commit, device)
-    return 0
+def _seconds_of_a_step(trainer: Trainer, place: torch.device, warm: int = 3, timed: int = 5) -> float:
+    began = 0.0
+    for number in range(warm + timed):
+        if number == warm:
+            if place.type == "cuda":
+                torch.cuda.synchronize()
+            began = time.monotonic()
+        trainer.advance()
+    if place.type == "cuda":
+        torch.cuda.synchronize()
+    return (time.monotonic() - began) / timed
 
 
-def _pieces(model: Transformer, folder: Path) -> None:
-    """All parameters one after the other in bf16, in files of 15 MB."""
-    folder.mkdir(parents=True, exist_ok=True)
-    flat = torch.cat([parameter.detach().to(torch.bfloat16).flatten().cpu() for parameter in model.parameters()]).view(torch.uint8).numpy().tobytes()
-    for number, start in enumerate(range(0, len(flat), 15_000_000)):
-        (folder / f"student.{number}.bin").write_bytes(flat[start : start + 15_000_000])
+def _read(
+    name: str, model: Transformer, teacher: Transformer, test: Sequence[int], scale: Scale, place: torch.device, say: Callable[[str], None]
+) -> dict[str, Any]:
+    loss = held_out_loss(model, test, scale.context, device=place)
+    agreement, divergence = against_teacher(model, teacher, test, scale.context, place)
+    say(f"{name}: perplexity {exp(loss):.2f}, agreement {agreement:.2%}, {divergence:.3f} nats from the teacher")
+    return {
+        "part": "quality",
+        "model": name,
+        "loss": loss,
+        "perplexity": exp(loss),
+        "agreement": agreement,
+        "kl": divergence,
+        "bytes": weight_bytes(model.spec, WeightPlan(default="bf16")),
+    }
 
 
-def _write(path: Path, rows: list[dict[str, Any]], steps: int, commit: str, device: torch.device) -> None:
-    where: dict[str, Any] = {"name": "cpu", "kind": "cpu"}
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(0)
-        where = {"name": properties.name, "kind": "cuda", "memory_bytes": properties.total_memory}
-    by_name = {row["model"]: row for row in rows}
-    better = by_name["taught"]["perplexity"] < by_name["alone"]["perplexity"] and by_name["taught"]["agreement"] > by_name["alone"]["agreement"]
-    count = sum(prod(tensor.shape) for tensor in model_tensors(shaped(SHAPE)))
-    notes = (
-        f"{count:,} parameters ({SHAPE}), {steps} steps of {BATCH} × {CONTEXT} tokens of pd-books, AdamW {LR}, cosine, decay 0.1, clip 1, seed {SEED}; teacher "
-        f"{TEACHER}, forward KL at temperature {CHOICE.temperature} for {CHOICE.share:.0%} of the loss. Taught is better on both: {'yes' if better else 'NO'}"
-    )
-    figures = {}
+def _figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Figure]:
+    found = {}
     for row in rows:
-        for key, unit in (("perplexity", "perplexity"), ("agreement", "share")):
-            figures[f"{row['model']}: {key}"] = {"median": row[key], "min": row[key], "max": row[key], "values": [row[key]], "unit": unit}
-    record = {
-        "schema": 1, "experiment": "distill-student", "command": "python -m tradespace.lab.distill_student --output results/distill_student.json",
-        "commit": commit, "dirty": False, "date": datetime.now(UTC).isoformat(timespec="seconds"), "device": where,
-        "versions": {"python": sys.version.split()[0], "torch": torch.__version__}, "repeats": 1, "figures": figures, "rows": rows, "notes": notes,
-    }  # fmt: skip
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        if row["part"] == "quality":
+            found[f"{row['model']}: perplexity"] = Figure.of([row["perplexity"]], "perplexity")
+            found[f"{row['model']}: agreement"] = Figure.of([row["agreement"]], "share")
+        elif "speeds" in row:
+            found[f"{row['model']} on {row['device']}: decode"] = Figure.of(row["speeds"], "tok/s")
+    return found
+
+
+def findings(rows: Sequence[Mapping[str, Any]], spec: ModelSpec, scale: Scale, steps: int, teacher: str) -> str:
+    """Both bars, and the recipe."""
+    by_name = {row["model"]: row for row in rows if row["part"] == "quality"}
+    taught, alone = by_name["taught"], by_name["alone"]
+    better = taught["perplexity"] < alone["perplexity"] and taught["agreement"] > alone["agreement"]
+    count = sum(prod(tensor.shape) for tensor in model_tensors(spec))
+    return (
+        f"Taught is better on both: {'yes' if better else 'NO'} (perplexity {taught['perplexity']:.2f} against {alone['perplexity']:.2f}, agreement "
+        f"{taught['agreement']:.1%} against {alone['agreement']:.1%}). {count:,} parameters ({scale.shape}), {steps} steps of {scale.batch} × {scale.context} "
+        f"tokens of pd-books, AdamW {scale.lr}, cosine, decay {scale.decay}, clip {scale.clip}, seed {SEED}; teacher {teacher}, forward KL at temperature "
+        f"{CHOICE.temperature} for {CHOICE.share:.0%} of the loss. int4: groups of 64, scales by least squared error, the embedding in int8"
+    )
 
 
 def markdown(record: Record) -> str:
-    """Perplexity, agreement and bytes of teacher and students."""
-    table = [
-        (row["model"], f"{row['perplexity']:.2f}", f"{row['agreement']:.1%}", f"{row['kl']:.3f}", f"{row['bytes'] / 1e6:.1f}", f"{row['seconds']:.0f}")
+    """Perplexity, agreement and bytes of teacher and students; their decode through the engine."""
+    quality = [
+        (row["model"], f"{row['perplexity']:.2f}", f"{row['agreement']:.1%}", f"{row['kl']:.3f}", f"{row['bytes'] / 1e6:.1f}", f"{row.get('train_s', 0):.0f}")
         for row in record.rows
+        if row["part"] == "quality"
     ]
+    speed = [(row["model"], row["device"], f"{row['tokens_per_s']:,.0f}", f"{row['weight_bytes'] / 1e6:.1f}") for row in record.rows if "tokens_per_s" in row]
+    refused = [f"{row['model']} on {row['device']} did not run: {row['not_run']}" for row in record.rows if "not_run" in row]
     header = ("model", "perplexity, held-out books", "same likeliest token", "KL to the teacher", "MB", "seconds of training")
-    return markdown_table(header, table) + f"\n\n{record.notes}."
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    parts = [markdown_table(header, quality)]
+    if speed:
+        parts.append(markdown_table(("model", "engine on", "decode, tok/s", "MB of weights"), speed, left=2))
+    return "\n\n".join([*parts, *refused, f"{record.notes}."])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
+from typing import Any
 
 from tradespace.errors import InputError
 from tradespace.lab.common import record_file
@@ -28,24 +29,42 @@ class Experiment:
     parts: tuple[str, ...] = ()
     on: str = "cpu"  # the kind of device that it needs
     anywhere: bool = False  # its `run` takes a `device` and runs on a CPU and on a card
+    timed: bool = False  # its `run` takes a `time_limit_s`, keeps what is finished, and goes on from there
+    of_model: bool = False  # its `run` takes a `model`, by name or path
 
     @property
     def file(self) -> str:
         """The record's name in its folder."""
         return record_file(self.name)
 
-    def run(self, *, quick: bool, say: Callable[[str], None], only: Sequence[str] = (), device: str | None = None) -> Record:
-        """Measures (with `only`, these parts), and returns the record. Raises InputError for a part or a device that it does not have."""
-        if device is not None and not self.anywhere:
-            able = ", ".join(experiment.name for experiment in EXPERIMENTS.values() if experiment.anywhere)
-            raise InputError(f"--device {device}: {self.name} runs on {self.on} alone. These run on either: {able}")
+    def run(
+        self,
+        *,
+        quick: bool,
+        say: Callable[[str], None],
+        only: Sequence[str] = (),
+        device: str | None = None,
+        time_limit_s: float | None = None,
+        model: str | None = None,
+    ) -> Record:
+        """Measures (with `only`, these parts), and returns the record. Raises InputError for a part, a device or an option that it does not have."""
+        given: dict[str, Any] = {}
+        for takes, flag, key, value in (
+            (self.anywhere, "device", "device", device),
+            (self.timed, "time-limit", "time_limit_s", time_limit_s),
+            (self.of_model, "model", "model", model),
+        ):
+            if takes:
+                given[key] = value
+            elif value is not None:
+                raise InputError(f"--{flag} {value}: {self.name} takes none. These do: {_takers(flag)}")
         for part in only:
             if part not in self.parts:
                 raise InputError(f"--only {part}: {self.name} has {', '.join(self.parts) or 'no parts'}")
         run = getattr(import_module(f"tradespace.lab.{self.module}"), self.runner)
-        if self.anywhere:
-            return run(quick=quick, say=say, device=device)
-        return run(quick=quick, say=say, only=tuple(only) or self.parts) if self.parts else run(quick=quick, say=say)
+        if self.parts:
+            given["only"] = tuple(only) or self.parts
+        return run(quick=quick, say=say, **given)
 
     def joined(self, before: Record, now: Record, only: Sequence[str]) -> Record:
         """`now`, a run of the parts `only`, with the other parts of an earlier record."""
@@ -58,6 +77,11 @@ class Experiment:
     def markdown(self, record: Record) -> str:
         """The table that the documentation shows."""
         return import_module(f"tradespace.lab.{self.module}").markdown(record)
+
+
+def _takers(flag: str) -> str:
+    taking = {"device": "anywhere", "time-limit": "timed", "model": "of_model"}[flag]
+    return ", ".join(experiment.name for experiment in EXPERIMENTS.values() if getattr(experiment, taking))
 
 
 MODELS = ("smollm2-135m", "gemma3-270m")
@@ -95,9 +119,27 @@ EXPERIMENTS: dict[str, Experiment] = {
             minutes=60,
             module="architecture",
             anywhere=True,
+            timed=True,
         ),
         Experiment(name="batch-size", question="how many tokens to a loss, by batch size?", minutes=10, module="batch_size"),
-        Experiment(name="distill-student", question="what does a teacher give a student?", minutes=6, module="distill_student", on="cuda"),
+        Experiment(
+            name="distill-student",
+            question="what does a teacher give a student?",
+            minutes=8,
+            module="distill_student",
+            on="cuda",
+            anywhere=True,
+            timed=True,
+            of_model=True,
+        ),
+        Experiment(
+            name="train-ledger",
+            question="does a training step take the bytes that its ledger says?",
+            minutes=3,
+            module="train_ledger",
+            anywhere=True,
+            timed=True,
+        ),
         Experiment(name="qlora-curve", question="does QLoRA learn as bitsandbytes + PEFT does?", minutes=6, module="qlora_curve"),
         Experiment(name="train-gpu", question="how fast does a GPU train, in how many bytes, beside its peers?", minutes=5, module="train_gpu", on="cuda"),
         Experiment(name="calibration", question="what do the cost model's measured constants come to here?", minutes=12, module="calibrate"),

@@ -14,25 +14,29 @@ from math import ceil
 
 from tradespace.cost.memory import compute_pool
 from tradespace.cost.training import Terms, TrainLedger, again_seconds, step_seconds, terms, train_ledger, with_segments
-from tradespace.errors import BudgetError, UnsupportedError
+from tradespace.errors import BudgetError, InputError, UnsupportedError
 from tradespace.spec import cuda
 from tradespace.spec.device import DeviceSpec
 from tradespace.spec.estimate import Estimate
+from tradespace.spec.formats import find_format
 from tradespace.spec.model import ModelSpec
-from tradespace.spec.training import BY_LAYER, KINDS, Segment, TrainPlan, best_k, every, qlora_weights, refusal, selective_refusal
+from tradespace.spec.parallel import shard_spec, split_refusal
+from tradespace.spec.training import BY_LAYER, KINDS, METHODS, OPTIMIZERS, Segment, TrainPlan, best_k, every, qlora_weights, refusal, selective_refusal
 from tradespace.spec.weights import TRAINING_LAYOUT, WeightPlan
 from tradespace.units import format_bytes
 
-# (method, base format, optimizer): what is learned with, from all parameters in fp32 states down to adapters over codes
+# (method, base format, optimizer, format of embedding and head; "": as the base): what is learned with, from all parameters in fp32 states down to adapters
+# over codes, embedding and head in 8 bits, too
 LADDER = (
-    ("full", "fp32", "adamw"),
-    ("full", "bf16", "adamw"),
-    ("full", "bf16", "adamw8bit"),
-    ("full", "bf16", "adafactor"),
-    ("lora", "fp32", "adamw"),
-    ("lora", "bf16", "adamw"),
-    ("qlora", "nf4", "adamw"),
-    ("qlora", "nf4", "adamw8bit"),
+    ("full", "fp32", "adamw", ""),
+    ("full", "bf16", "adamw", ""),
+    ("full", "bf16", "adamw8bit", ""),
+    ("full", "bf16", "adafactor", ""),
+    ("lora", "fp32", "adamw", ""),
+    ("lora", "bf16", "adamw", ""),
+    ("qlora", "nf4", "adamw", "bf16"),
+    ("qlora", "nf4", "adamw", "int8"),
+    ("qlora", "nf4", "adamw8bit", "int8"),
 )
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 
@@ -100,7 +104,8 @@ class TrainCandidate:
 
     @property
     def tokens_per_s(self) -> float:
-        return self.plan.tokens * self.plan.accumulation / self.seconds.require()
+        """Of all ranks together."""
+        return self.plan.data_parallel * self.plan.tokens * self.plan.accumulation / self.seconds.require()
 
     def to_dict(self) -> dict[str, object]:
         speed = self.tokens_per_s if self.seconds.known else None
@@ -117,6 +122,7 @@ class Question:
     context: int
     batch: int = 8
     method: str | None = None
+    only_method: bool = False  # the command has no other
     weights: str | None = None
     optimizer: str | None = None
     checkpointing: tuple[Segment, ...] | None = None
@@ -129,51 +135,72 @@ class Question:
     spare_bytes: int = 0  # what is taken beside the plan: a teacher, for instance
     spare_token_bytes: int = 0  # and of each token of a micro-batch: its teacher's last stream
     logit_bytes: int | None = None  # while the loss is computed; None: those of plain cross entropy
+    data_parallel: int = 1  # ranks; memory_bytes is each one's, batch all of theirs
+    tensor_parallel: int = 1
 
     def spare(self, plan: TrainPlan) -> int:
         """Bytes beside the plan."""
         return self.spare_bytes + plan.tokens * self.spare_token_bytes
 
 
-def rungs(question: Question) -> list[tuple[str, str, str]]:
+def rungs(question: Question) -> list[tuple[str, str, str, str]]:
     """The rungs of the ladder that were not excluded, a pinned format or optimizer in its place."""
     found = []
-    for method, fmt, optimizer in LADDER:
+    for method, fmt, optimizer, tables in LADDER:
         if question.method not in (None, method):
             continue
         if fmt == "fp32" and question.weights is None and question.device.kind == "cuda":
             continue
         fmt, optimizer = question.weights or fmt, question.optimizer or optimizer
-        if (method == "qlora") == (fmt in ("fp32", "bf16")):
+        if (method == "qlora") == (fmt in ("fp32", "bf16")) or not _over_ranks(question, method, optimizer):
             continue
-        if (method, fmt, optimizer) not in found:
-            found.append((method, fmt, optimizer))
+        if (method, fmt, optimizer, tables) not in found:
+            found.append((method, fmt, optimizer, tables))
     return found
 
 
+def _over_ranks(question: Question, method: str, optimizer: str) -> bool:
+    """Whether the question's ranks can learn so; what was asked for by name is refused later, with its reason."""
+    ranks = question.data_parallel * question.tensor_parallel
+    adapters = question.tensor_parallel > 1 and method != "full" and question.method is None
+    factored = ranks > 1 and optimizer == "adafactor" and question.optimizer is None
+    return not adapters and not factored
+
+
 def candidates(question: Question) -> list[TrainCandidate]:
-    """Every rung at every micro-batch, the fitting ones first; within a rung the fastest first."""
+    """Every rung at every micro-batch, the fitting ones first; within a rung the fastest first. Raises InputError for a name that means nothing."""
+    for what, name, known in (("method", question.method, METHODS), ("optimizer", question.optimizer, tuple(OPTIMIZERS))):
+        if name is not None and name not in known:
+            raise InputError(f"--{what} {name}: known are {', '.join(known)}")
+    if question.weights is not None:
+        find_format(question.weights)
     if (reason := refusal(question.spec)) is not None:
         raise UnsupportedError(f"{question.spec.name} cannot be trained yet: {reason}")
+    if (reason := split_refusal(question.spec, question.tensor_parallel)) is not None:
+        raise UnsupportedError(f"{question.spec.name}: {reason}")
+    batch, left = divmod(question.batch, question.data_parallel)
+    if left or not batch:
+        raise InputError(f"--batch {question.batch} cannot be shared by {question.data_parallel} data ranks. Give a multiple of {question.data_parallel}")
     found: list[tuple[int, TrainCandidate]] = []
-    for number, (method, fmt, optimizer) in enumerate(rungs(question)):
+    for number, (method, fmt, optimizer, tables) in enumerate(rungs(question)):
         weights = (
-            qlora_weights(fmt, "bf16", TRAINING_LAYOUT if question.device.kind == "cuda" and cuda.runs(fmt) else "stored")
+            qlora_weights(fmt, tables, TRAINING_LAYOUT if question.device.kind == "cuda" and cuda.runs(fmt) else "stored")
             if method == "qlora"
             else WeightPlan(default=fmt)
         )
         for micro in MICRO_BATCHES:
-            if micro > question.batch or question.batch % micro:
+            if micro > batch or batch % micro:
                 continue
-            accumulation = question.batch // micro
-            fused = accumulation == 1 and method == "full" if question.fused is None else question.fused
+            accumulation = batch // micro
+            can_fuse = accumulation == 1 and method == "full" and question.data_parallel == 1
+            fused = can_fuse if question.fused is None else question.fused
             if fused and accumulation > 1:
                 continue
             plan = TrainPlan(
                 model=question.spec.name, method=method, weights=weights, rank=question.rank, alpha=question.alpha, optimizer=optimizer, context=question.context,  # noqa: E501
                 micro_batch=micro, accumulation=accumulation, fused=fused, attention=question.attention, device=question.device.name,
                 memory_bytes=question.memory_bytes, loss_tokens=_loss_tokens(question.spec, question.context * micro, question.device),
-                logit_bytes=_logit_bytes(question),
+                logit_bytes=_logit_bytes(question), data_parallel=question.data_parallel, tensor_parallel=question.tensor_parallel,
             )  # fmt: skip
             found.append((number, _candidate(question, plan)))
     found.sort(key=lambda each: (not each[1].fits, each[0], each[1].seconds.value or 0.0))
@@ -196,7 +223,7 @@ def _loss_tokens(spec: ModelSpec, tokens: int, device: DeviceSpec) -> int:
 
 
 def _candidate(question: Question, plan: TrainPlan) -> TrainCandidate:
-    spec, device = question.spec, question.device
+    spec, device = shard_spec(question.spec, question.tensor_parallel), question.device
     bare = train_ledger(spec, with_segments(plan, every(1, spec.L, "none")), device, data_bytes=question.data_bytes, here_bytes=question.here_bytes)
     fixed = sum(line.bytes.require() for line in bare.lines if line.name not in ("activations", "step"))
     room = int(question.memory_bytes - question.spare(plan) - fixed)
@@ -218,12 +245,19 @@ def best_plan(question: Question) -> TrainCandidate:
     raise no_fit(question, found)
 
 
+def _over_more(question: Question) -> list[str]:
+    """The fewest data ranks, as devices of this kind, over which it would fit."""
+    for ranks in (2, 4, 8):
+        if question.batch % ranks == 0 and candidates(replace(question, data_parallel=ranks, fused=None))[0].fits:
+            return [f"--data-parallel {ranks} on as many devices"]
+    return []
+
+
 def no_fit(question: Question, found: Sequence[TrainCandidate]) -> Exception:
     """The error for a budget that holds nothing: the nearest plan, or the longest sequence that would fit."""
     if not found:
-        return UnsupportedError(
-            "these choices exclude each other: no method takes this base format. qlora takes nf4, int8, int4 …; full and lora bf16 and fp32"
-        )
+        asked = " ".join(f"--{name} {value}" for name, value in (("method", question.method), ("weights", question.weights)) if value is not None)
+        return UnsupportedError(f"{asked} exclude each other: qlora takes a base in nf4, int8, int4 …; full and lora one in bf16 or fp32")
     least = min(found, key=lambda each: each.ledger.total_bytes)
     need = least.ledger.total_bytes + question.spare(least.plan)
     remedies = []
@@ -234,10 +268,16 @@ def no_fit(question: Question, found: Sequence[TrainCandidate]) -> Exception:
         if shorter[0].fits:
             remedies.append(f"--context {context}")
             break
-    if question.method is not None:
-        freer = candidates(replace(question, method=None, weights=None, optimizer=None, checkpointing=None, fused=None))
+    pinned = [name for name in ("checkpointing", "weights", "optimizer") if getattr(question, name) is not None]
+    free = replace(question, **dict.fromkeys(pinned))
+    if pinned and candidates(free)[0].fits:
+        remedies.append("without " + " ".join(f"--{name}" for name in pinned))
+    elif question.method is not None and not question.only_method:
+        freer = candidates(replace(free, method=None))
         if freer[0].fits:
             remedies.append(f"--method {freer[0].plan.method}")
+    if question.data_parallel == question.tensor_parallel == 1 and not remedies and compute_pool(question.device) == "device":
+        remedies += _over_more(question)
     remedies.append(f"--memory {format_bytes(need * 1.01).replace(' ', '')}")
     message = (
         f"training {question.spec.name} needs {format_bytes(need)} at the least ({least.plan.describe()}); "

@@ -14,6 +14,7 @@ from tradespace.errors import InputError
 from tradespace.spec.attention import find_kernel
 from tradespace.spec.mixers import Attention
 from tradespace.spec.model import DenseFFN, LayerSpec, ModelSpec
+from tradespace.spec.parallel import held_shape
 from tradespace.spec.tensors import TensorSpec, model_tensors
 from tradespace.spec.weights import WeightPlan
 
@@ -143,6 +144,7 @@ class TrainPlan:
     weights       how the base is held: bf16 or fp32; for qlora its linears in nf4 (or int8, int4 …)
     context       tokens of a packed sequence; micro_batch sequences are computed at once, accumulation of them make a step
     fused         each parameter is updated as soon as its gradient is there, and the gradient forgotten: no gradients are held; needs accumulation 1
+    data_parallel, tensor_parallel  ranks (`spec.parallel`): micro_batch and accumulation are each rank's, memory_bytes too
     loss_tokens   tokens whose logits exist at once, each logit in logit_bytes (two fp32 copies; on a device one in bf16; beside a teacher's more)
     """
 
@@ -163,6 +165,8 @@ class TrainPlan:
     attention: str = "sdpa"
     device: str = "cpu"
     memory_bytes: int = 0
+    data_parallel: int = 1
+    tensor_parallel: int = 1
 
     def __post_init__(self):
         if self.method not in METHODS:
@@ -170,21 +174,31 @@ class TrainPlan:
         if self.optimizer not in OPTIMIZERS:
             raise InputError(f"unknown optimizer '{self.optimizer}'. Known: {', '.join(OPTIMIZERS)}")
         find_kernel(self.attention)
-        for name in ("rank", "context", "micro_batch", "accumulation", "loss_tokens"):
+        for name in ("rank", "context", "micro_batch", "accumulation", "loss_tokens", "data_parallel", "tensor_parallel"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; at least 1 is needed")
         if self.context < 2:
             raise InputError("a sequence of one token has nothing to predict. Give --context of at least 2")
         if self.fused and self.accumulation > 1:
             raise InputError("an optimizer step that is fused into the backward pass cannot wait for more micro-batches: accumulation must be 1")
+        if self.fused and self.data_parallel > 1:
+            raise InputError("a fused step has no gradient that could be summed over --data-parallel ranks. Give --no-fused")
+        if self.tensor_parallel > 1 and self.method != "full":
+            raise InputError(f"--method {self.method} over --tensor-parallel {self.tensor_parallel} ranks is not computed yet. Use --data-parallel")
+        if self.ranks > 1 and self.optimizer == "adafactor":
+            raise InputError("adafactor's rows and columns are those of whole matrices, and a rank has a part. Use --optimizer adamw, adamw8bit or sgd")
         if strange := [role for role in self.targets if role not in ADAPTED_ROLES]:
             raise InputError(f"no adapter stands beside {', '.join(strange)}. Known: {', '.join(ADAPTED_ROLES)}")
         if self.method == "full" and any(name not in ("fp32", "bf16") for name in self.weights.names):
             raise InputError(f"all weights are trained as floats: fp32 or bf16, not {self.weights.describe()}. Use --method qlora for coded ones")
 
     @property
+    def ranks(self) -> int:
+        return self.data_parallel * self.tensor_parallel
+
+    @property
     def tokens(self) -> int:
-        """Tokens that are computed at once."""
+        """Tokens that a rank computes at once."""
         return self.context * self.micro_batch
 
     def describe(self) -> str:
@@ -192,7 +206,9 @@ class TrainPlan:
         method = self.method if self.method == "full" else f"{self.method} r{self.rank}"
         batch = f"{self.micro_batch} × {self.context}" + (f" × {self.accumulation}" if self.accumulation > 1 else "")
         fused = " fused" if self.fused else ""
-        return f"{method} · {self.weights.describe()} · {self.optimizer}{fused} · {batch} tokens · {describe_segments(self.checkpointing)}"
+        axes = (("data", self.data_parallel), ("tensor", self.tensor_parallel))
+        ranks = "".join(f" · {count} {axis} ranks" for axis, count in axes if count > 1)
+        return f"{method} · {self.weights.describe()} · {self.optimizer}{fused} · {batch} tokens · {describe_segments(self.checkpointing)}{ranks}"
 
     def to_dict(self) -> dict[str, Any]:
         found = asdict(self)
@@ -225,9 +241,9 @@ def selective_refusal(layer: LayerSpec) -> str | None:
     return None if layer.arrangement in ("pre", "sandwich", "post") else f"a layer of the arrangement {layer.arrangement} is computed in one piece"
 
 
-def qlora_weights(fmt: str, dense: str = "bf16", layout: str = "stored") -> WeightPlan:
-    """A base whose linears are coded, with embedding and head as floats."""
-    return WeightPlan(default=fmt, exceptions=dict.fromkeys(("embed", "lm_head"), dense), layout=layout)
+def qlora_weights(fmt: str, tables: str = "bf16", layout: str = "stored") -> WeightPlan:
+    """A base whose linears are coded, with embedding and head in the format `tables`: as floats, or coded, too."""
+    return WeightPlan(default=fmt, exceptions=dict.fromkeys(("embed", "lm_head"), tables), layout=layout)
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,9 +279,9 @@ def _parts(layer: LayerSpec, tensor: TensorSpec) -> tuple[int, ...]:
 
 
 def trained(spec: ModelSpec, plan: TrainPlan) -> tuple[tuple[str, tuple[int, ...], str], ...]:
-    """(name, shape, dtype) of every parameter that is trained. Norms and adapters are fp32."""
+    """(name, shape, dtype) of every parameter that is trained, in shape what a data rank holds of it. Norms and adapters are fp32 and whole."""
     if plan.method == "full":
-        return tuple((tensor.name, tensor.shape, plan.weights.format_of(tensor).name) for tensor in model_tensors(spec))
+        return tuple((tensor.name, held_shape(tensor, plan.data_parallel), plan.weights.format_of(tensor).name) for tensor in model_tensors(spec))
     found = []
     for adapter in adapters(spec, plan.targets):
         found.append((f"{adapter.tensor}.lora_A.{adapter.part}", (plan.rank, adapter.columns), "fp32"))

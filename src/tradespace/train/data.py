@@ -61,6 +61,10 @@ class Packed:
     def num_tokens(self) -> int:
         return len(self.tokens)
 
+    def num_targets(self, blocks: Sequence[int]) -> int:
+        """Tokens of these blocks that the loss is on."""
+        return sum(int((self.targets[self.starts[block] : self.starts[block] + sum(self.cuts[block])] != IGNORED).sum()) for block in blocks)
+
     def micro_batch(self, blocks: Sequence[int], device: torch.device | str = "cpu") -> MicroBatch:
         """These blocks, one after the other."""
         rows = np.concatenate([np.arange(self.starts[block], self.starts[block] + sum(self.cuts[block])) for block in blocks])
@@ -142,19 +146,32 @@ def _whole(documents: Sequence[Document], context: int, source: str) -> Packed:
 
 @dataclass(frozen=True)
 class Order:
-    """Which blocks make up which step. Without `shuffle` they come as they lie; epochs follow each other without a gap."""
+    """Which blocks make up which step. Without `shuffle` they come as they lie; epochs follow each other without a gap.
+
+    micro_batch and accumulation are those of one of `ranks`, of which this is number `rank`: a step's blocks do not depend on how many share them.
+    """
 
     num_blocks: int
     micro_batch: int
     accumulation: int
     seed: int
     shuffle: bool = True
+    ranks: int = 1
+    rank: int = 0
+
+    @property
+    def blocks_per_step(self) -> int:
+        return self.micro_batch * self.accumulation * self.ranks
+
+    def all_blocks(self, step: int) -> list[int]:
+        """Of all ranks, in order."""
+        first = step * self.blocks_per_step
+        return [self._block(position) for position in range(first, first + self.blocks_per_step)]
 
     def blocks(self, step: int) -> list[tuple[int, ...]]:
-        """The micro-batches of a step, counted from 0."""
+        """This rank's micro-batches of a step, counted from 0."""
         size = self.micro_batch * self.accumulation
-        first = step * size
-        flat = [self._block(position) for position in range(first, first + size)]
+        flat = self.all_blocks(step)[self.rank * size : (self.rank + 1) * size]
         return [tuple(flat[start : start + self.micro_batch]) for start in range(0, size, self.micro_batch)]
 
     def _block(self, position: int) -> int:
@@ -163,7 +180,7 @@ class Order:
 
     @property
     def steps_per_epoch(self) -> int:
-        return max(1, self.num_blocks // (self.micro_batch * self.accumulation))
+        return max(1, self.num_blocks // self.blocks_per_step)
 
 
 _kept: dict[tuple[int, int, int], np.ndarray] = {}

@@ -6,20 +6,21 @@ import torch
 
 from tradespace.model.transformer import Transformer
 from tradespace.spec.tensors import model_tensors
+from tradespace.train.shards import Shards
 
 SIGMA = 0.02
 
 
 @torch.no_grad()
-def init(model: Transformer, seed: int) -> None:
-    """Fills every parameter: the same numbers for the same seed and shape, whatever the device and the dtype."""
+def init(model: Transformer, seed: int, shards: Shards | None = None) -> None:
+    """Fills every parameter: the same numbers for the same seed and shape, whatever the device, the dtype and the ranks (`shards`) that hold parts of them."""
     generator = torch.Generator().manual_seed(seed)
-    for tensor in model_tensors(model.spec):
-        parameter = model.get_parameter(tensor.name)
-        if tensor.role == "norm":
-            parameter.fill_(0.0 if tensor.name.endswith(".bias") else 1.0)
-        elif tensor.role == "bias":
-            parameter.zero_()
+    shards = shards or Shards(model.spec)
+    held = shards.find(model)
+    for tensor in model_tensors(shards.spec):
+        if tensor.role in ("norm", "bias"):
+            value = 1.0 if tensor.role == "norm" and not tensor.name.endswith(".bias") else 0.0
+            shards.put(held[tensor.name], tensor.name, torch.full(tensor.shape, value))
         else:
-            sigma = SIGMA / (2 * model.spec.L) ** 0.5 if tensor.role in ("attn_out", "down") else SIGMA
-            parameter.copy_(torch.randn(tensor.shape, generator=generator) * sigma)
+            sigma = SIGMA / (2 * shards.spec.L) ** 0.5 if tensor.role in ("attn_out", "down") else SIGMA
+            shards.put(held[tensor.name], tensor.name, torch.randn(tensor.shape, generator=generator) * sigma)

@@ -24,7 +24,9 @@ from tradespace.train import checkpoints
 from tradespace.train.data import MicroBatch, Order, Packed, batches
 from tradespace.train.loss import chunked_loss, cross_entropy
 from tradespace.train.optimizer import Optimizer
+from tradespace.train.ranks import ALONE, Ranks
 from tradespace.train.schedule import Schedule
+from tradespace.train.shards import Shards
 
 WINDOW = 20  # steps over which a loss is averaged before it is called diverging
 
@@ -82,6 +84,7 @@ class Trainer:
     fused: bool = False
     device: torch.device | str = "cpu"
     settings: Mapping[str, Any] = field(default_factory=dict)
+    shards: Shards | None = None  # where several ranks train: `parameters` are then what `shards.local` gave
     step: int = 0
     losses: list[float] = field(default_factory=list)
 
@@ -92,9 +95,20 @@ class Trainer:
         if self.fused:
             for key, parameter in self.parameters.items():
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(self._update_at_once(key)))
-        else:
+        elif self.shards is None:
             for parameter in self.parameters.values():
                 parameter.grad = torch.zeros_like(parameter)
+
+    @property
+    def ranks(self) -> Ranks:
+        return ALONE if self.shards is None else self.shards.ranks
+
+    def release(self) -> None:
+        """Gives the parameters back: no hooks, no gradients. Another trainer can take them."""
+        for hook in self._hooks:
+            hook.remove()
+        for parameter in self.parameters.values():
+            parameter.grad = None
 
     @property
     def gradient_bytes(self) -> int:
@@ -109,18 +123,20 @@ class Trainer:
         return update
 
     def advance(self) -> StepReport:
-        """One step. Raises EngineError, naming the batch, where loss or gradients are no numbers or the loss runs away."""
+        """One step. Raises EngineError, naming the batch, where loss or gradients are no numbers or the loss runs away: on every rank alike."""
         began, lr = time.perf_counter(), self.schedule.at(self.step)
         micros = list(batches(self.data, self.order, self.step, self.device))
-        targets = sum(micro.num_targets for micro in micros)
+        ranks = self.ranks
+        targets = self.data.num_targets(self.order.all_blocks(self.step))
         total, norm = 0.0, None
         for number, micro in enumerate(micros):
-            loss = self.objective(self.model, micro, 1.0 / max(1, targets))
+            # data ranks' gradients are averaged by FSDP, so each counts `data` times
+            loss = self.objective(self.model, micro, ranks.data / max(1, targets))
             # a fused step changes parameters on the way: it must know first. Otherwise a device is not waited for
-            value = float(loss.detach()) if self.fused else None
+            value = self._agreed(loss) if self.fused else None
             if value is None or math.isfinite(value):
                 loss.backward()
-            value = float(loss.detach()) if value is None else value
+            value = self._agreed(loss) if value is None else value
             if not math.isfinite(value):
                 raise EngineError(self._where(f"the loss is {value}", micro, number))
             total += value
@@ -133,14 +149,22 @@ class Trainer:
         self.losses.append(total)
         self.step += 1
         self._check_course(micros[0])
-        return StepReport(self.step, total, lr, sum(len(micro.tokens_T) for micro in micros), time.perf_counter() - began, norm)
+        return StepReport(self.step, total, lr, ranks.data * sum(len(micro.tokens_T) for micro in micros), time.perf_counter() - began, norm)
+
+    def _agreed(self, loss: Tensor) -> float:
+        """The loss over all ranks."""
+        return self.ranks.sum(float(loss.detach()), "data") / self.ranks.data
 
     def _slopes(self) -> list[Tensor]:
         return [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
 
     def _clip(self) -> float:
-        norms = torch._foreach_norm(self._slopes(), dtype=torch.float32)  # pyright: ignore[reportPrivateImportUsage]
-        norm = float(torch.stack(norms).norm())
+        if self.shards is not None:
+            self.shards.collect(self.parameters)
+            norm = self.shards.norm(self.parameters)
+        else:
+            norms = torch._foreach_norm(self._slopes(), dtype=torch.float32)  # pyright: ignore[reportPrivateImportUsage]
+            norm = float(torch.stack(norms).norm())
         if self.limits.clip and norm > self.limits.clip and math.isfinite(norm):
             for parameter in self.parameters.values():
                 assert parameter.grad is not None
@@ -164,8 +188,9 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------ whole runs
 
     def save(self, run: Path) -> Path:
-        """A checkpoint of now."""
-        return checkpoints.save(run, self.step, {"settings": dict(self.settings), "losses": self.losses}, self.parameters, self.optimizer.states)
+        """A checkpoint of now, of all ranks."""
+        state = {"settings": dict(self.settings), "losses": self.losses}
+        return checkpoints.save(run, self.step, state, self.parameters, self.optimizer.states, self.ranks)
 
     @torch.no_grad()
     def restore(self, checkpoint: checkpoints.Checkpoint) -> None:
@@ -175,7 +200,7 @@ class Trainer:
         if differs:
             shown = "; ".join(f"{key}: {theirs.get(key)} then, {ours.get(key)} now" for key in sorted(differs)[:3])
             raise InputError(f"--resume {checkpoint.folder}: the run was another one ({shown}). Give the same settings, or another --output")
-        trained, states = checkpoint.tensors()
+        trained, states = checkpoint.tensors(self.ranks)
         for key, parameter in self.parameters.items():
             parameter.data.copy_(trained[key])
             for name, tensor in self.optimizer.states[key].items():
@@ -185,13 +210,14 @@ class Trainer:
     def run(self, run: Path, *, on_step: Callable[[StepReport], None] = lambda report: None, say: Callable[[str], None] = lambda line: None) -> str:
         """Steps until the limits or an interrupt; a checkpoint every so often and at the end. Returns why it ended."""
         began, ended, saved = time.monotonic(), "finished", self.step
-        log_path = run / "log.jsonl"
-        truncate_log(log_path, self.step)
+        log_path = run / "log.jsonl" if self.ranks.leader else Path(os.devnull)
+        if self.ranks.leader:
+            truncate_log(log_path, self.step)
         self.model.train()
         with open(log_path, "a", encoding="utf-8") as log:
             try:
                 while self.step < self.limits.steps:
-                    if self.limits.time_s is not None and time.monotonic() - began >= self.limits.time_s:
+                    if self.limits.time_s is not None and self.ranks.any(time.monotonic() - began >= self.limits.time_s):
                         ended = "time limit"
                         break
                     report = self.advance()

@@ -110,7 +110,8 @@ def _adamw8_state(parameter: Tensor) -> State:
     return found
 
 
-TILE = 1 << 20  # parameters whose moments are fp32 at once
+# parameters whose moments are fp32 at once; a device, which starts some twenty kernels a tile, wants them larger
+TILES = {"cpu": 1 << 20, "cuda": 1 << 22}
 
 
 def _adamw8(held: Tensor, gradient: Tensor, state: State, hyper: Hyper, lr: float, number: int) -> None:
@@ -118,8 +119,9 @@ def _adamw8(held: Tensor, gradient: Tensor, state: State, hyper: Hyper, lr: floa
         _adamw(held, gradient, state, hyper, lr, number)
         return
     flat, slope = held.view(-1), gradient.reshape(-1)
-    for start in range(0, len(flat), TILE):
-        part = slice(start, min(start + TILE, len(flat)))
+    tile = TILES[held.device.type]
+    for start in range(0, len(flat), tile):
+        part = slice(start, min(start + tile, len(flat)))
         blocks = slice(start // BLOCK_8BIT, -(-part.stop // BLOCK_8BIT))
         coded_m = Coded(state["m_codes"][part], state["m_scales"][blocks], signed=True)
         coded_v = Coded(state["v_codes"][part], state["v_scales"][blocks], signed=False)

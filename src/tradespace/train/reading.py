@@ -6,6 +6,7 @@ A JSONL line is {"messages": [{"role": "user", "content": …}, {"role": "assist
 from __future__ import annotations
 
 import json
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,9 +15,11 @@ from tradespace.errors import InputError
 from tradespace.train.data import Document
 from tradespace.units import MiB, format_bytes
 
+JQ = "jq -c '.[]'"
 ROLES = ("system", "user", "assistant", "tool")
 MAX_LINE_BYTES = 4 * MiB  # of a JSONL file: one conversation
-PIECE_CHARS = 1 << 20  # of a text that are tokenized at once
+PIECE_CHARS = 1 << 18  # of a text that are tokenized at once: a tokenizer takes some 100 bytes for each
+UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 
 class TextTokenizer(Protocol):
@@ -55,26 +58,37 @@ def read_text(path: Path) -> str:
         raise InputError(f"--data {path}: {error.strerror}. Give a UTF-8 text or a .jsonl file") from error
     if not raw.strip():
         raise InputError(f"--data {path} is empty. Give a UTF-8 text, or a .jsonl file of conversations")
+    if raw.startswith(UTF16_MARKS):
+        raise InputError(f"--data {path} is UTF-16. Convert it, for example with iconv -f utf-16 -t utf-8")
     if (place := raw.find(b"\0")) >= 0:
         raise InputError(f"--data {path} is binary: a zero byte at {place}. Give a UTF-8 text, or a .jsonl file of conversations")
     try:
-        return raw.decode("utf-8")
+        return raw.decode("utf-8").removeprefix("\ufeff")  # the mark that some editors put first is no text
     except UnicodeDecodeError as error:
         raise InputError(f"--data {path} is not UTF-8: byte {error.start} is {raw[error.start]:#04x}. Convert it, for example with iconv -t utf-8") from None
 
 
 def _text(path: Path, text: str, tokenizer: TextTokenizer, end: int | None) -> Document:
-    ids: list[int] = []
+    ids = array("i")
     start = 0
-    while start < len(text):  # pieces end at a line's end, where no token of the usual tokenizers goes on
+    while start < len(text):  # pieces end at a line's end, or before a space, where no token of the usual tokenizers goes on
         stop = min(len(text), start + PIECE_CHARS)
-        if stop < len(text) and (line := text.rfind("\n", start, stop)) > start:
-            stop = line + 1
-        ids += tokenizer.encode(text[start:stop], add_special_tokens=not start)
+        if stop < len(text):
+            line, space = text.rfind("\n", start, stop), text.rfind(" ", start, stop)
+            stop = line + 1 if line > start else space if space > start else stop
+        ids.extend(_encoded(tokenizer, text[start:stop], str(path), special=not start))
         start = stop
     if end is not None:
         ids.append(end)
     return Document(ids, None, str(path))
+
+
+def _encoded(tokenizer: TextTokenizer, text: str, where: str, *, special: bool = True) -> list[int]:
+    """Token ids. Raises InputError that names the place of what is no text."""
+    try:
+        return tokenizer.encode(text, add_special_tokens=special)
+    except InputError as error:
+        raise InputError(f"{where}: {str(error).replace('the prompt', 'the text')}") from None
 
 
 def _conversations(path: Path, text: str, tokenizer: TextTokenizer, end: int | None) -> list[Document]:
@@ -91,6 +105,8 @@ def _conversations(path: Path, text: str, tokenizer: TextTokenizer, end: int | N
         try:
             value = json.loads(line)
         except (json.JSONDecodeError, RecursionError) as error:
+            if text.lstrip().startswith("["):
+                raise InputError(f"--data {path} is one JSON array over several lines. Write one conversation a line, for example with {JQ}") from None
             raise InputError(f"{where} is not JSON: {str(error)[:80]}. Write one conversation a line") from None
         found.append(_document(value, where, tokenizer, end))
     return found
@@ -98,7 +114,9 @@ def _conversations(path: Path, text: str, tokenizer: TextTokenizer, end: int | N
 
 def _document(value: Any, where: str, tokenizer: TextTokenizer, end: int | None) -> Document:
     if isinstance(value, dict) and isinstance(value.get("text"), str):
-        return Document([*tokenizer.encode(value["text"]), *([] if end is None else [end])], None, where)
+        return Document([*_encoded(tokenizer, value["text"], where), *([] if end is None else [end])], None, where)
+    if isinstance(value, list) and value and all(isinstance(each, dict) and ("messages" in each or "text" in each) for each in value):
+        raise InputError(f"{where} is an array of {len(value)} conversations. Write one a line, for example with {JQ}")
     messages = value.get("messages") if isinstance(value, dict) else value
     if not isinstance(messages, list) or not messages:
         raise InputError(
@@ -126,7 +144,7 @@ def learn_answers(messages: list[dict[str, str]], where: str, tokenizer: TextTok
         raise InputError(f'{where}: the model has no chat template. Give {{"text": …}} lines, or an instruction-tuned model')
     if not any(message["role"] == "assistant" for message in messages):
         raise InputError(f"{where}: no message has the role assistant, and the loss is on answers alone")
-    ids = tokenizer.encode(tokenizer.apply_chat_template(messages, add_generation_prompt=False), add_special_tokens=False)
+    ids = _encoded(tokenizer, tokenizer.apply_chat_template(messages, add_generation_prompt=False), where, special=False)
     learned = [False] * len(ids)
     for number, message in enumerate(messages):
         if message["role"] != "assistant":
