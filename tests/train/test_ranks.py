@@ -48,7 +48,9 @@ def torchrun(arguments: list[str], processes: int, *, ok: bool = True) -> str:
 def ranks(case: dict, folder: Path, processes: int) -> list[dict]:
     folder.mkdir(parents=True, exist_ok=True)
     if processes == 1:
-        done = subprocess.run([sys.executable, str(WORKER), json.dumps(case), str(folder)], env=environment(), capture_output=True, text=True, timeout=300, check=False)  # noqa: E501
+        done = subprocess.run(
+            [sys.executable, str(WORKER), json.dumps(case), str(folder)], env=environment(), capture_output=True, text=True, timeout=300, check=False
+        )
         assert done.returncode == 0, done.stderr
     else:
         torchrun([str(WORKER), json.dumps(case), str(folder)], processes)

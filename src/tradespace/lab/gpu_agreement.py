@@ -1,0 +1,116 @@
+"""Does the GPU engine compute what the CPU engine computes, from a real checkpoint, in every kind of weights and cache?
+
+SmolLM2's file is opened twice for each way: on the card, and on the CPU in torch's own operations, with the same formats of weights and cache. One window of
+held-out text is scored in both (large products, attention of whole prompts and chunks), then prompts are continued greedily (products of few rows, attention
+over pages, graphs). Activations are bf16 on the card and fp32 on the CPU, so log-probabilities agree to bf16's rounding and ties may fall the other way.
+
+`compute-sanitizer --tool memcheck python -m tradespace lab run gpu-agreement --quick` runs the kernels of a step under the checker of memory accesses.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tradespace.engine.request import SamplingParams
+from tradespace.errors import TradespaceError, UnsupportedError
+from tradespace.lab.agreement import token_window
+from tradespace.lab.common import command_line, markdown_table, read_text
+from tradespace.llm import LLM, open
+from tradespace.measure.record import Figure, Record, new_record
+
+WAYS = (
+    *((weights, "bf16") for weights in ("bf16", "int8", "fp8", "int4-g64", "int4-g64-zp", "nf4", "w8a8", "fp8-a8")),
+    *(("bf16", store) for store in ("int8", "fp8")),
+)
+QUICK = (("bf16", "bf16"), ("int8", "int8"), ("int4-g64", "fp8"), ("nf4", "bf16"), ("w8a8", "bf16"))
+POSITIONS, ANSWER = 384, 48
+PROMPTS = ("The capital of France is", "In the beginning", "Water boils when", "She opened the door and")
+MEAN_LIMIT = 0.03  # of a nat, the mean difference of a token's log-probability
+MEMORY = "6GiB"
+
+
+def scores(llm: LLM, ids: Sequence[int]) -> list[float]:
+    """The log-probability of each token of `ids` but the first."""
+    request = llm.engine.add(list(ids), SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0))
+    while not request.finished:
+        llm.engine.step()
+    if request.error is not None:
+        raise request.error
+    return [found.logprob for found in request.prompt_logprobs if found is not None]
+
+
+def answers(llm: LLM, tokens: int) -> list[tuple[int, ...]]:
+    """Greedy continuations of PROMPTS, all at once."""
+    done = llm.generate(list(PROMPTS), SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True))
+    return [completion.output_ids for completion in done]
+
+
+def compared(model: str, weights: str, store: str, positions: int, tokens: int) -> dict[str, Any]:
+    """One way on both devices."""
+    found: dict[str, tuple[list[float], list[tuple[int, ...]]]] = {}
+    for device in ("cuda", "cpu"):
+        attention = "sdpa" if device == "cpu" else None
+        llm = open(model, memory=MEMORY, context=1024, concurrency=4, weights=weights, kv_store=store, device=device, attention=attention)
+        try:
+            ids = token_window(llm.tokenizer, read_text("pd-books", "valid.txt"), positions)
+            found[device] = scores(llm, ids), answers(llm, tokens)
+        finally:
+            llm.close()
+            gc.collect()
+    differences = [abs(a - b) for a, b in zip(found["cuda"][0], found["cpu"][0], strict=True)]
+    same = [next((n for n, (a, b) in enumerate(zip(x, y, strict=True)) if a != b), len(x)) for x, y in zip(found["cuda"][1], found["cpu"][1], strict=True)]
+    mean = statistics.fmean(differences)
+    return {
+        "weights": weights,
+        "store": store,
+        "mean": mean,
+        "worst": max(differences),
+        "loss_cuda": -statistics.fmean(found["cuda"][0]),
+        "loss_cpu": -statistics.fmean(found["cpu"][0]),
+        "same_tokens": sum(same),
+        "tokens": tokens * len(PROMPTS),
+        "holds": mean <= MEAN_LIMIT,
+    }
+
+
+def run(*, quick: bool, say: Callable[[str], None], model: str | None = None) -> Record:
+    """Every way; one that fails is a row that says why. Raises UnsupportedError without a CUDA device."""
+    import torch
+
+    from tradespace.llm_cuda import device_spec
+
+    if not torch.cuda.is_available():
+        raise UnsupportedError("gpu-agreement compares a CUDA device with the CPU, and torch sees no such device")
+    model, rows = model or "smollm2-135m", []
+    for weights, store in QUICK if quick else WAYS:
+        try:
+            row = compared(model, weights, store, 96 if quick else POSITIONS, 8 if quick else ANSWER)
+            say(f"{weights}, cache {store}: {row['mean']:.4f} of a nat apart, {row['same_tokens']} of {row['tokens']} tokens before the first that differs")
+        except TradespaceError as error:
+            row = {"weights": weights, "store": store, "error": str(error), "holds": False}
+            say(f"{weights}, cache {store}: {error}")
+        rows.append(row)
+    figures = {f"{row['weights']}, cache {row['store']}: mean difference": Figure.of([row["mean"]], "nat") for row in rows if "mean" in row}
+    notes = f"{sum(row['holds'] for row in rows)} of {len(rows)} ways hold {MEAN_LIMIT} of a nat. {'Quick: short texts. ' if quick else ''}Model: {model}"
+    return new_record("gpu-agreement", command=command_line(), device=device_spec(0), repeats=1, figures=figures, rows=rows, notes=notes)
+
+
+def markdown(record: Record) -> str:
+    """A line a way."""
+    rows = [
+        (row["weights"], row["store"], row["error"], "", "", "no")
+        if "error" in row
+        else (
+            row["weights"],
+            row["store"],
+            f"{row['mean']:.4f}",
+            f"{row['loss_cuda']:.4f} / {row['loss_cpu']:.4f}",
+            f"{row['same_tokens']} of {row['tokens']}",
+            "yes" if row["holds"] else "no",
+        )
+        for row in record.rows
+    ]
+    return markdown_table(("weights", "cache", "mean difference, nat", "loss GPU / CPU", "equal tokens", "holds"), rows) + f"\n\n{record.notes}"
