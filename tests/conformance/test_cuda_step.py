@@ -76,11 +76,13 @@ def test_logits_are_those_of_the_reference(spec, weights, store, tolerance):
     with torch.inference_mode():
         expected = reference.logits(reference.forward(ids, torch.arange(78), StepBatch.packed([78])))
         other = reference.logits(reference.forward(ids[:2], torch.arange(2), StepBatch.packed([2])))
+        step.run(inputs([Span(0, 68, 68, BLOCKS)], tokens[:68], []), decodes=False)  # a chunk of which nothing is sampled can still be scored
+        scored_RV = step.logits_of(torch.tensor([3, 66])).clone()
         found = [step.run(inputs([Span(0, 68, 68, BLOCKS)], tokens[:68], [67]), decodes=False)[0].clone()]
         step.run(inputs([Span(0, 1, 1, (7,))], tokens[:1], [0]), decodes=True)
         two = step.run(inputs([Span(0, 1, 2, (7,)), Span(1, 9, 77, BLOCKS)], [tokens[1], *tokens[68:77]], [0, 9], singles=1), decodes=False).clone()
         found += [two[1], step.run(inputs([Span(0, 1, 78, BLOCKS)], tokens[77:], [0]), decodes=True)[0].clone(), two[0]]
-    for logits_V, expected_V in zip(found, (*expected[[67, 76, 77]], other[1]), strict=True):
+    for logits_V, expected_V in zip([*scored_RV, *found], (*expected[[3, 66, 67, 76, 77]], other[1]), strict=True):
         off = float((logits_V - expected_V).abs().max() / expected_V.abs().max())
         assert off <= tolerance, off
 

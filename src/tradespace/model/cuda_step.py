@@ -148,9 +148,9 @@ class DeviceStep:
         squares = self._few(h_TD, x_TD, inputs, decodes=decodes) if few else None
         if not few:
             self._many(h_TD, x_TD, inputs, decodes=decodes)
+        self._last = x_TD, squares
         if R == 0:
             return self.logits_RV[:0]
-        self._last = x_TD, squares
         return self._head(x_TD, squares) if decodes else self.logits_of(inputs.rows_R)
 
     def logits_of(self, rows_R: Tensor) -> Tensor:

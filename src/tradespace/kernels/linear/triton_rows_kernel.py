@@ -122,7 +122,7 @@ def product(acc, up, x, codes, scale, zero, nested, table, offset, begin, end, r
         if EVEN or not PLAIN:
             w = tl.load(codes + first[:, None] + place[None, :] + index * step)
         else:
-            w = tl.load(codes + first[:, None] + place[None, :] + index * step, mask=known, other=0)
+            w = tl.load(codes + first[:, None] + place[None, :] + index * step, mask=known, other=0 if KIND == "w8a8" else 0.0)
         x0 = run_of(x, t, start + place, num_tokens, num_columns, x_stride, EVEN)
         x1 = x0
         x2 = x0
@@ -138,7 +138,7 @@ def product(acc, up, x, codes, scale, zero, nested, table, offset, begin, end, r
             if EVEN or not PLAIN:
                 w = tl.load(codes + above[:, None] + place[None, :] + index * step)
             else:
-                w = tl.load(codes + above[:, None] + place[None, :] + index * step, mask=known, other=0)
+                w = tl.load(codes + above[:, None] + place[None, :] + index * step, mask=known, other=0 if KIND == "w8a8" else 0.0)
             up = met(up, w, x0, x1, x2, x3, scale, zero, nested, table, offset, upper, index * GROUPS, scale_stride, first_row, num_groups, KIND, BYTES,
                      NESTED, ZERO, GROUPS, FAST, TYPE)  # fmt: skip
     return acc, up

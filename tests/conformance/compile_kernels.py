@@ -1,0 +1,99 @@
+"""Compiles the kernels of a step for an H100, which needs no card: what the interpreter lets pass and the compiler does not (`test_triton_compiles.py`)."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from tradespace.kernels.attention.triton_paged_decode import decode_kernel
+from tradespace.kernels.linear.triton_rows_kernel import rows_kernel
+
+CODES = {"bf16": "*bf16", "w8a8": "*i8", "f8a8": "*fp8e4nv"}  # of weights; the others come as pairs
+KINDS = ("bf16", "int8", "fp8", "int4", "nf4", "w8a8", "f8a8")
+FLOATS = ("scale", "squares", "partial", "next_squares", "x_scale", "nested", "table", "offset", "sums")
+WORDS = ("zero", "counters", "tables", "lengths", "key_scales", "value_scales")
+
+
+def compile_for_h100(kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int, stages: int) -> None:
+    """Names that are no constants: pointers to bf16 unless `types` or the lists above say otherwise; "eps", "scale" and "cap" alone fp32; numbers i32."""
+    names, signature = kernel.arg_names, {}
+    for name in names:
+        signature[name] = "constexpr" if name in constants else types.get(name, "i32")
+    divisible = {(names.index(name),): [["tt.divisibility", 16]] for name, kind in signature.items() if kind.startswith("*") or name.endswith("_stride")}
+    source = ASTSource(kernel, signature, constexprs={(names.index(name),): value for name, value in constants.items()}, attrs=divisible)
+    triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "num_stages": stages, "launch_pdl": True})
+
+
+def rows(kind: str, *, whole: bool, tokens: int) -> None:
+    """A product: `whole`: gated, after a norm, columns that are whole tiles; else with residual and what the next norm needs, columns that are not."""
+    numbers = CODES.get(kind, "*i16")
+    pointers = dict.fromkeys(("x", "bias", "residual", "out", "next_weight", "next_x"), "*bf16")
+    types = pointers | dict.fromkeys(FLOATS, "*fp32") | dict.fromkeys(WORDS, "*i32") | {"codes": numbers, "eps": "fp32"}
+    types |= {"x": {"w8a8": "*i8", "f8a8": "*fp8e4nv"}.get(kind, "*bf16"), "scale": "*i32" if kind in ("int4", "nf4") else "*fp32"}
+    constants = {
+        "KIND": kind,
+        "BYTES": {"int4": 2, "nf4": 1}.get(kind, 0),
+        "NESTED": 256 if kind == "nf4" else 1,
+        "ZERO": kind == "int4" and not whole,
+        "GROUPS": 2 if kind == "int4" and whole else 1,
+        "M": tokens,
+        "N": 64,
+        "K": 64 if kind in ("int4", "nf4") else 128,
+        "SPLIT": not whole,
+        "GATED": "silu" if whole else "none",
+        "BIAS": not whole,
+        "RESIDUAL": not whole,
+        "SQUARES": 32 if whole else 0,
+        "NEXT": 0 if whole else 1,
+        "EVEN": whole,
+        "FAST": True,
+        "TYPE": tl.bfloat16,
+        "STAGES": 2,
+        "PDL": True,
+    }
+    compile_for_h100(rows_kernel, types, constants, 4, 2)
+
+
+def decode(code: str) -> None:
+    """Attention of one query a sequence over a store of this code, split, with sinks and a window."""
+    held = "*bf16" if code == "plain" else "*i16"
+    types = {"q": "*bf16", "out": "*bf16", "sinks": "*bf16", "keys": held, "values": held, "partial": "*fp32", "scale": "fp32", "cap": "fp32"}
+    types |= dict.fromkeys(WORDS, "*i32") | {"sums": "*fp32"}
+    half = 1 if code == "plain" else 2
+    constants = {
+        "G": 3,
+        "GP": 16,
+        "H": 64,
+        "HV": 64,
+        "HP": 64 // half,
+        "HVP": 64 // half,
+        "N": 32,
+        "P": 16,
+        "LEAST": 512,
+        "CODE": code,
+        "PAIRED": code == "int8",
+        "SPLIT": 8,
+        "GROUP": 4,
+        "WINDOW": 1,
+        "SOFTCAP": False,
+        "SINKS": True,
+        "FAST": True,
+        "PRECISION": "tf32",
+        "STAGES": 2,
+        "PDL": True,
+    }
+    compile_for_h100(decode_kernel, types, constants, 2, 2)
+
+
+if __name__ == "__main__":
+    for kind, (whole, tokens) in itertools.product(KINDS, ((True, 64), (False, 8))):
+        rows(kind, whole=whole, tokens=tokens)
+        print("rows", kind, whole, tokens, flush=True)
+    for code in ("plain", "int8", "fp8"):
+        decode(code)
+        print("decode", code, flush=True)
