@@ -1,4 +1,4 @@
-"""Compiles the kernels of a step for an H100, which needs no card: what the interpreter lets pass and the compiler does not (`test_triton_compiles.py`)."""
+"""Compiles the kernels of a step for an H100, which needs no card: what the interpreter lets pass and the compiler does not."""
 
 from __future__ import annotations
 
