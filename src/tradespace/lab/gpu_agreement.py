@@ -95,8 +95,6 @@ def run(*, quick: bool, say: Callable[[str], None], model: str | None = None) ->
         rows.append(row)
     figures = {f"{row['weights']}, cache {row['store']}: mean difference": Figure.of([row["mean"]], "nat") for row in rows if "mean" in row}
     notes = f"{sum(row['holds'] for row in rows)} of {len(rows)} ways have the same loss within {LOSS_LIMIT:.1%}. {model}{', short texts' if quick else ''}"
-        f"{sum(row['holds'] for row in rows)} of {len(rows)} ways have the same loss within {LOSS_LIMIT:.1%}. {'Quick: short texts. ' if quick else ''}{model}"
-    )
     return new_record("gpu-agreement", command=command_line(), device=device_spec(0), repeats=1, figures=figures, rows=rows, notes=notes)
 
 
