@@ -170,9 +170,7 @@ def _told_of_a_full_disk(out: Path) -> Iterator[None]:
         raise InputError(f"the disk is full ({error.strerror}); {out} was not written. Free some space. {kept}") from error
 
 
-def _refuse_idle(
-    method: Method, *, budget: bool, group_size: int | None, embed: str | None, formats: Sequence[str] | None, alpha: float | None
-) -> None:
+def _refuse_idle(method: Method, *, budget: bool, group_size: int | None, embed: str | None, formats: Sequence[str] | None, alpha: float | None) -> None:
     """Raises InputError for what was given and would change nothing."""
     if budget and group_size is not None:
         raise InputError(f"--group-size {group_size} goes with --format. A budget is spent on formats that say their groups: --formats int3-g64,int4-g64,int8")

@@ -52,8 +52,9 @@ def test_longrope_has_the_factors_of_its_context(trained, tmp_path):
     config["rope_parameters"]["original_max_position_embeddings"] = config["original_max_position_embeddings"] = trained
     config["max_position_embeddings"] = 1024
     (tmp_path / "hub" / "config.json").write_text(json.dumps(config))
-    write(str(tmp_path / "hub"), tmp_path / "out.gguf", "fp32")
-    found = {context: divergence(tmp_path / "out.gguf", reread(tmp_path / "out.gguf", max_context=context), tokens_of(60).tolist()) for context in (64, 256, 1024)}
+    path, tokens = tmp_path / "out.gguf", tokens_of(60).tolist()
+    write(str(tmp_path / "hub"), path, "fp32")
+    found = {context: divergence(path, reread(path, max_context=context), tokens) for context in (64, 256, 1024)}
     same, other = (64, 1024) if trained == 512 else (1024, 64)
     assert max(found[256].mean_kl, found[same].mean_kl) <= KL_BAR["F32"] < 100 * KL_BAR["F32"] < found[other].mean_kl
 

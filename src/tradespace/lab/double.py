@@ -22,6 +22,8 @@ from tradespace.model.layer import AttentionMixer, Layer
 from tradespace.model.parts import Norm
 from tradespace.model.transformer import Transformer
 
+HEAD_ROWS = 16384  # of a head's that are in float64 at once
+
 
 @torch.inference_mode()
 def double_logits(model: Transformer, ids: Sequence[int], *, rows: int) -> Iterator[Tensor]:
@@ -33,9 +35,9 @@ def double_logits(model: Transformer, ids: Sequence[int], *, rows: int) -> Itera
     for layer, rope in zip(model.layers, model.layer_ropes, strict=True):
         assert isinstance(layer, Layer), "nothing wraps the layers of a model that only predicts"
         h_TD = _layer(layer, h_TD, None if rope is None else model.rope_tables[rope])
-    head_VD = _matrix(model.embed if model.lm_head is None else model.lm_head).double()
+    head_VD = _matrix(model.embed if model.lm_head is None else model.lm_head)
     for h_RD in _normed(model.final_norm, h_TD).split(rows):
-        yield h_RD @ head_VD.T * spec.logit_scale
+        yield torch.cat([h_RD @ part_VD.double().T for part_VD in head_VD.split(HEAD_ROWS)], dim=1) * spec.logit_scale
 
 
 def _matrix(weight: object) -> Tensor:
