@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
+from pathlib import Path
 
 from tradespace.errors import InputError
 from tradespace.lab.common import record_file
@@ -28,6 +29,7 @@ class Experiment:
     parts: tuple[str, ...] = ()
     on: str = "cpu"  # the kind of device that it needs
     anywhere: bool = False  # its `run` takes a `device` and runs on a CPU and on a card
+    picture: str = ""  # the function of `module` that draws a record as a PNG, for one that is kept beside it
 
     @property
     def file(self) -> str:
@@ -55,6 +57,14 @@ class Experiment:
         rows.sort(key=lambda row: self.parts.index(row["part"]))
         return replace(now, rows=tuple(rows), figures=figures | dict(now.figures))
 
+    def draw(self, record: Record, path: Path) -> Path | None:
+        """Draws the record that lies at `path`, if the experiment has a picture, and returns where."""
+        if not self.picture:
+            return None
+        drawn = path.with_suffix(".png")
+        getattr(import_module(f"tradespace.lab.{self.module}"), self.picture)(record, drawn)
+        return drawn
+
     def markdown(self, record: Record) -> str:
         """The table that the documentation shows."""
         return import_module(f"tradespace.lab.{self.module}").markdown(record)
@@ -75,7 +85,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         Experiment(name="batching", question="what does continuous batching gain over fixed batches?", minutes=6, module="batching"),
         Experiment(name="prefix", question="what do shared prefixes gain, and what do they cost where nothing is shared?", minutes=4, module="prefix"),
         Experiment(name="quality", question="what does each weight format cost in KL divergence?", minutes=12, module="quality"),
-        Experiment(name="sweep", question="which format by which method, at how many bytes?", minutes=15, module="sweep"),
+        Experiment(name="sweep", question="which format by which method, at how many bytes?", minutes=30, module="sweep", picture="draw_png"),
         Experiment(name="quantizers", question="which quantizer makes the most of the same bits?", minutes=10, module="quantizers", parts=MODELS),
         Experiment(name="kv-quality", question="what does holding less of the past cost in KL divergence?", minutes=15, module="kv_quality"),
         Experiment(name="kv-exact", question="do exact ways to hold the past give the full cache's tokens?", minutes=12, module="kv_exact", parts=MODELS),
