@@ -26,7 +26,7 @@ from tradespace.llm import LLM
 from tradespace.loading.resolve import resolve
 from tradespace.loading.tokenizer import Tokenizer
 from tradespace.measure.machine import this_machine
-from tradespace.measure.record import Record, new_record
+from tradespace.measure.record import Record, commit_of, new_record
 from tradespace.model.transformer import Transformer
 from tradespace.quality.divergence import ROWS, Divergence, compare
 from tradespace.quality.forward import Passage
@@ -42,8 +42,11 @@ HELD = {"int8": "holds", "exact": "exact_holds"}  # by part: whether its bar doe
 
 def run(*, quick: bool, say: Callable[[str], None], only: Sequence[str] = PARTS) -> Record:
     """Every file on both texts (quick: the first of each), and of both questions those in `only`."""
-    version = f"llama-cpp-python {require_llama_cpp().__version__}; " if "int8" in only else ""
+    if "int8" in only:
+        require_llama_cpp()  # before anything is measured
     rows: list[dict[str, Any]] = []
+    # of each row, as parts are measured one at a time and joined
+    where = {"commit": commit_of(Path(__file__).parent)[0][:10], "on": this_machine().name}
     for model, file_format in SUBJECTS[:1] if quick else SUBJECTS:
         path = str(prepare(model, file_format=file_format, say=say))
         tokenizer = Tokenizer.from_files(resolve(path, download=False))
@@ -51,11 +54,11 @@ def run(*, quick: bool, say: Callable[[str], None], only: Sequence[str] = PARTS)
         for text, parts in list(TEXTS.items())[: 1 if quick else None]:
             window = token_window(tokenizer, read_text(*parts), POSITIONS)
             for part in only:
-                row = {"part": part, "model": name, "text": text} | (_int8_row if part == "int8" else _exact_row)(path, window)
+                row = {"part": part, "model": name, "text": text} | (_int8_row if part == "int8" else _exact_row)(path, window) | where
                 say(f"{name}, {text}: {_told(row)}")
                 rows.append(row)
     rows.sort(key=lambda row: PARTS.index(row["part"]))
-    notes = f"{version}{POSITIONS} predicted tokens of each text; keys and values in fp32"
+    notes = f"{POSITIONS} predicted tokens of each text; keys and values in fp32"
     return new_record("activations", command=command_line(), device=this_machine(), repeats=1, rows=rows, notes=notes)
 
 
@@ -72,7 +75,7 @@ def _int8_row(path: str, window: list[int]) -> dict[str, Any]:
     with LlamaCpp(Path(path)) as oracle:
         theirs = torch.cat(list(oracle.logprobs(window[:-1])))  # the last token is only predicted
     ours, llama = (_divergence(reference, other, window) for other in (int8, theirs))
-    row = {"num_tokens": ours.num_tokens, "ours_kl": ours.mean_kl, "ours_error": ours.kl_error}
+    row = {"num_tokens": ours.num_tokens, "ours_kl": ours.mean_kl, "ours_error": ours.kl_error, "peer": f"llama-cpp-python {require_llama_cpp().__version__}"}
     row |= {"llama_cpp_kl": llama.mean_kl, "llama_cpp_error": llama.kl_error}
     return row | {"ours_top1": ours.top1_agreement, "llama_cpp_top1": llama.top1_agreement, "holds": ours.mean_kl <= llama.mean_kl}
 
@@ -138,7 +141,7 @@ def _divergence(reference: Tensor, other: Tensor, window: list[int]) -> Divergen
 def markdown(record: Record) -> str:
     """A table for each part that there is."""
     found = {part: [row for row in record.rows if row["part"] == part] for part in PARTS}
-    held = {key: "holds everywhere" if all(r[key] for r in found[part]) else "DOES NOT hold everywhere" for part, key in HELD.items()}
+    held = {key: "holds everywhere" if all(row[key] for row in found[part]) else "DOES NOT hold everywhere" for part, key in HELD.items()}
     said = []
     if found["int8"]:
         header = ("file", "text", "KL of ours, nats", "of llama.cpp", "same top token, ours", "llama.cpp")
@@ -153,11 +156,18 @@ def markdown(record: Record) -> str:
             )
             for r in found["int8"]
         ]
-        said.append(f"{markdown_table(header, kl, left=2)}\n\nBar: KL to the torch path in fp32 no larger than llama.cpp's: {held['holds']}.")
+        said.append(
+            f"{markdown_table(header, kl, left=2)}\n\nBar: KL to the torch path in fp32 no larger than llama.cpp's: {held['holds']}. {_where(found['int8'])}"
+        )
     if found["exact"]:
         header = ("file", "text", "largest logit", "exact mode from float64", "rms", "torch in fp32 from float64", "rms", "the two from each other")
         keys = ("exact_from_double", "exact_rms", "torch_from_double", "torch_rms", "exact_logit_difference")
         far = [(r["model"], r["text"], f"{r['largest_logit']:.1f}", *(f"{r[key]:.1e}" for key in keys)) for r in found["exact"]]
-        bar = f"Bar: the exact mode (`--activations fp32`) within {EXACT_BAR:g} of every logit in float64: {held['exact_holds']}."
+        bar = f"Bar: the exact mode (`--activations fp32`) within {EXACT_BAR:g} of every logit in float64: {held['exact_holds']}. {_where(found['exact'])}"
         said.append(f"{markdown_table(header, far, left=2)}\n\n{bar}")
     return "\n\n".join((*said, f"{record.notes}."))
+
+
+def _where(rows: Sequence[Mapping[str, Any]]) -> str:
+    places = dict.fromkeys(f"commit {row['commit']} on {row['on']}{', ' + row['peer'] if 'peer' in row else ''}" for row in rows)
+    return f"This part: {'; '.join(places)}."
