@@ -53,5 +53,5 @@ def test_its_picture_lies_beside_the_record(tmp_path):
     rows = [{"format": fmt, "method": "rtn", "bytes": size, "mean_kl": kl, "kl_error": kl / 9, "pareto": True} for fmt, size, kl in points]
     about = {"command": "", "commit": "", "dirty": False, "date": "", "device": {}, "versions": {}, "repeats": 1, "notes": "tiny"}
     drawn = EXPERIMENTS["sweep"].draw(Record(experiment="sweep", rows=rows, **about), tmp_path / "sweep.json")
-    assert drawn == tmp_path / "sweep.png" and drawn.read_bytes().startswith(b"\x89PNG")
+    assert drawn is not None and drawn == tmp_path / "sweep.png" and drawn.read_bytes().startswith(b"\x89PNG")
     assert EXPERIMENTS["memory"].draw(Record(experiment="memory", **about), tmp_path / "memory.json") is None and not (tmp_path / "memory.png").exists()
