@@ -112,6 +112,7 @@ def quantize(
     if to not in TARGETS:
         raise InputError(f"--to {to}: write {' or '.join(TARGETS)}")
     chosen = _method(method, format, to, has_text=calibrate is not None, budget=budget)
+    _refuse_idle(chosen, budget=budget, group_size=group_size, embed=embed, formats=formats, alpha=alpha)
     if calibrate is None and (chosen.needs_text or budget):
         what = "a budget is spent by measured sensitivities, and they need" if budget else f"--method {chosen.name} learns from"
         raise InputError(f"{what} text of the kind that the model is for. Give --calibrate FILE, or use --format with --method rtn-search, which needs none")
@@ -169,6 +170,20 @@ def _told_of_a_full_disk(out: Path) -> Iterator[None]:
         raise InputError(f"the disk is full ({error.strerror}); {out} was not written. Free some space. {kept}") from error
 
 
+def _refuse_idle(method: Method, *, budget: bool, group_size: int | None, embed: str | None, formats: Sequence[str] | None, alpha: float | None) -> None:
+    """Raises InputError for what was given and would change nothing."""
+    if budget and group_size is not None:
+        raise InputError(f"--group-size {group_size} goes with --format. A budget is spent on formats that say their groups: --formats int3-g64,int4-g64,int8")
+    if budget and embed is not None:
+        raise InputError(f"--embed {embed} goes with --format. A budget is spent on embedding and head, too: leave it away, or use --format")
+    if not budget and formats is not None:
+        raise InputError("--formats is what a budget is spent on. Say the budget with --bytes or --bits, or one format with --format")
+    if formats is not None and not formats:
+        raise InputError("--formats names no format. Leave it away, or say for example --formats int3-g64,int4-g64,int8")
+    if alpha is not None and method.fold != "smooth":
+        raise InputError(f"--alpha {alpha:g} is the balance of --method smoothquant; {method.name} has none. Leave it away")
+
+
 def uniform_plan(fmt: str, embed: str | None) -> WeightPlan:
     """One format for the layers' linears; embedding and head in `embed`, by default dense."""
     outside = find_format(embed).name if embed is not None else WeightPlan(default=fmt).dense
@@ -210,7 +225,11 @@ class _Job:
             check_formats(self.weights.spec, WeightPlan(default=name), self.method)
             replace(recipe, plan=WeightPlan(default=name)).naming(self.files, self.source)  # so is what the written form cannot say
         work = self.sensitivity_folder
-        self.found = SensitivityPass(self.weights, self.method, names, self.windows, work, progress=self.on_progress).run(recipe.job(self.files))
+        try:
+            self.found = SensitivityPass(self.weights, self.method, names, self.windows, work, progress=self.on_progress).run(recipe.job(self.files))
+        except InputError:  # weights that are not finite: no later run could go on
+            shutil.rmtree(work)
+            raise
         plan, self.expected_kl = allocate(self.weights.spec, self.found, names, budget_bytes)
         return plan
 

@@ -45,6 +45,12 @@ def test_json_of_a_budget(cli, folder: Path, text: Path, tmp_path: Path):
         (2, ("--calibrate",), ("--format", "int8", "--method", "gptq")),
         (2, ("unknown weight format", "int9"), ("--format", "int9")),
         (2, ("--to onnx",), ("--format", "int8", "--to", "onnx")),
+        (2, ("--group-size 64 goes with --format",), ("--bits", "6", "--group-size", "64", "--calibrate", "TEXT")),
+        (2, ("--embed int8 goes with --format",), ("--bits", "6", "--embed", "int8", "--calibrate", "TEXT")),
+        (2, ("--formats is what a budget is spent on",), ("--format", "int8", "--formats", "int4-g32")),
+        (2, ("--formats names no format",), ("--bits", "6", "--formats", ",", "--calibrate", "TEXT")),
+        (2, ("--alpha 0.5 is the balance of --method smoothquant; gptq has none",), ("--format", "int8", "--alpha", "0.5", "--calibrate", "TEXT")),
+        (2, ("--format int4-g32 says its group already",), ("--format", "int4-g32", "--group-size", "64")),
         (2, ("too short", "--samples"), ("--format", "int8", "--method", "gptq", "--samples", "4000", "-c", "32", "--calibrate", "TEXT")),
         (3, ("Fits with --memory",), ("--format", "int8", "--method", "rtn", "-m", "64MiB")),
         (3, ("State --bytes",), ("--bytes", "1KiB", "--samples", "4", "-c", "32", "--calibrate", "TEXT", "--formats", "int8", "-m", "8GiB")),
@@ -55,3 +61,7 @@ def test_errors_are_one_line(cli, folder: Path, text: Path, tmp_path: Path, code
     given = [str(text) if word == "TEXT" else word for word in arguments]
     cli("quantize", str(folder), "-o", str(out), *given).failed(code, *words)
     assert not out.exists() and not out.with_name("out.partial").exists()
+
+
+def test_an_output_inside_of_a_file(cli, folder: Path, text: Path):
+    cli("quantize", str(folder), "-o", str(text / "out"), "--format", "int8").failed(2, "cannot be written", "text.txt is a file, not a folder")

@@ -124,10 +124,10 @@ class Checkpoint:
         return load_quantized(model, self.source, self.spec, config=self.config, fill=fill_rtn, staging_bytes=staging_bytes)
 
 
-def build_fp32(spec: ModelSpec, plan: WeightPlan) -> Transformer:
+def build_fp32(spec: ModelSpec, plan: WeightPlan, *, max_context: int = 64) -> Transformer:
     """Formats as planned, activations in fp32."""
     formats = dict.fromkeys((role for role in QUANTIZABLE_ROLES), plan.default) | dict(plan.exceptions)
-    return Transformer(spec, WeightPlan(default="fp32", exceptions=formats), max_context=64)
+    return Transformer(spec, WeightPlan(default="fp32", exceptions=formats), max_context=max_context)
 
 
 def weight_of(model: Transformer, name: str) -> Any:

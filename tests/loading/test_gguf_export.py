@@ -29,12 +29,12 @@ LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_fac
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
 
 
-def reread(path):
-    """The model that a GGUF file holds, through our own reader, in fp32."""
+def reread(path, *, max_context=64):
+    """The model that a GGUF file holds, through our own reader, in fp32; for at most so many tokens, or as many as have learned positions."""
     file = read_gguf(path)
     shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
     spec = model_spec_from_gguf(file.metadata, shapes, path.stem, read_factors=lambda name: read_floats(file, name))
-    model = build_fp32(spec, FP32)
+    model = build_fp32(spec, FP32, max_context=min(max_context, spec.learned_positions - spec.position_offset) if spec.learned_positions else max_context)
     load_weights(model, file, spec, fill=fill_rtn, staging_bytes=1 << 20)
     return model
 

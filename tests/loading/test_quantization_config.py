@@ -141,7 +141,8 @@ def test_dequantize_contradicts_quantized_activations():
 
 def test_methods_that_are_not_read_are_named():
     for method in ("aqlm", "modelopt", "hqq", None, 3):
-        with pytest.raises(UnsupportedError, match=r"quantization_config.quant_method"):
+        words = "is missing" if method is None else rf"= {method!r} is not read here"
+        with pytest.raises(UnsupportedError, match=rf"quantization_config.quant_method {words}\. Read: .*gptq"):
             _meaning({"quant_method": method})
 
 

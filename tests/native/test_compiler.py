@@ -6,7 +6,9 @@ import os
 import stat
 import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 
 from tradespace.errors import EngineError, InputError
@@ -82,3 +84,16 @@ def test_an_unknown_instruction_set_is_refused(cache):
 def test_the_kernels_compile_where_there_is_a_compiler():
     """The tests of the native kernels skip where those are not to be had; sources that no longer compile must not pass for that."""
     assert unavailable() is None
+
+
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="no process groups here")
+def test_a_compiler_that_takes_too_long_takes_its_child_with_it(tmp_path, monkeypatch):
+    """As g++ has cc1plus, which would otherwise go on for minutes."""
+    monkeypatch.setattr(compiler, "COMPILE_TIMEOUT_S", 1.0)
+    with pytest.raises(subprocess.TimeoutExpired):
+        compiler._run_compiler(["sh", "-c", f"sleep 300 & echo $! > {tmp_path / 'child'}; wait"])
+    child = int((tmp_path / "child").read_text())
+    deadline_s = time.monotonic() + 30
+    while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline_s, "the child runs on"
+        time.sleep(0.05)

@@ -10,6 +10,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from native.sanitized import examples
 from tradespace.engine.request import Request, SamplingParams
 from tradespace.engine.sampler import Sampler, SampleRow
 from tradespace.kernels.native import load, unavailable
@@ -71,7 +72,7 @@ def matrix_of(rows: list[tuple[str, SamplingParams]], V: int, seed: int, gap: in
     return whole[:, :V]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(rows=ROWS, V=WIDTHS, seed=st.integers(0, 2**20), gap=st.sampled_from([0, 1, 7, 16]), threads=st.sampled_from([1, 2, 7]))
 @example(rows=[("normal", SamplingParams(temperature=t, top_p=p)) for t in (0, 1) for p in (1, 0.95)], V=262_144, seed=5, gap=3, threads=2)
 @example(rows=[("flat", SamplingParams(top_p=0.9))], V=262_144, seed=6, gap=0, threads=7)

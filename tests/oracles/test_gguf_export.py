@@ -32,9 +32,14 @@ CASES = {
 }
 
 
+# the least context that llama.cpp makes: it rounds up to whole 256s
+LEAST_CONTEXT = 256
+
+
 def divergence(path: Path, model, window: list[int]):
     """Mean KL in nats of our model to llama.cpp's reading of the file."""
     with LlamaCpp(path, context=len(window)) as oracle:
+        assert oracle.context == LEAST_CONTEXT
         heard = list(oracle.logprobs(window))
     return compare(lambda _: iter(heard), lambda tokens: next_token_logprobs(model, tokens), [window])
 

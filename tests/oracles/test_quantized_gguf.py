@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from loading.gguf_models import TEXTS, family_folder, hugging_face_folder, sente
 from loading.quantized_models import build_fp32
 from loading.test_gguf_export import reread
 from model.family_configs import FAMILIES
-from oracles.test_gguf_export import divergence
+from oracles.test_gguf_export import LEAST_CONTEXT, divergence
 from tradespace.lab.agreement import KL_BAR, require_llama_cpp, token_window
 from tradespace.lab.common import read_text
 from tradespace.loading.gguf import read_gguf
@@ -35,9 +36,27 @@ def write(model: str, out: Path, fmt: str) -> None:
 def test_every_family_from_a_folder(family, skip, tmp_path):
     family_folder(tmp_path / "hub", family, skip=skip)
     write(str(tmp_path / "hub"), tmp_path / "out.gguf", "fp32")
-    found = divergence(tmp_path / "out.gguf", reread(tmp_path / "out.gguf"), tokens_of(60).tolist())
+    # longrope's factors are those of the context that room was made for, there as here: it must be the same
+    ours = reread(tmp_path / "out.gguf", max_context=LEAST_CONTEXT)
+    found = divergence(tmp_path / "out.gguf", ours, tokens_of(60).tolist())
     # Gemma's and GPT-2's GELU comes out of a table in half precision there
     assert found.mean_kl <= KL_BAR["F32"] * (1 if "gelu" not in family else 10), found
+
+
+@pytest.mark.parametrize("trained", [64, 512])
+def test_longrope_has_the_factors_of_its_context(trained, tmp_path):
+    """Room for 256 tokens is beyond a trained context of 64 (long factors) and within one of 512 (short ones), on both sides; the others would be seen."""
+    family_folder(tmp_path / "hub", "phi3", skip=2)  # the first with longrope
+    config = json.loads((tmp_path / "hub" / "config.json").read_text())
+    assert config["rope_parameters"]["rope_type"] == "longrope"
+    config["rope_parameters"]["original_max_position_embeddings"] = config["original_max_position_embeddings"] = trained
+    config["max_position_embeddings"] = 1024
+    (tmp_path / "hub" / "config.json").write_text(json.dumps(config))
+    path, tokens = tmp_path / "out.gguf", tokens_of(60).tolist()
+    write(str(tmp_path / "hub"), path, "fp32")
+    found = {context: divergence(path, reread(path, max_context=context), tokens) for context in (64, 256, 1024)}
+    same, other = (64, 1024) if trained == 512 else (1024, 64)
+    assert max(found[256].mean_kl, found[same].mean_kl) <= KL_BAR["F32"] < 100 * KL_BAR["F32"] < found[other].mean_kl
 
 
 @pytest.mark.parametrize("prefix", [True, False])

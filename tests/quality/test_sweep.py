@@ -8,7 +8,9 @@ import pytest
 
 from tradespace.errors import InputError, UnsupportedError
 from tradespace.lab import sweep as sweep_module
+from tradespace.lab.experiments import EXPERIMENTS
 from tradespace.lab.sweep import choose_pairs, is_best
+from tradespace.measure.record import Record
 from tradespace.quantize.methods import METHODS
 from tradespace.spec.formats import ALIASES, FORMATS
 
@@ -43,3 +45,13 @@ def test_what_cannot_be_measured_is_refused(monkeypatch):
 def test_the_front():
     points = [{"bytes": size, "mean_kl": loss} for size, loss in ((1, 9.0), (2, 5.0), (2, 6.0), (3, 5.0), (4, 1.0), (4, 1.0))]
     assert [is_best(point, points) for point in points] == [True, True, False, False, True, True]
+
+
+def test_its_picture_lies_beside_the_record(tmp_path):
+    pytest.importorskip("matplotlib")
+    points = (("int8", 2**27, 0.01), ("e8", 2**25, 2.0))
+    rows = [{"format": fmt, "method": "rtn", "bytes": size, "mean_kl": kl, "kl_error": kl / 9, "pareto": True} for fmt, size, kl in points]
+    about = {"command": "", "commit": "", "dirty": False, "date": "", "device": {}, "versions": {}, "repeats": 1, "notes": "tiny"}
+    drawn = EXPERIMENTS["sweep"].draw(Record(experiment="sweep", rows=rows, **about), tmp_path / "sweep.json")
+    assert drawn is not None and drawn == tmp_path / "sweep.png" and drawn.read_bytes().startswith(b"\x89PNG")
+    assert EXPERIMENTS["memory"].draw(Record(experiment="memory", **about), tmp_path / "memory.json") is None and not (tmp_path / "memory.png").exists()

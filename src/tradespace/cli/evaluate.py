@@ -89,8 +89,8 @@ def evaluate(
                 model,
                 text=text,
                 output=output,
-                formats=_list(formats),
-                methods=_list(methods),
+                formats=listed(formats),
+                methods=listed(methods),
                 reference_dtype=dtype,
                 context=context,
                 stride=stride,
@@ -116,7 +116,7 @@ def evaluate(
             context=context,
             stride=stride,
             tokens=tokens,
-            tasks=_list(tasks) or (),
+            tasks=listed(tasks) or (),
             task_data=task_folder(task_data) if tasks else None,
             limit=limit,
             weights=weights,
@@ -160,7 +160,8 @@ def task_folder(stated: Path | None) -> Path:
     return folder
 
 
-def _list(names: str | None) -> list[str] | None:
+def listed(names: str | None) -> list[str] | None:
+    """Names with commas between them; None where nothing was given."""
     return None if names is None else [name.strip() for name in names.split(",") if name.strip()]
 
 

@@ -77,8 +77,9 @@ def run(
         if only and path.exists():
             record = experiment.joined(read_record(path), record, only)
         write_record(path, record)
+        written = [path, *([drawn] if (drawn := experiment.draw(record, path)) else [])]
         if json:
             print_json(record)
         else:
             console().print(Markdown(experiment.markdown(record)))
-            notes.print(f"wrote {path}", soft_wrap=True)
+            notes.print(f"wrote {' and '.join(map(str, written))}", soft_wrap=True)

@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from tradespace.cli.evaluate import progress_bar
+from tradespace.cli.evaluate import listed, progress_bar
 from tradespace.cli.options import Json, Memory, Model, Offline, Revision, console, print_json
 from tradespace.units import format_bytes, format_seconds
 
@@ -63,7 +63,7 @@ def quantize(
             method=method,
             bytes=total,
             bits=bits,
-            formats=[name.strip() for name in formats.split(",")] if formats else None,
+            formats=listed(formats),
             embed=embed,
             calibrate=calibrate,
             samples=samples,

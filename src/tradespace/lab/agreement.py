@@ -87,6 +87,11 @@ class LlamaCpp:
     def __exit__(self, *details: object) -> None:
         self._model.close()
 
+    @property
+    def context(self) -> int:
+        """Tokens that it made room for: what was asked, rounded up to whole 256s. By this it chooses between longrope's two lists of factors."""
+        return self._model.n_ctx()
+
     def logprobs(self, window: Sequence[int]) -> Iterator[Tensor]:
         """As `quality.divergence.next_token_logprobs`: (rows, V) in fp32, ROWS at a time."""
         self._model.reset()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from tradespace.errors import InputError
@@ -31,6 +32,7 @@ class Experiment:
     anywhere: bool = False  # its `run` takes a `device` and runs on a CPU and on a card
     timed: bool = False  # its `run` takes a `time_limit_s`, keeps what is finished, and goes on from there
     of_model: bool = False  # its `run` takes a `model`, by name or path
+    picture: str = ""  # the function of `module` that draws a record as a PNG, for one that is kept beside it
 
     @property
     def file(self) -> str:
@@ -74,6 +76,14 @@ class Experiment:
         rows.sort(key=lambda row: self.parts.index(row["part"]))
         return replace(now, rows=tuple(rows), figures=figures | dict(now.figures))
 
+    def draw(self, record: Record, path: Path) -> Path | None:
+        """Draws the record that lies at `path`, if the experiment has a picture, and returns where."""
+        if not self.picture:
+            return None
+        drawn = path.with_suffix(".png")
+        getattr(import_module(f"tradespace.lab.{self.module}"), self.picture)(record, drawn)
+        return drawn
+
     def markdown(self, record: Record) -> str:
         """The table that the documentation shows."""
         return import_module(f"tradespace.lab.{self.module}").markdown(record)
@@ -99,13 +109,19 @@ EXPERIMENTS: dict[str, Experiment] = {
         Experiment(name="batching", question="what does continuous batching gain over fixed batches?", minutes=6, module="batching"),
         Experiment(name="prefix", question="what do shared prefixes gain, and what do they cost where nothing is shared?", minutes=4, module="prefix"),
         Experiment(name="quality", question="what does each weight format cost in KL divergence?", minutes=12, module="quality"),
-        Experiment(name="sweep", question="which format by which method, at how many bytes?", minutes=15, module="sweep"),
+        Experiment(name="sweep", question="which format by which method, at how many bytes?", minutes=30, module="sweep", picture="draw_png"),
         Experiment(name="quantizers", question="which quantizer makes the most of the same bits?", minutes=10, module="quantizers", parts=MODELS),
         Experiment(name="kv-quality", question="what does holding less of the past cost in KL divergence?", minutes=15, module="kv_quality"),
         Experiment(name="kv-exact", question="do exact ways to hold the past give the full cache's tokens?", minutes=12, module="kv_exact", parts=MODELS),
         Experiment(name="kv-cache", question="what do bytes, speed and quality do as the cache shrinks?", minutes=30, module="kv_cache", parts=KV_PARTS),
         Experiment(name="agreement", question="does it compute what llama.cpp computes?", minutes=6, module="agreement"),
-        Experiment(name="activations", question="what do activations in int8 cost, beside llama.cpp's?", minutes=4, module="activations"),
+        Experiment(
+            name="activations",
+            question="what do activations in int8 cost, beside llama.cpp's, and how exact is fp32?",
+            minutes=8,
+            module="activations",
+            parts=("int8", "exact"),
+        ),
         Experiment(name="native-quality", question="does the native path predict as well as the torch path?", minutes=8, module="native_quality"),
         Experiment(name="cpu-speed", question="does the CPU engine hold its bars?", minutes=18, module="cpu_speed", parts=CPU_PARTS),
         Experiment(name="attention", question="what does attention hold beyond q, k, v and the output, and how does it grow?", minutes=2, module="attention"),

@@ -25,7 +25,7 @@ from tradespace.lab.common import command_line, data_file, markdown_table
 from tradespace.lab.sweep_plot import draw_html, draw_png, require_plotters
 from tradespace.loading.resolve import ModelFiles, resolve
 from tradespace.loading.tokenizer import Tokenizer
-from tradespace.measure.record import Record, new_record, write_atomically, write_record
+from tradespace.measure.record import Record, commit_of, new_record, write_atomically, write_record
 from tradespace.quality.forward import rows_within
 from tradespace.quality.stored import StoredLogprobs, stored_bytes
 from tradespace.quality.text import Text, encode_text
@@ -45,7 +45,7 @@ SAMPLES = 128  # windows of the calibration text
 # what `run` measures: about a bit apart, by the methods that differ there
 SHOWN_FORMATS = ("bf16", "int8", "w8a8", "fp8", "nf4", "int4-g32", "int4-g64", "int3-g64", "int2-g64", "e8-4", "e8-3", "e8")
 SHOWN_METHODS = ("rtn", "rtn-search", "gptq", "awq", "smoothquant")
-SHOWN_MODEL, SHOWN_CONTEXT, SHOWN_TOKENS, SHOWN_SAMPLES = "smollm2-135m", 512, 4096, 64
+SHOWN_MODEL, SHOWN_CONTEXT, SHOWN_TOKENS, SHOWN_SAMPLES = "smollm2-135m", 512, 4096, 16
 # of a Divergence, what a point keeps
 KEPT = ("num_tokens", "mean_kl", "kl_error", "median_kl", "p99_kl", "max_kl", "top1_agreement", "top1_error", "rms_dp", "perplexity", "reference_perplexity")
 
@@ -132,11 +132,13 @@ def run_sweep(
 
 
 def run(*, quick: bool, say: Callable[[str], None]) -> Record:
-    """Experiment `sweep`: `tradespace eval --sweep` on SmolLM2, quantizers that learn from a text included; the drawings are left in the cache folder."""
+    """Experiment `sweep`: `tradespace eval --sweep` on SmolLM2, quantizers that learn from a text included. Points wait in a folder of the commit that measured
+    them, with the page, so that a run that was stopped goes on."""
     formats, methods = (("int8", "int3-g64"), ("rtn", "gptq")) if quick else (SHOWN_FORMATS, SHOWN_METHODS)
     text, calibrate = data_file("wikitext2", "wiki.test.raw"), data_file("wikitext2", "train.txt")
+    output = cache_folder() / f"sweep-{commit_of(Path(__file__).parent)[0][:10]}"
     return run_sweep(
-        SHOWN_MODEL, text=text, output=cache_folder() / "sweep", formats=formats, methods=methods, context=SHOWN_CONTEXT,
+        SHOWN_MODEL, text=text, output=output, formats=formats, methods=methods, context=SHOWN_CONTEXT,
         tokens=SHOWN_CONTEXT if quick else SHOWN_TOKENS, calibrate=calibrate, samples=4 if quick else SHOWN_SAMPLES, memory="4GiB", say=say,
     )  # fmt: skip
 

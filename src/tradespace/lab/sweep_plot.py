@@ -99,7 +99,7 @@ def draw_png(record: Record, path: Path) -> None:
     axes.legend()
     figure.draw_without_rendering()  # places are in pixels: the layout must be done
     _name_points(axes, named, [row for row in record.rows if row["mean_kl"] > 0])
-    figure.savefig(path, format="png")
+    figure.savefig(path, format="png", metadata={"Software": None})
 
 
 def _name_points(axes: Axes, named: Sequence[tuple[Mapping[str, Any], str]], points: Sequence[Mapping[str, Any]]) -> None:

@@ -40,7 +40,7 @@ def check_parts(source: SafetensorsFile, module: str, parts: Sequence[Part]) -> 
     for part in parts:
         name = f"{module}.{part.suffix}"
         stored = source.tensors.get(name)
-        need = " or ".join(str(list(shape)) for shape in part.shapes) + f" as {' or '.join(part.dtypes)}"
+        need = " or ".join(dict.fromkeys(str(list(shape)) for shape in part.shapes)) + f" as {' or '.join(part.dtypes)}"
         if stored is None:
             raise CorruptFileError(f"{source.path}: tensor {shown(name)} {need} is missing, and quantization_config says that {module} is quantized")
         if stored.shape not in part.shapes or stored.dtype not in part.dtypes:

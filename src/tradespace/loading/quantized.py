@@ -55,7 +55,8 @@ def read_convention(config: Mapping[str, Any], spec: ModelSpec, source: Safetens
     if method is None and isinstance(settings, Mapping) and "load_in_4bit" in settings:
         method = "bitsandbytes"  # its first configs did not name it
     if not isinstance(settings, Mapping) or method not in METHODS:
-        raise UnsupportedError(f"quantization_config.quant_method = {shown(method)} is not read here. Read: {', '.join(METHODS)}. Use the model's bf16 weights")
+        what = "is missing" if method is None else f"= {shown(method)} is not read here"
+        raise UnsupportedError(f"quantization_config.quant_method {what}. Read: {', '.join(METHODS)}. Use the model's bf16 weights")
     if method == "gptq":
         return GPTQ(settings, source, spec)
     kinds = {"compressed-tensors": CompressedTensors, "tradespace": Own, "awq": AWQ, "bitsandbytes": BitsAndBytes, "fp8": BlockFP8}

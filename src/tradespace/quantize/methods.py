@@ -209,6 +209,8 @@ def named(name: str, group_size: int | None) -> str:
     """A format's full name out of what the command line says: ("int4", 64) → "int4-g64". Raises InputError for a group size that there is not."""
     if group_size is None:
         return find_format(name).name
+    if "-g" in name and find_format(name).group:
+        raise InputError(f"--format {name} says its group already. Leave --group-size {group_size} away, or write --format {name.split('-g')[0]}")
     full = f"{name}-g{group_size}"
     try:
         return find_format(full).name

@@ -88,9 +88,12 @@ class Outcome:
 
 
 def check_output(out: Path) -> None:
-    """Raises InputError where OUT is taken."""
+    """Raises InputError where OUT is taken, or would lie in a file."""
     if out.exists():
         raise InputError(f"{out} exists already. Give another -o, or remove it first")
+    above = next(parent for parent in out.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise InputError(f"{out} cannot be written: {above} is a file, not a folder. Give another -o")
 
 
 class Pipeline:
@@ -109,7 +112,7 @@ class Pipeline:
         self.round_norm = norm_rounding(self.naming.dtype, added=self.naming.norm_offset)
 
     def run(self) -> Outcome:
-        """Everything; raises what its parts raise, and leaves OUT.partial for the next run then."""
+        """Everything; raises what its parts raise, and leaves OUT.partial for the next run then, unless the weights themselves are at fault."""
         partial = self.out.with_name(self.out.name + ".partial")
         self.folder, self.work = partial / "checkpoint", partial / "work"
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -120,8 +123,12 @@ class Pipeline:
             _empty(self.work, keep=self.journal.path)
         shards = [*(f"layer-{index}" for index in range(self.spec.L)), *(tensor.name for tensor in self._outer() if len(tensor.shape) > 1), "rest"]
         self.shard_names = {step: f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number, step in enumerate(shards, 1)}
-        self._layers()
-        self._around()
+        try:
+            self._layers()
+            self._around()
+        except InputError:  # weights that are not finite, or of a type that is not read: no later run could go on
+            shutil.rmtree(partial)
+            raise
         return self._finish(partial)
 
     def _outer(self) -> list[TensorSpec]:

@@ -4,9 +4,13 @@
 
 namespace ts {
 
-// columns that a tile of decoded or widened weights holds: 16 rows × 32 columns of fp32 are 2 KiB
+// Adds a section's products to `total`, summed by themselves first: a sum of C terms in one go is off by about √(C/2) roundings (28 for C = 1536), in pieces of
+// 32 by √(16 + C/64) (6). A tile of decoded weights is 16 rows × 32 columns of fp32, 2 KiB.
 template <int PANELS, int TOKENS>
-TS_INLINE void tile_f32(const float* const* tiles, const Operand& x, int64_t token, int64_t column, vf acc[PANELS][TOKENS]) {
+TS_INLINE void tile_f32(const float* const* tiles, const Operand& x, int64_t token, int64_t column, vf total[PANELS][TOKENS]) {
+  vf acc[PANELS][TOKENS];
+  for (int q = 0; q < PANELS; q++)
+    for (int i = 0; i < TOKENS; i++) acc[q][i] = vf{};
 TS_UNROLL(4)
   for (int c = 0; c < SECTION; c++) {
     vf w[PANELS];
@@ -17,6 +21,8 @@ TS_UNROLL(16)
       for (int q = 0; q < PANELS; q++) acc[q][i] = fma(w[q], value, acc[q][i]);
     }
   }
+  for (int q = 0; q < PANELS; q++)
+    for (int i = 0; i < TOKENS; i++) total[q][i] = total[q][i] + acc[q][i];
 }
 
 // exact: every panel's sections are decoded to fp32 once and serve all tokens, whose sums wait in y's place
@@ -48,34 +54,41 @@ static void plain_f32(const Product& p, int64_t index, int64_t token) {
     for (int i = 0; i < TOKENS; i++) put_result(p, token + i, index + q, acc[q][i]);
 }
 
-// 16-bit weights, fp32 activations: widened in registers
+// 16-bit weights, fp32 activations: widened in registers, summed section by section
 template <int KIND, int PANELS, int TOKENS>
 static void widened(const Product& p, int64_t index, int64_t token) {
-  vf acc[PANELS][TOKENS];
+  vf total[PANELS][TOKENS];
   for (int q = 0; q < PANELS; q++)
-    for (int i = 0; i < TOKENS; i++) acc[q][i] = vf{};
+    for (int i = 0; i < TOKENS; i++) total[q][i] = vf{};
   const int64_t pairs = p.weight.sections() * SECTION / 2;
-  for (int64_t k = 0; k < pairs; k++) {
-    vf even[PANELS], odd[PANELS];
-    for (int q = 0; q < PANELS; q++) {
-      const uint16_t* w = (const uint16_t*)p.weight.panel(index + q) + k * 2 * LANES;
-      if constexpr (KIND == BF16) {
-        vu both = (vu)load_bytes(w);
-        even[q] = (vf)(both << 16);
-        odd[q] = (vf)(both & 0xffff0000u);
-      } else {
-        even[q] = load_half(w);
-        odd[q] = load_half(w + LANES);
+  for (int64_t start = 0; start < pairs; start += SECTION / 2) {
+    vf acc[PANELS][TOKENS];
+    for (int q = 0; q < PANELS; q++)
+      for (int i = 0; i < TOKENS; i++) acc[q][i] = vf{};
+    for (int64_t k = start; k < start + SECTION / 2; k++) {
+      vf even[PANELS], odd[PANELS];
+      for (int q = 0; q < PANELS; q++) {
+        const uint16_t* w = (const uint16_t*)p.weight.panel(index + q) + k * 2 * LANES;
+        if constexpr (KIND == BF16) {
+          vu both = (vu)load_bytes(w);
+          even[q] = (vf)(both << 16);
+          odd[q] = (vf)(both & 0xffff0000u);
+        } else {
+          even[q] = load_half(w);
+          odd[q] = load_half(w + LANES);
+        }
+      }
+TS_UNROLL(16)
+      for (int i = 0; i < TOKENS; i++) {
+        const float* x = p.x.f32 + (token + i) * p.x.stride + 2 * k;
+        for (int q = 0; q < PANELS; q++) acc[q][i] = fma(odd[q], splat(x[1]), fma(even[q], splat(x[0]), acc[q][i]));
       }
     }
-TS_UNROLL(16)
-    for (int i = 0; i < TOKENS; i++) {
-      const float* x = p.x.f32 + (token + i) * p.x.stride + 2 * k;
-      for (int q = 0; q < PANELS; q++) acc[q][i] = fma(odd[q], splat(x[1]), fma(even[q], splat(x[0]), acc[q][i]));
-    }
+    for (int q = 0; q < PANELS; q++)
+      for (int i = 0; i < TOKENS; i++) total[q][i] = total[q][i] + acc[q][i];
   }
   for (int q = 0; q < PANELS; q++)
-    for (int i = 0; i < TOKENS; i++) put_result(p, token + i, index + q, acc[q][i]);
+    for (int i = 0; i < TOKENS; i++) put_result(p, token + i, index + q, total[q][i]);
 }
 
 template <int PANELS, int TOKENS>
