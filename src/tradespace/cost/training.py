@@ -137,10 +137,10 @@ def _whole_bytes(spec: ModelSpec, plan: TrainPlan, layer: int) -> int:
 
 @lru_cache(maxsize=256)
 def layer_gathered(spec: ModelSpec, plan: TrainPlan) -> tuple[int, ...]:
-    """By layer, what FSDP2 holds at the worst moment of its backward pass: its matrices, the next one's on their way, its gradients, and the ones of the layer
-    before it on their way to their ranks; nothing is on its way from before the last layer. A frozen base has no gradients."""
+    """By layer, what FSDP2 holds at the worst moment of its backward pass: its matrices, the next one's on their way, its gradients, those gathered for their
+    ranks, and the ones of the layer before, which a slow rank still waits for; from before the last layer none. A frozen base has no gradients."""
     whole = [_whole_bytes(spec, plan, index) for index in range(spec.L)]
-    copies = [2 if plan.method != "full" else 3 if index == spec.L - 1 else 4 for index in range(spec.L)]
+    copies = [2 if plan.method != "full" else 4 if index == spec.L - 1 else 5 for index in range(spec.L)]
     return tuple(count * size for count, size in zip(copies, whole, strict=True))
 
 
