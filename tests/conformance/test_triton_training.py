@@ -98,7 +98,7 @@ def test_gradients_pass_through_packed_codes(fmt, room):
 
 
 def test_a_packed_head_gives_the_loss_and_gradient_of_what_it_stands_for():
-    """QLoRA on a device with embedding and head in int8: the loss through CudaWeight, its last chunk of few rows included, beside the same numbers."""
+    """Embedding and head of a QLoRA base in int8: the loss through CudaWeight, its last chunk of few rows included, beside the same as floats."""
     from tradespace.build_training import build_model
     from tradespace.spec.training import qlora_weights
     from tradespace.spec.weights import TRAINING_LAYOUT, WeightPlan

@@ -1,4 +1,4 @@
-"""The byte ledger and the seconds of a training step: what a TrainPlan takes, before anything runs.
+"""The byte ledger of a training step: what a TrainPlan takes, before anything runs. Seconds: `training_time.py`.
 
 always     weights, adapters, gradients (none where the step is fused), optimizer states, workspace, runtime
 activations   what every layer keeps for the backward pass, by its checkpointing; counted tensor by tensor (`layer_kept`)
@@ -19,7 +19,7 @@ from math import prod
 from tradespace.cost.memory import compute_pool, runtime_estimate, tokenizer_estimate
 from tradespace.spec.device import DeviceSpec
 from tradespace.spec.estimate import Estimate
-from tradespace.spec.formats import ELEMENT_BYTES, FORMATS
+from tradespace.spec.formats import ELEMENT_BYTES
 from tradespace.spec.mixers import Attention
 from tradespace.spec.model import DenseFFN, LayerSpec, ModelSpec
 from tradespace.spec.parallel import held_shape, is_sharded
@@ -28,13 +28,11 @@ from tradespace.spec.training import ADAPTED_ROLES, BY_LAYER, KINDS, OPTIMIZERS,
 from tradespace.spec.weights import FLOATS, tile_elements, tile_rows, weight_bytes, workspace_shape
 from tradespace.units import KiB
 
-CALLS_PER_LAYER = 90  # operations that Python starts, forward and backward
 # the CPU's product library keeps compiled code and packing memory for every shape that it meets: seen with torch 2.13
 PRODUCT_BYTES = {"bf16": 680 * KiB, "fp32": 150 * KiB}
-EFFICIENCY = 0.7  # of the machine's product rate, over a whole step: assumed until the speed is measured
 
 
-def _parts(layer: LayerSpec) -> tuple[Attention, DenseFFN]:
+def parts_of(layer: LayerSpec) -> tuple[Attention, DenseFFN]:
     assert isinstance(layer.mixer, Attention) and isinstance(layer.ffn, DenseFFN), "`spec.training.refusal` was asked"
     return layer.mixer, layer.ffn
 
@@ -51,7 +49,7 @@ def layer_kept(layer: LayerSpec, D: int, tokens: int, e: int, kind: Kind = "none
     wide product, its activation; norms: the same without the results of both norms; selective: the stream twice, the product of q, k and v, the wide product;
     full: the input.
     """
-    attn, ffn = _parts(layer)
+    attn, ffn = parts_of(layer)
     wide = (2 if ffn.gated else 1) * ffn.F
     if kind in ("full", "offload"):
         return tokens * D * e
@@ -68,7 +66,7 @@ def layer_kept(layer: LayerSpec, D: int, tokens: int, e: int, kind: Kind = "none
 def layer_transient(layer: LayerSpec, D: int, tokens: int, e: int, largest_gradient: int, kind: Kind = "none") -> int:
     """The worst moment within a layer's backward pass, beside all that the layer keeps (for "selective": beside what that keeps): of the activation, whose own
     result is gone by then; of a product with its weight's gradient; of attention, whose inputs "selective" computes again; of a norm in fp32."""
-    attn, ffn = _parts(layer)
+    attn, ffn = parts_of(layer)
     wide = (2 if ffn.gated else 1) * ffn.F
     stream = tokens * D * e
     activation = stream + tokens * e * (2 * ffn.F + wide)
@@ -127,7 +125,7 @@ def _largest_gradient(spec: ModelSpec, plan: TrainPlan) -> int:
     return max(prod(tensor.shape) for tensor in model_tensors(spec) if tensor.layer >= 0) * e
 
 
-def _whole_bytes(spec: ModelSpec, plan: TrainPlan, layer: int) -> int:
+def whole_bytes(spec: ModelSpec, plan: TrainPlan, layer: int) -> int:
     """Of what data ranks hold in parts and gather, in a layer (-1: outside of the layers). 0 on one data rank."""
     if plan.data_parallel == 1:
         return 0
@@ -137,10 +135,10 @@ def _whole_bytes(spec: ModelSpec, plan: TrainPlan, layer: int) -> int:
 
 @lru_cache(maxsize=256)
 def layer_gathered(spec: ModelSpec, plan: TrainPlan) -> tuple[int, ...]:
-    """By layer, what FSDP2 holds at the worst moment of its backward pass: its matrices, the next one's on their way, its gradients, and the ones of the layer
-    before it on their way to their ranks; nothing is on its way from before the last layer. A frozen base has no gradients."""
-    whole = [_whole_bytes(spec, plan, index) for index in range(spec.L)]
-    copies = [2 if plan.method != "full" else 3 if index == spec.L - 1 else 4 for index in range(spec.L)]
+    """By layer, what FSDP2 holds at the worst moment of its backward pass: its matrices, the next one's on their way, its gradients, those gathered for their
+    ranks, and the ones of the layer before, which a slow rank still waits for; from before the last layer none. A frozen base has no gradients."""
+    whole = [whole_bytes(spec, plan, index) for index in range(spec.L)]
+    copies = [2 if plan.method != "full" else 4 if index == spec.L - 1 else 5 for index in range(spec.L)]
     return tuple(count * size for count, size in zip(copies, whole, strict=True))
 
 
@@ -152,7 +150,7 @@ def terms(spec: ModelSpec, plan: TrainPlan) -> Terms:
     transient = tuple({kind: layer_transient(layer, D, T, e, grad, kind) + gathered[index] for kind in BY_LAYER} for index, layer in enumerate(spec.layers))
     # the head's gradient stays where the embedding's is added to it, or where both wait for the end of the backward pass
     head = spec.V * D * e if plan.method == "full" and (spec.tied or plan.data_parallel > 1) else 0
-    last = _whole_bytes(spec, plan, spec.L - 1)  # as it was gathered
+    last = whole_bytes(spec, plan, spec.L - 1)  # as it was gathered
     return Terms(kept, transient, loss_moment(spec, plan) + last, head + rope_rows(spec, T, e))
 
 
@@ -190,7 +188,7 @@ def _embedding_moment(spec: ModelSpec, plan: TrainPlan) -> int:
     table = spec.V * spec.D * e
     if plan.data_parallel > 1:  # both gradients whole, once more on their way to their ranks, and the part that comes back
         tables = table * (1 if spec.tied else 2)
-        return max(2 * tables + tables // plan.data_parallel, table * 2) + _whole_bytes(spec, plan, 0) + plan.tokens * spec.D * e
+        return max(2 * tables + tables // plan.data_parallel, table * 2) + whole_bytes(spec, plan, 0) + plan.tokens * spec.D * e
     return table * (2 if spec.tied else 1) + plan.tokens * spec.D * e
 
 
@@ -253,7 +251,7 @@ def fixed_lines(
     weights = weight_bytes(spec, plan.weights) if plan.data_parallel == 1 else _held_bytes(spec, plan)
     lines = [TrainLine("weights", Estimate(weights, "exact"), "Σ tensors in their formats" + (", a rank's rows" if plan.data_parallel > 1 else ""))]
     if plan.data_parallel > 1:
-        lines.append(TrainLine("gathered", Estimate(_whole_bytes(spec, plan, -1), "exact"), "embedding and head, whole while a step runs"))
+        lines.append(TrainLine("gathered", Estimate(whole_bytes(spec, plan, -1), "exact"), "embedding and head, whole while a step runs"))
     if plan.method != "full":
         lines.append(TrainLine("adapters", Estimate(sizes, "exact"), "4 · rank · (rows + columns) a linear"))
     lines.append(TrainLine("gradients", Estimate(0 if plan.fused else sizes, "exact"), "0: the step is fused" if plan.fused else "as what learns"))
@@ -286,83 +284,6 @@ def train_ledger(spec: ModelSpec, plan: TrainPlan, device: DeviceSpec | None = N
     pool = "device" if device is not None and compute_pool(device) == "device" else "host"
     offloaded = plan.tokens * spec.D * element_bytes(plan) * sum(segment.kind == "offload" for segment in plan.checkpointing)
     return TrainLedger(tuple(lines), pool, offloaded)
-
-
-# ---------------------------------------------------------------------------------------------------------------- seconds
-
-
-def layer_forward_flops(layer: LayerSpec, D: int, plan: TrainPlan) -> tuple[float, float]:
-    """(of products, of attention) for all tokens of a micro-batch; attention of whole causal sequences."""
-    attn, ffn = _parts(layer)
-    matrices = D * (attn.N * attn.H + attn.K * (attn.H + attn.Hv)) + attn.N * attn.Hv * D + D * ffn.F * ((2 if ffn.gated else 1) + 1)
-    return 2.0 * matrices * plan.tokens, 2.0 * plan.tokens * plan.context * attn.N * attn.H
-
-
-def _after_norms_flops(layer: LayerSpec, D: int, plan: TrainPlan) -> float:
-    """Of the two products that take a norm's result."""
-    attn, ffn = _parts(layer)
-    return 2.0 * plan.tokens * D * (attn.N * attn.H + attn.K * (attn.H + attn.Hv) + ffn.F * (2 if ffn.gated else 1))
-
-
-def again_seconds(spec: ModelSpec, plan: TrainPlan, device: DeviceSpec, index: int, kind: Kind) -> float:
-    """What checkpointing a layer in this way costs in time."""
-    if kind == "none":
-        return 0.0
-    layer = spec.layers[index]
-    products, attention = layer_forward_flops(layer, spec.D, plan)
-    rate = device.flops_per_s(plan.weights.dense).require() * EFFICIENCY
-    touched = layer_kept(layer, spec.D, plan.tokens, element_bytes(plan)) / device.read_bytes_per_s.require()
-    if kind == "norms":
-        passes = 2 * (2 * plan.tokens * spec.D * element_bytes(plan)) / device.read_bytes_per_s.require()  # two norms, read and written
-        return passes + (_after_norms_flops(layer, spec.D, plan) / rate if plan.method != "full" else 0.0)
-    if kind == "selective":
-        # the last product of a section is not run again, but beside an adapter it is
-        return attention / rate + touched + (products / rate if plan.method != "full" else 0.0)
-    seconds = (products + attention) / rate + touched
-    if kind == "offload" and device.host_link_bytes_per_s is not None:
-        seconds += 2 * plan.tokens * spec.D * element_bytes(plan) / device.host_link_bytes_per_s.require()
-    return seconds
-
-
-def sum_seconds(spec: ModelSpec, plan: TrainPlan, device: DeviceSpec) -> float:
-    """What ranks send each other for a micro-batch: the stream four times a layer over tensor ranks; weights twice and gradients once over data ranks.
-    0 where the link is not known."""
-    link = device.peer_link_bytes_per_s
-    if link is None or not link.known or plan.ranks == 1:
-        return 0.0
-    t, d = plan.tensor_parallel, plan.data_parallel
-    streams = 4 * spec.L * plan.tokens * spec.D * element_bytes(plan) * 2 * (t - 1) / t
-    passes = 3 if plan.method == "full" else 2
-    weights = passes * sum(_whole_bytes(spec, plan, index) for index in range(-1, spec.L)) * (d - 1) / d
-    return (streams + weights) / link.require()
-
-
-def step_seconds(spec: ModelSpec, plan: TrainPlan, device: DeviceSpec) -> Estimate:
-    """Seconds of one step: forward, backward (twice; once where weights do not learn), what is computed again, and the optimizer's traffic."""
-    rate = device.flops_per_s(plan.weights.dense)
-    if not rate.known:
-        return rate
-    products = attention = again = 0.0
-    for layer in spec.layers:
-        here = layer_forward_flops(layer, spec.D, plan)
-        products, attention = products + here[0], attention + here[1]
-    head = 2.0 * plan.tokens * spec.V * spec.D
-    passes = 3 if plan.method == "full" else 2
-    index = 0
-    for segment in plan.checkpointing:
-        again += sum(again_seconds(spec, plan, device, i, segment.kind) for i in range(index, index + segment.layers))
-        index += segment.layers
-    compute = (passes * products + 3.5 * attention + (passes if plan.method == "full" else 2) * head) / (rate.require() * EFFICIENCY)
-    traffic = 4.0 * sum(layer_kept(layer, spec.D, plan.tokens, element_bytes(plan)) for layer in spec.layers)
-    if plan.method == "qlora":  # decoded for the forward pass and for the backward pass
-        elements = sum(prod(tensor.shape) for tensor in model_tensors(spec) if FORMATS[plan.weights.format_of(tensor).name].bits < 16)
-        traffic += 2 * elements * 2.5
-    states = sum(OPTIMIZERS[plan.optimizer].state_bytes(shape, dtype) for _, shape, dtype in trained(spec, plan))
-    bandwidth = device.read_bytes_per_s.require()
-    calls = device.op_overhead_s.require() * CALLS_PER_LAYER * spec.L if device.op_overhead_s.known else 0.0
-    again += sum_seconds(spec, plan, device)
-    again += calls * (1 + 0.5 * sum(segment.kind != "none" for segment in plan.checkpointing) / max(1, len(plan.checkpointing)))
-    return Estimate(plan.accumulation * (compute + again + traffic / bandwidth) + 2.5 * states / bandwidth, "roofline")
 
 
 def with_segments(plan: TrainPlan, segments: Sequence[Segment]) -> TrainPlan:

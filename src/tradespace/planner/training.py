@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from math import ceil
 
 from tradespace.cost.memory import compute_pool
-from tradespace.cost.training import Terms, TrainLedger, again_seconds, step_seconds, terms, train_ledger, with_segments
+from tradespace.cost.training import Terms, TrainLedger, terms, train_ledger, with_segments
+from tradespace.cost.training_time import again_seconds, step_seconds
 from tradespace.errors import BudgetError, InputError, UnsupportedError
 from tradespace.spec import cuda
 from tradespace.spec.device import DeviceSpec
