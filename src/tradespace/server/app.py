@@ -20,7 +20,7 @@ from tradespace.errors import InputError, TradespaceError
 from tradespace.measure.memory import process_bytes
 from tradespace.server import chat, completions, responses
 from tradespace.server.admission import QueueFull
-from tradespace.server.asking import chat_ids, check_model, text_size
+from tradespace.server.asking import check_model
 from tradespace.server.limits import error_body
 from tradespace.server.link import Unavailable
 from tradespace.server.schema import ChatRequest, CompletionRequest, DetokenizeRequest, ResponsesRequest, TokenizeRequest
@@ -155,8 +155,7 @@ def _add_generating(app: FastAPI, service: Service) -> None:
         if body.prompt is not None:
             ids = await off_loop(len(body.prompt), service.tokenizer.encode, body.prompt, body.add_special_tokens)
         else:
-            messages = body.messages or []
-            ids = list(await off_loop(text_size(messages), chat_ids, service.tokenizer, messages))
+            ids = list(await service.encode_chat(body.messages or [], body.tools or []))
         return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": service.link.limits.max_context})
 
     @app.post("/detokenize", responses=_PLAIN)

@@ -11,6 +11,7 @@ from tradespace.loading.tokenizer import Tokenizer
 from tradespace.server.json_schema import bounded, check_enforced
 from tradespace.server.messages import Grammar, Limits, Ready
 from tradespace.server.schema import MAX_GRAMMAR_CHARS, CompletionRequest, Message, Sampling, TextPart, Tool
+from tradespace.server.tool_prompt import with_tools
 
 _COPIED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed")
 
@@ -148,8 +149,11 @@ def text_size(messages: Sequence[Message], tools: Sequence[Tool] | None = None) 
     return said + sum(len(str(tool.function.parameters)) + len(tool.function.description or "") for tool in tools or ())
 
 
-def chat_ids(tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Tool] | None = None) -> tuple[int, ...]:
-    """Token ids of a conversation through the model's template."""
+def chat_ids(tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Tool] | None = None, *, prompted: bool = False) -> tuple[int, ...]:
+    """Token ids of a conversation through the model's template; `prompted`: the tools are told in its messages, as the template has no place for them."""
+    told = template_messages(messages)
     plain_tools = None if not tools else [tool.model_dump(exclude_none=True) for tool in tools]
-    text = tokenizer.apply_chat_template(template_messages(messages), tools=plain_tools)
+    if prompted:
+        told, plain_tools = with_tools(told, plain_tools or []), None
+    text = tokenizer.apply_chat_template(told, tools=plain_tools)
     return tuple(tokenizer.encode(text, add_special_tokens=False))

@@ -11,10 +11,10 @@ from starlette.responses import JSONResponse, Response
 
 from tradespace.errors import InputError
 from tradespace.server.answering import chat_logprobs, usage
-from tradespace.server.asking import chat_ids, check_model, fit_tokens, grammar_of, sampling_of, schema_grammar, text_size
+from tradespace.server.asking import check_model, fit_tokens, grammar_of, sampling_of
 from tradespace.server.schema import ChatRequest
-from tradespace.server.service import Service, Waiting, Wanted, new_id, off_loop, sse, streamed
-from tradespace.server.tools import Call, ToolText, choose_tools, forced_schema, style_of
+from tradespace.server.service import Service, Waiting, Wanted, new_id, sse, streamed
+from tradespace.server.tools import Call, ToolText, call_grammar, choose_tools
 
 
 async def chat(service: Service, request: Request, body: ChatRequest) -> Response:
@@ -23,24 +23,20 @@ async def chat(service: Service, request: Request, body: ChatRequest) -> Respons
     if body.top_logprobs is not None and not body.logprobs:
         raise InputError("top_logprobs needs logprobs: true")
     params = sampling_of(body, ready, logprobs=(body.top_logprobs or 0) if body.logprobs else None)
-    tools, must = choose_tools(body.tools, body.tool_choice)
-    grammar, forced = grammar_of(body), forced_schema(tools) if must else None
-    if forced is not None:
-        if grammar is not None:
-            raise InputError("a forced call of a tool and a grammar exclude each other")
-        grammar = schema_grammar(forced)
-    ids = await off_loop(text_size(body.messages, tools), chat_ids, service.tokenizer, body.messages, tools)
+    choice, style = choose_tools(body.tools, body.tool_choice, body.parallel_tool_calls), service.tool_style
+    grammar, calls = grammar_of(body), call_grammar(choice, style)
+    if grammar is not None and calls is not None:
+        raise InputError("a call that must come, or a strict tool, and another grammar exclude each other")
+    ids = await service.encode_chat(body.messages, choice.offered)
     most = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     params["max_tokens"] = fit_tokens(ready.limits, len(ids), most)
     waiting = service.submit(
-        request, [Wanted(ids, params, grammar)], user=body.client, priority=body.priority, stream=bool(body.stream), timeout_s=body.timeout_s
+        request, [Wanted(ids, params, grammar or calls)], user=body.client, priority=body.priority, stream=bool(body.stream), timeout_s=body.timeout_s
     )
     head = {"id": new_id("chatcmpl"), "created": int(time.time()), "model": body.model or service.name}
-    names = [tool.function.name for tool in tools or ()]
-    style = style_of(service.tokenizer.chat_template, service.settings.tool_style)
-    splitters = [ToolText(style, names, bare=forced is not None) if tools else None for _ in range(params["n"])]
+    splitters = [ToolText(style, choice.names, several=choice.several) if choice.offered else None for _ in range(params["n"])]
     if body.stream:
-        if grammar is not None:
+        if grammar is not None or calls is not None:
             await waiting.first(request)
         return streamed(_events(service, body, waiting, {**head, "object": "chat.completion.chunk"}, splitters))
     (outputs,) = await service.outputs(request, waiting)
