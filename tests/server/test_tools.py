@@ -33,7 +33,8 @@ WAYS = {"required": "required", "named": NAMED, "subset": {"type": "allowed_tool
 # how each family writes two calls, with text before them where it may
 TWO = {
     "llama": '{"name": "count", "parameters": {"n": 1}}; {"name": "wait", "parameters": {"n": 2}}',
-    "qwen": 'Let me see.\n<tool_call>\n{"name": "count", "arguments": {"n": 1}}\n</tool_call>\n<tool_call>\n{"name": "wait", "arguments": {"n": 2}}\n</tool_call>',
+    "qwen": 'Let me see.\n<tool_call>\n{"name": "count", "arguments": {"n": 1}}\n</tool_call>\n'
+    '<tool_call>\n{"name": "wait", "arguments": {"n": 2}}\n</tool_call>',
 }
 TWO["hermes"] = TWO["qwen"]
 
@@ -93,6 +94,7 @@ def test_several_calls_in_one_answer(family):
     _, server = family
     found = [whole(server, tool_choice="required", seed=seed) for seed in range(12)]
     assert any(len(calls) > 1 for _, calls, reason in found if reason == "tool_calls")
+    assert all(reason == "length" for text, _, reason in found if text)  # a call that was cut off
     for text, calls, reason in found:
         if reason == "tool_calls":  # and not cut off at max_tokens
             assert text == "" and all(name in ("count", "wait") and 0 <= json.loads(arguments)["n"] <= 9 for name, arguments in calls)
@@ -250,6 +252,7 @@ def test_a_strict_tool_is_called_by_its_schema_or_not_at_all(style):
         assert _is_grammar_accept_string(grammar, text) == good, text
     if style == "hermes":
         assert _is_grammar_accept_string(grammar, "I call: " + forms[style] % '{"n": 3}' + " and " + forms[style] % '{"n": 4}')
+    broken = {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}}
+    tools = [Tool.model_validate({"type": "function", "function": {"name": "a", "strict": True, "parameters": broken}})]
     with pytest.raises(InputError, match="uniqueItems"):
-        broken = {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}}
-        call_grammar(choose_tools([Tool.model_validate({"type": "function", "function": {"name": "a", "strict": True, "parameters": broken}})], "auto"), style)
+        call_grammar(choose_tools(tools, "auto"), style)

@@ -50,9 +50,14 @@ async def chat(service: Service, request: Request, body: ChatRequest) -> Respons
         if calls:
             message["tool_calls"] = [call.to_dict() for call in calls]
         logprobs = chat_logprobs(service.tokenizer, output.logprobs) if body.logprobs else None
-        choices.append({"index": index, "message": message, "logprobs": logprobs, "finish_reason": "tool_calls" if calls else output.reason})
+        choices.append({"index": index, "message": message, "logprobs": logprobs, "finish_reason": _reason(output.reason, bool(calls))})
     spent = usage(len(ids), sum(len(output.tokens) for output in outputs), outputs[0].num_cached)
     return JSONResponse({**head, "object": "chat.completion", "choices": choices, "usage": spent})
+
+
+def _reason(reason: str | None, called: bool) -> str | None:
+    """As OpenAI has it: an answer that was cut off says so, though there were calls in it."""
+    return "tool_calls" if called and reason == "stop" else reason
 
 
 async def _events(service: Service, body: ChatRequest, waiting: Waiting, head: dict[str, Any], splitters: list[ToolText | None]) -> AsyncIterator[bytes]:
@@ -86,7 +91,7 @@ async def _events(service: Service, body: ChatRequest, waiting: Waiting, head: d
             yield event(index, {"tool_calls": [{"index": num_calls[index], **call.to_dict()}]})
             num_calls[index] += 1
         if piece.finish_reason is not None:
-            yield event(index, {}, "tool_calls" if num_calls[index] else piece.finish_reason)
+            yield event(index, {}, _reason(piece.finish_reason, num_calls[index] > 0))
     if with_usage:
         yield sse({**head, "choices": [], "usage": usage(len(waiting.jobs[0].prompt_ids), count, cached)})
     yield b"data: [DONE]\n\n"

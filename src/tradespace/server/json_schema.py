@@ -65,7 +65,7 @@ def _bounded(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def schema_ebnf(schema: Any, to_ebnf: Callable[[Any], str]) -> str:
-    """The library's grammar of a schema, by `to_ebnf`, with strings of more than MOST_STATES characters counted by its matcher and not by an automaton's states:
+    """The library's grammar of a schema, by `to_ebnf`, with strings of more than MOST_STATES characters counted by its matcher, not by an automaton's states:
     compiling takes the same time for any length, and so does a step but for the last 80 characters or so. Raises InputError where a string cannot be so.
     """
     mark, found = f"m{secrets.token_hex(8)}n", list[tuple[int, int | None]]()
@@ -78,11 +78,10 @@ def schema_ebnf(schema: Any, to_ebnf: Callable[[Any], str]) -> str:
 
     def counted(rule: re.Match[str]) -> str:
         least, most = found[int(rule.group(2))]
-        # an automaton for what must come, as far as it is small
-        least_words = (
-            f"{_CHARACTER}{{{least},}}" if least > MOST_STATES else f'Regex("^{_QUOTED}{{{least},}}$", json_string=true)' if least else f"{_CHARACTER}*"
-        )
-        return f"{rule.group(1)}{'' if most is None else f'[max_chars={most}]'} ::= {least_words}"
+        words = f"{_CHARACTER}*"
+        if least:  # an automaton, as far as it is small
+            words = f'Regex("^{_QUOTED}{{{least},}}$", json_string=true)' if least <= MOST_STATES else f"{_CHARACTER}{{{least},}}"
+        return f"{rule.group(1)}{'' if most is None else f'[max_chars={most}]'} ::= {words}"
 
     ebnf = to_ebnf(_each(schema, marked))
     ebnf = re.sub(rf'^(\w+) ::= Regex\("\^{mark}(\d+)e\$", json_string=true\)$', counted, ebnf, flags=re.MULTILINE)
