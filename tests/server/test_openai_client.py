@@ -35,6 +35,16 @@ def test_n_seed_and_logprobs_of_a_chat(server):
             assert token.token.startswith("bytes:") or bytes(token.bytes).decode() == token.token
 
 
+@pytest.mark.parametrize("n", [3, 4])
+def test_outputs_that_end_in_one_step(server, n):
+    asked = {"model": "tiny", "prompt": [5, 6, 7], "max_tokens": 4, "n": n, "seed": 1, "temperature": 1, "extra_body": {"ignore_eos": True}}
+    found = server.client.completions.create(**asked)
+    texts = [""] * n
+    for part in server.client.completions.create(**asked, stream=True):
+        texts[part.choices[0].index] += part.choices[0].text
+    assert [choice.text for choice in found.choices] == texts and found.usage.completion_tokens == 4 * n
+
+
 def test_both_names_of_the_limit(server):
     for name in ("max_tokens", "max_completion_tokens"):
         found = server.client.chat.completions.create(model="tiny", messages=SKY, temperature=0, extra_body={"ignore_eos": True}, **{name: 3})

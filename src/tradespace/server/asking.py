@@ -34,10 +34,9 @@ def sampling_of(body: Sampling, ready: Ready, *, logprobs: int | None = None) ->
     params["stop"] = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
     params["stop_token_ids"] = tuple(body.stop_token_ids or ())
     if body.logit_bias:
-        try:
-            params["logit_bias"] = {int(token): float(bias) for token, bias in body.logit_bias.items()}
-        except ValueError as error:
-            raise InputError(f"logit_bias is a map from token ids to numbers: {error}") from error
+        if strange := next((token for token in body.logit_bias if not (token.isascii() and token.isdigit()) or len(token) > 10), None):
+            raise InputError(f"logit_bias is a map from token ids to numbers; '{strange[:32]}' is no token id")
+        params["logit_bias"] = {int(token): bias for token, bias in body.logit_bias.items()}
     if (n := params["n"]) > ready.limits.max_sequences:
         raise InputError(f"n is {n}; at most {ready.limits.max_sequences} run at once (--max-num-seqs)")
     if body.stream_options is not None and not body.stream:

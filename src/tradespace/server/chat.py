@@ -7,11 +7,12 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from tradespace.errors import InputError
 from tradespace.server.answering import chat_logprobs, usage
 from tradespace.server.asking import check_model, fit_tokens, grammar_of, sampling_of
+from tradespace.server.limits import Json
 from tradespace.server.schema import ChatRequest
 from tradespace.server.service import Service, Waiting, Wanted, new_id, sse, streamed
 from tradespace.server.tools import Call, ToolText, call_grammar, choose_tools
@@ -52,7 +53,7 @@ async def chat(service: Service, request: Request, body: ChatRequest) -> Respons
         logprobs = chat_logprobs(service.tokenizer, output.logprobs) if body.logprobs else None
         choices.append({"index": index, "message": message, "logprobs": logprobs, "finish_reason": _reason(output.reason, bool(calls))})
     spent = usage(len(ids), sum(len(output.tokens) for output in outputs), outputs[0].num_cached)
-    return JSONResponse({**head, "object": "chat.completion", "choices": choices, "usage": spent})
+    return Json({**head, "object": "chat.completion", "choices": choices, "usage": spent})
 
 
 def _reason(reason: str | None, called: bool) -> str | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import signal
 import threading
@@ -221,6 +222,7 @@ def _compile_and_exit(xgrammar: Any, info: Any, grammar: Grammar, write: int) ->
             limit = parse_kb_fields(stream.read())["VmData"] + COMPILE_BYTES
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the library warns of what it reads, line by line: no client writes the log
         compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_enabled=False)
         match grammar.kind:
             case "json_object":
@@ -237,7 +239,9 @@ def _compile_and_exit(xgrammar: Any, info: Any, grammar: Grammar, write: int) ->
     except BaseException as error:
         # nothing said is how the parent learns that memory ran out
         short = isinstance(error, MemoryError) or "bad_alloc" in str(error)
-        answer = b"" if short else b"-" + f"{type(error).__name__}: {error}"[:400].encode(errors="replace")
+        # the library says first when, and where in its own source
+        said = re.sub(r"^\[[\d:]+\] \S+: (?:Check failed: )?", "", str(error))
+        answer = b"" if short else b"-" + (said or type(error).__name__)[:400].encode(errors="replace")
     try:
         while answer:
             answer = answer[os.write(write, answer) :]

@@ -172,6 +172,9 @@ def _typed(schema: Mapping[str, Any]) -> Iterator[str]:
     """Keywords that hold only beside a type, or not beside each other."""
     types = _types(schema)
     given = [name for name in (*_LENGTHS, "pattern", *_BOUNDS) if name in schema]
+    for name in _LENGTHS:
+        if name in schema and (type(schema[name]) is not int or schema[name] < 0):
+            yield f"has a {name} that is no count of characters"
     if given and "type" not in schema:
         yield f"has {', '.join(given)} without a type: that cannot be enforced. Say the type"
     if "multipleOf" in schema and "number" in types:

@@ -7,9 +7,10 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from tradespace.server.asking import check_model, fit_tokens, format_grammar, text_of
+from tradespace.server.limits import Json
 from tradespace.server.schema import Message, ResponsesRequest, TextFormat
 from tradespace.server.service import Service, Waiting, Wanted, new_id, sse, streamed
 
@@ -40,7 +41,7 @@ async def respond(service: Service, request: Request, body: ResponsesRequest) ->
             await waiting.first(request)
         return streamed(_events(waiting, head, item))
     ((output,),) = await service.outputs(request, waiting)
-    return JSONResponse(_whole(head, item, output.text, output.reason, len(ids), len(output.tokens), output.num_cached))
+    return Json(_whole(head, item, output.text, output.reason, len(ids), len(output.tokens), output.num_cached))
 
 
 def _message(item: str, text: str, status: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from hashlib import sha256
 from typing import Any, TypeVar
 
 from fastapi import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import Response, StreamingResponse
 
 from tradespace.engine.request import SamplingParams
 from tradespace.errors import EngineError, InputError, TradespaceError
@@ -22,7 +22,7 @@ from tradespace.loading.tokenizer import Tokenizer
 from tradespace.server.admission import QueueFull
 from tradespace.server.answering import Output
 from tradespace.server.asking import UnknownModel, chat_ids, text_size
-from tradespace.server.limits import error_body
+from tradespace.server.limits import Json, error_body
 from tradespace.server.link import DeadlineExceeded, Job, Link, News, Unavailable
 from tradespace.server.messages import Grammar, Piece, Ready
 from tradespace.server.metrics import Metrics
@@ -250,7 +250,7 @@ def described(error: Exception) -> tuple[int, dict[str, Any]]:
 def error_response(error: Exception) -> Response:
     status, body = described(error)
     headers = {"retry-after": str(error.retry_s)} if isinstance(error, QueueFull) else {"retry-after": "5"} if status == 503 else None
-    return JSONResponse(body, status, headers=headers)
+    return Json(body, status, headers=headers)
 
 
 def sse(event: Any) -> bytes:
