@@ -213,8 +213,8 @@ def test_a_template_for_tools_is_taken_where_there_are_tools(tmp_path):
     tokenizer = Tokenizer.from_files(resolve(str(folder)))
     oracle = transformers.PreTrainedTokenizerFast.from_pretrained(str(folder))
     messages, tools = [{"role": "user", "content": "a"}], [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
-    for given in (None, tools):
-        assert tokenizer.apply_chat_template(messages, tools=given) == oracle.apply_chat_template(messages, tools=given, tokenize=False)
+    for some in (None, tools):
+        assert tokenizer.apply_chat_template(messages, tools=some) == oracle.apply_chat_template(messages, tools=some, tokenize=False)
     assert tokenizer.apply_chat_template(messages, tools=tools) == "add: a"
 
 
