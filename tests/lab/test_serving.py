@@ -176,13 +176,14 @@ import json, sys
 if "--version" in sys.argv:
     print("guidellm version: 9.9"); sys.exit()
 words = dict(zip(sys.argv[2::2], sys.argv[3::2]))
-rows = [json.loads(line) for line in open(words["--data"].split("path=")[1])]
+rows = [json.loads(line) for line in open(words["--data"].split("path=")[1])][: int(words["--constraint"].split("count=")[1])]
 assert json.loads(words["--backend"])["extras"] == {{"body": {{"temperature": 0}}}}
 assert ("relative_timestamp" in rows[0]) == words["--profile"].startswith("kind=replay"), words
-good = [{{"output_tokens": row["output_tokens_count"], "inter_token_latency_ms": 10.0 + number}} for number, row in enumerate(rows)]
+times = [{{"request_start_time": 5.0 + number, "request_end_time": 7.0 + number}} for number in range(len(rows))]
+good = [{{"output_tokens": row["output_tokens_count"], "inter_token_latency_ms": 10.0 + number, **times[number]}} for number, row in enumerate(rows)]
 of = lambda value: {{"successful": {{"median": value, "mean": value + 1}}}}
 metrics = {{"time_to_first_token_ms": of(50.0), "inter_token_latency_ms": of(11.0), "request_latency": of(2.0)}}
-json.dump({{"benchmarks": [{{"duration": 4.0, "requests": {{"successful": good}}, "metrics": metrics}}]}}, open(words["--output"].split("path=")[1], "w"))
+json.dump({{"benchmarks": [{{"requests": {{"successful": good}}, "metrics": metrics}}]}}, open(words["--output"].split("path=")[1], "w"))
 """
 
 
