@@ -5,17 +5,23 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import sys
 from pathlib import Path
 
 import pytest
 
 from tradespace.errors import CorruptFileError, InputError, UnsupportedError
 from tradespace.lab.serving.asking import Answer, Ask, Target, send
+from tradespace.lab.serving.client import MODES, by_guidellm, draw_asks
+from tradespace.lab.serving.client import markdown as client_markdown
 from tradespace.lab.serving.command import Load, run_load, thinned
-from tradespace.lab.serving.figures import summarize
+from tradespace.lab.serving.figures import median_interval, summarize
 from tradespace.lab.serving.http import Address
 from tradespace.lab.serving.load import Run, closed_loop, open_loop, poisson, read_trace
 from tradespace.lab.serving.plot import draw_run
+from tradespace.lab.serving.prefix import verdict
+from tradespace.measure.machine import this_machine
+from tradespace.measure.record import Figure, new_record
 
 FIRST_S, NEXT_S = 0.05, 0.02
 
@@ -152,3 +158,61 @@ def test_thinning_keeps_middle_and_ends():
     random.Random(0).shuffle(values)
     few = thinned(values, 101)
     assert len(few) == 101 and (min(few), max(few), sorted(few)[50]) == (0.0, 1000.0, 500.0)
+
+
+def test_an_interval_holds_the_median_as_often_as_it_says():
+    draw = random.Random(0)
+    held = 0
+    for _ in range(600):
+        low, high = median_interval([draw.expovariate(1.0) for _ in range(21)])
+        held += low <= 0.6931471805599453 <= high
+    assert 0.94 <= held / 600 <= 1.0
+    assert median_interval([3.0, 1.0]) == (1.0, 3.0)
+    assert (verdict(-0.01, 0.004), verdict(0.02, 0.03), verdict(0.0, 0.02).split(":")[0]) == ("kept", "MISSED", "undecided")
+
+
+FAKE_GUIDELLM = """#!{python}
+import json, sys
+if "--version" in sys.argv:
+    print("guidellm version: 9.9"); sys.exit()
+words = dict(zip(sys.argv[2::2], sys.argv[3::2]))
+rows = [json.loads(line) for line in open(words["--data"].split("path=")[1])][: int(words["--constraint"].split("count=")[1])]
+assert json.loads(words["--backend"])["extras"] == {{"body": {{"temperature": 0}}}}
+assert ("relative_timestamp" in rows[0]) == words["--profile"].startswith("kind=replay"), words
+times = [{{"request_start_time": 5.0 + number, "request_end_time": 7.0 + number}} for number in range(len(rows))]
+good = [{{"output_tokens": row["output_tokens_count"], "inter_token_latency_ms": 10.0 + number, **times[number]}} for number, row in enumerate(rows)]
+of = lambda value: {{"successful": {{"median": value, "mean": value + 1}}}}
+metrics = {{"time_to_first_token_ms": of(50.0), "inter_token_latency_ms": of(11.0), "request_latency": of(2.0)}}
+json.dump({{"benchmarks": [{{"requests": {{"successful": good}}, "metrics": metrics}}]}}, open(words["--output"].split("path=")[1], "w"))
+"""
+
+
+def test_what_guidellm_states_is_read(tmp_path: Path, monkeypatch):
+    class Somewhere:
+        port = 1
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UnsupportedError, match="pip install guidellm"):
+        by_guidellm(Somewhere(), "closed", [])  # pyright: ignore[reportArgumentType]
+    (tmp_path / "guidellm").write_text(FAKE_GUIDELLM.format(python=sys.executable))
+    (tmp_path / "guidellm").chmod(0o755)
+    for mode in MODES:
+        asks = draw_asks(mode, 3, seed=1)
+        assert asks == draw_asks(mode, 3, seed=1) and len({ask.body["prompt"] for ask in asks}) == 3
+        found = by_guidellm(Somewhere(), mode, asks)  # pyright: ignore[reportArgumentType]
+        assert found == pytest.approx({"ttft": 0.05, "itl": 0.011, "e2e": 2.0, "speed": 24.0, "ttft_mean": 0.051, "itl_mean": 0.012})
+
+
+def test_a_client_that_is_further_apart_than_allowed_is_told():
+    units = {"ttft": "s", "itl": "s", "e2e": "s", "speed": "tok/s"}
+    figures = {}
+    for mode in MODES:
+        for metric, unit in units.items():
+            figures |= {f"{mode}: {metric}, {client}": Figure.of([2.0], unit) for client in ("ours", "guidellm")}
+            figures[f"{mode}: {metric}, ours over guidellm"] = Figure.of([1.04 if metric != "itl" else 0.93], "ratio")
+        for name in ("ttft", "itl"):
+            figures |= {f"{mode}: {name}_{of}, {client}": Figure.of([2.0], "s") for of in ("mean", "server") for client in ("ours", "guidellm")}
+    row = {"plan": "p", "requests": 1, "prompt_words": 1, "tokens": 1, "guidellm": "9.9", "allowed": 0.05}
+    lines = client_markdown(new_record("serve-client", command="c", device=this_machine(), repeats=1, figures=figures, rows=[row])).splitlines()
+    kept, missed = ([line for line in lines if f"5% ({word})" in line] for word in ("kept", "MISSED"))
+    assert len(kept) == 6 and len(missed) == 2 and all("inter-token" in line and "-7.0%" in line for line in missed)

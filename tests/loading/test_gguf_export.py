@@ -19,6 +19,7 @@ from tradespace.loading.gguf_tokenizer import tokenizer_from_gguf
 from tradespace.loading.resolve import resolve
 from tradespace.loading.tokenizer import Tokenizer
 from tradespace.loading.weights import load_weights
+from tradespace.quantize.hf_config import write_tokenizer
 from tradespace.quantize.rtn import fill_rtn
 from tradespace.spec.gguf_config import model_spec_from_gguf
 from tradespace.spec.weights import WeightPlan
@@ -87,6 +88,22 @@ def test_every_type_as_the_gguf_package_reads_it(fmt, tmp_path):
         need = need.to({"bf16": torch.bfloat16, "fp16": torch.float16}[fmt]).float()
     assert torch.equal(rows[64 + 7], need[64 + 3 + 32]) and torch.equal(rows[6], need[3])
     assert found["output_norm.weight"].tensor_type == gguf.GGMLQuantizationType.F32
+
+
+def test_a_template_for_tools_goes_with_the_others(tmp_path):
+    files = hugging_face_folder(tmp_path / "hf")
+    settings = json.loads((files.folder / "tokenizer_config.json").read_text())
+    templates = {"default": "D", "tool_use": "T"}
+    settings["chat_template"] = [{"name": name, "template": text} for name, text in templates.items()]
+    (files.folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    files = resolve(str(files.folder))
+    assert (files.chat_template, files.tool_template) == ("D", "T")
+    export(tmp_path / "out.gguf", files, spec_of(files), source_of(files), "q8_0")
+    found = tokenizer_from_gguf(read_gguf(tmp_path / "out.gguf").metadata, "out")
+    assert (found.chat_template, found.tool_template) == ("D", "T")
+    (tmp_path / "back").mkdir()
+    write_tokenizer(read_gguf(tmp_path / "out.gguf"), tmp_path / "back")
+    assert json.loads((tmp_path / "back" / "tokenizer_config.json").read_text())["chat_template"] == settings["chat_template"]
 
 
 @pytest.mark.parametrize(("pre", "bos"), [("smollm", False), ("gpt-2", True), ("llama-bpe", True), ("qwen2", False), ("tekken", True)])

@@ -205,6 +205,19 @@ def test_transformers_gives_the_same(tmp_path):
         assert tokenizer.encode(text) == oracle(text)["input_ids"]
 
 
+def test_a_template_for_tools_is_taken_where_there_are_tools(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    templates = {"default": "{{ messages[0].content }}", "tool_use": "{{ tools[0].function.name }}: {{ messages[0].content }}"}
+    config = {"chat_template": [{"name": name, "template": text} for name, text in templates.items()], "tokenizer_class": "PreTrainedTokenizerFast"}
+    folder = hub_folder(tmp_path, trained("byte_level"), tokenizer_config=config)
+    tokenizer = Tokenizer.from_files(resolve(str(folder)))
+    oracle = transformers.PreTrainedTokenizerFast.from_pretrained(str(folder))
+    messages, tools = [{"role": "user", "content": "a"}], [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
+    for some in (None, tools):
+        assert tokenizer.apply_chat_template(messages, tools=some) == oracle.apply_chat_template(messages, tools=some, tokenize=False)
+    assert tokenizer.apply_chat_template(messages, tools=tools) == "add: a"
+
+
 def test_ends_come_from_every_file(tmp_path):
     configs = {"config": {"eos_token_id": 7}, "generation_config": {"eos_token_id": [8, 9]}, "tokenizer_config": {"eos_token": "</s>"}}
     assert Tokenizer.from_files(resolve(str(hub_folder(tmp_path, trained("byte_level"), **configs)))).eos_ids == {2, 7, 8, 9}

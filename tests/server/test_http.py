@@ -147,7 +147,8 @@ def test_the_page_needs_nobody_else(server):
 
 def test_no_generated_request_breaks_its_own_description(server):
     words = [str(Path(sys.executable).with_name("schemathesis")), "run", f"{server.url}/openapi.json", "--max-examples", "6", "--phases", "fuzzing"]
-    words += ["-c", "not_a_server_error,response_schema_conformance,status_code_conformance", "--request-timeout", "30", "--seed", "1"]
+    words += ["-c", "not_a_server_error,response_schema_conformance,status_code_conformance", "--request-timeout", "60", "--seed", "1"]
+    words += ["--suppress-health-check", "too_slow"]  # says how busy the machine is, not what the server answers
     done = subprocess.run(words, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stdout[-3000:]
     server.until(lambda: server.load()["running"] == 0, "idle")

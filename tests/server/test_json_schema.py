@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import random
 from itertools import product
 
 import jsonschema
+import numpy as np
 import pytest
 
 from tradespace.errors import InputError
 from tradespace.lab.serving.schemas import draw_schemas
-from tradespace.server.json_schema import MOST_COUNTED, bounded, check_enforced
+from tradespace.server.json_schema import MOST_CHARS, bounded, check_enforced, schema_ebnf
 
 # schema, and a value that breaks it though it keeps the library's grammar
 DROPPED = [
@@ -83,6 +85,88 @@ def test_lengths_written_as_a_pattern_take_the_same_strings(lengths):
             jsonschema.validate(json.loads(f'"{text}"'), schema)
 
 
+def _ebnf(schema) -> str:
+    from xgrammar import Grammar
+
+    return schema_ebnf(bounded(schema), lambda marked: str(Grammar.from_json_schema(json.dumps(marked), any_whitespace=False)))
+
+
+LONG = (129, 255, 1000, 5000)
+
+
+@pytest.mark.parametrize(("least", "most"), [(0, n) for n in LONG] + [(3, 129), (128, 500), (200, 1000), (300, None), (300, 300)])
+def test_long_strings_are_counted_to_the_character(least, most):
+    from xgrammar import Grammar
+    from xgrammar.testing import _is_grammar_accept_string
+
+    schema = {"type": "string"} | ({"minLength": least} if least else {}) | ({} if most is None else {"maxLength": most})
+    grammar = Grammar.from_ebnf(_ebnf(schema))
+    assert most is None or f"max_chars={most}" in str(grammar)
+    for count in sorted({0, 1, least - 1, least, least + 1, 400, *(() if most is None else (most - 1, most, most + 1))} - {-1}):
+        for letter in "aé🙂" if count < 600 else "a":  # one character each, of one, two and four bytes
+            keeps = least <= count and (most is None or count <= most)
+            assert _is_grammar_accept_string(grammar, f'"{letter * count}"') == keeps, (count, letter)
+
+
+def with_long_strings(schema, draw: random.Random):
+    """The schema with some of its strings' bounds far apart, or far away."""
+    if isinstance(schema, list):
+        return [with_long_strings(inner, draw) for inner in schema]
+    if not isinstance(schema, dict):
+        return schema
+    found = {name: inner if name in ("enum", "const") else with_long_strings(inner, draw) for name, inner in schema.items()}
+    if found.get("type") == "string" and "maxLength" in found:
+        found["maxLength"] += draw.choice((0, 130, 251, 700))
+    return found
+
+
+# characters, parts of them, and several with a string's end among them
+BYTES = [bytes([byte]) for byte in (*range(0x20, 0x7F), *range(0x80, 0xC0), 0xC3, 0xE6)]
+BYTES += [b'", "', b"the quick brown fox", b'"}', b"\xc3\xa9", b"\xe6\x97", "日本🙂".encode()]
+
+
+def walk(compiled, draw: random.Random, most: int = 6000) -> str | None:
+    """A text by drawing tokens that the matcher allows; None: it has no end yet."""
+    import torch
+    from xgrammar import GrammarMatcher
+
+    matcher, bitmask, text = GrammarMatcher(compiled), torch.empty(1, (len(BYTES) + 32) // 32, dtype=torch.int32), b""
+    for _ in range(most):
+        matcher.fill_next_token_bitmask(bitmask)
+        allowed = np.flatnonzero(np.unpackbits(bitmask.numpy().view(np.uint8)[0], bitorder="little")[: len(BYTES) + 1])
+        token = int(allowed[-1] if allowed[-1] == len(BYTES) else draw.choice(allowed))
+        assert matcher.accept_token(token)
+        if token == len(BYTES):
+            return text.decode()
+        text += BYTES[token]
+    return None
+
+
+COUNT = 25
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_drawn_schemas_with_long_strings_are_kept_and_lose_nothing(part):
+    """What the counted grammar makes keeps the schema (by jsonschema) and the library's own grammar; what the library's own makes is taken, too."""
+    import xgrammar
+    from xgrammar.testing import _is_grammar_accept_string
+
+    info = xgrammar.TokenizerInfo([*BYTES, b"</s>"], xgrammar.VocabType.RAW, stop_token_ids=[len(BYTES)])
+    compiler, draw = xgrammar.GrammarCompiler(info, max_threads=1), random.Random(part)
+    schemas = [with_long_strings(schema, draw) for schema in draw_schemas(8 * COUNT, seed=20 + part)]
+    # times are not those of the library: `bounded` narrows them
+    schemas = [schema for schema in schemas if "[max_chars=" in _ebnf(schema) and '"time"' not in json.dumps(schema)][:COUNT]
+    assert len(schemas) == COUNT
+    for schema in schemas:
+        library = xgrammar.Grammar.from_json_schema(json.dumps(schema), any_whitespace=False)
+        counted = xgrammar.Grammar.from_ebnf(_ebnf(schema))
+        for made, other in ((counted, library), (library, counted)):
+            text = walk(compiler.compile_grammar(made), draw)
+            assert text is not None, schema
+            assert _is_grammar_accept_string(other, text), (schema, text)
+            jsonschema.validate(json.loads(text), schema)
+
+
 def test_a_time_ends():
     from xgrammar import Grammar
     from xgrammar.testing import _is_grammar_accept_string
@@ -105,7 +189,7 @@ def test_only_schemas_are_written_anew():
     assert "pattern" in found["properties"]["format"] and "pattern" in found["properties"]["a"]["items"]
     assert {name: found[name] for name in ("type", "enum", "default")} == {name: schema[name] for name in ("type", "enum", "default")}
     for same in (
-        {"type": "string", "maxLength": MOST_COUNTED + 1}, {"type": "string", "minLength": 3, "maxLength": 2}, {"type": "string", "maxLength": -1},
+        {"type": "string", "maxLength": MOST_CHARS + 1}, {"type": "string", "minLength": 3, "maxLength": 2}, {"type": "string", "maxLength": -1},
         {"type": "string", "maxLength": True}, {"type": "string", "pattern": "a", "maxLength": 3}, {"type": "string", "enum": ["a"], "maxLength": 3},
         {"type": ["string", "null"], "maxLength": 3}, {"type": "string"}, True, {"type": "string", "format": "date"}, {"type": "string", "format": []},
         {"type": {}, "maxLength": 3},

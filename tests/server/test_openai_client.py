@@ -10,13 +10,6 @@ import openai
 import pytest
 
 SKY = [{"role": "user", "content": "why is the sky blue?"}]
-TOOLS = [
-    {
-        "type": "function",
-        "function": {"name": name, "parameters": {"type": "object", "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 9}}, "required": ["n"]}},
-    }
-    for name in ("count", "wait")
-]
 FORM = {"type": "object", "required": ["n"], "additionalProperties": False, "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 9}}}
 
 pytestmark = pytest.mark.xdist_group("server")
@@ -40,6 +33,16 @@ def test_n_seed_and_logprobs_of_a_chat(server):
         for token in choice.logprobs.content:
             assert len(token.top_logprobs) == 4 and token.logprob <= token.top_logprobs[0].logprob + 1e-6
             assert token.token.startswith("bytes:") or bytes(token.bytes).decode() == token.token
+
+
+@pytest.mark.parametrize("n", [3, 4])
+def test_outputs_that_end_in_one_step(server, n):
+    asked = {"model": "tiny", "prompt": [5, 6, 7], "max_tokens": 4, "n": n, "seed": 1, "temperature": 1, "extra_body": {"ignore_eos": True}}
+    found = server.client.completions.create(**asked)
+    texts = [""] * n
+    for part in server.client.completions.create(**asked, stream=True):
+        texts[part.choices[0].index] += part.choices[0].text
+    assert [choice.text for choice in found.choices] == texts and found.usage.completion_tokens == 4 * n
 
 
 def test_both_names_of_the_limit(server):
@@ -66,28 +69,6 @@ def test_bias_and_penalties_change_what_is_said(server):
         extra_body={"ignore_eos": True},
     )  # fmt: skip
     assert len(set(freed.choices[0].logprobs.tokens)) > 1
-
-
-@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "wait"}}, "subset"])
-def test_a_call_that_must_come_is_one_of_what_may_be_called(server, choice):
-    if choice == "subset":
-        named = {"type": "function", "function": {"name": "wait"}}
-        choice = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [named]}}
-    found = _chat(server, tools=TOOLS, tool_choice=choice, max_tokens=200, temperature=1, seed=2).choices[0]
-    (call,) = found.message.tool_calls
-    assert found.finish_reason == "tool_calls" and isinstance(json.loads(call.function.arguments)["n"], int)
-    assert call.function.name in (("count", "wait") if choice == "required" else ("wait",))
-    streamed = _chat(server, tools=TOOLS, tool_choice=choice, max_tokens=200, temperature=1, seed=2, stream=True)
-    parts = [part for chunk in streamed if chunk.choices for part in chunk.choices[0].delta.tool_calls or []]
-    assert "".join(part.function.name or "" for part in parts) == call.function.name
-    assert json.loads("".join(part.function.arguments or "" for part in parts)) == json.loads(call.function.arguments)
-
-
-def test_a_tool_that_there_is_not_is_refused(server):
-    with pytest.raises(openai.BadRequestError, match="sing"):
-        _chat(server, tools=TOOLS, tool_choice={"type": "function", "function": {"name": "sing"}})
-    with pytest.raises(openai.BadRequestError, match="needs tools"):
-        _chat(server, tool_choice="required")
 
 
 def test_json_object_is_json(server):

@@ -1,4 +1,4 @@
-"""The server's parts that need neither HTTP nor an engine: fairness, nesting, keys, calls of tools."""
+"""The server's parts that need neither HTTP nor an engine: fairness, nesting, keys."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import torch
 from tradespace.server.admission import Admission, QueueFull
 from tradespace.server.constraints import GrammarState
 from tradespace.server.limits import ApiKeys, depth_of
-from tradespace.server.tools import ToolText
 
 
 def test_a_late_client_waits_for_one_place_not_for_all_who_came_before():
@@ -49,24 +48,6 @@ def test_nesting_is_counted_outside_of_strings_only():
 def test_only_a_known_bearer_key_opens():
     keys = ApiKeys(("secret",))
     assert keys.holds("Bearer secret") and not keys.holds("Bearer secre") and not keys.holds("Basic secret") and not keys.holds("")
-
-
-def test_a_call_is_found_across_pieces_and_the_text_around_it_is_kept():
-    split = ToolText("hermes", ["add"])
-    said, calls = "", []
-    for piece in ("Let me see <to", 'ol_call>{"name": "add", "argu', 'ments": {"a": 1}}</tool_', "call>!"):
-        text, found = split.push(piece)
-        said, calls = said + text, [*calls, *found]
-    text, found = split.finish()
-    assert said + text == "Let me see !" and not found and [(call.name, call.arguments) for call in calls] == [("add", '{"a": 1}')]
-
-
-def test_llama_calls_and_texts_that_only_look_like_one():
-    split = ToolText("llama", ["add"])
-    assert split.push('{"name": "add", "parameters": {"a": 1}}') == ("", []) and split.finish()[1][0].arguments == '{"a": 1}'
-    other = ToolText("llama", ["add"])
-    other.push('{"name": "unknown"}')
-    assert other.finish() == ('{"name": "unknown"}', [])
 
 
 @pytest.mark.parametrize("width", [100, 150])  # beyond the mask's 128: rows that are no tokens

@@ -122,6 +122,13 @@ def test_no_bf16_instruction_is_said():
     assert "instruction" not in rates_for(cpu(), WeightPlan(default="fp32"), "decode").source
 
 
+def test_a_library_without_int8_products_does_not_price_our_kernels():
+    slow, fast = (cpu(matmul_flops_per_s={"fp32": Estimate(70e9, "cited: test"), "int8": Estimate(rate, "cited: test")}) for rate in (1e9, 400e9))
+    weights = WeightPlan(default="q4_0", layout="native")
+    at = [rates_for(device, weights, "decode").flops_per_s for device in (slow, fast)]
+    assert at[1] == pytest.approx(at[0] * 400 / 70) and "fp32 rate" in rates_for(slow, weights, "decode").source
+
+
 def test_small_working_sets_use_the_curve():
     fast = cpu(bandwidth_curve=((1 << 30, 1e12),))
     assert decode_time(tiny_model(), tiny_plan(), fast, WORKLOAD).seconds.require() < decode_time(tiny_model(), tiny_plan(), cpu(), WORKLOAD).seconds.require()

@@ -70,6 +70,9 @@ def serve(
         bool, typer.Option("--grammars/--no-grammars", help="Whether outputs can be bound to a schema, regex or grammar; that takes 176 MiB of the budget.")
     ] = True,
     tool_parser: Annotated[str, typer.Option("--tool-parser", help="How the model writes calls: auto, hermes, qwen, llama.")] = "auto",
+    tool_prompt: Annotated[
+        bool, typer.Option("--tool-prompt", help="Tell the model of its tools in a system message where its chat template has no place for them.")
+    ] = False,
     metrics_prefix: Annotated[str, typer.Option("--metrics-prefix", help="Prefix of the metrics' names.")] = "vllm",
     plan: PlanFile = None,
     weights: WeightFormat = None,
@@ -109,7 +112,7 @@ def serve(
     settings = Settings(
         model=values["model"], names=tuple(values["served_name"] or (Path(values["model"]).name or values["model"],)), api_keys=keys,
         max_queue=values["max_queue"], max_body_bytes=parse_bytes(values["max_body"]), timeout_s=values["timeout"], grace_s=values["grace"],
-        tool_style=values["tool_parser"], metrics_prefix=values["metrics_prefix"], grammars=values["grammars"],
+        tool_style=values["tool_parser"], tool_prompt=values["tool_prompt"], metrics_prefix=values["metrics_prefix"], grammars=values["grammars"],
     )  # fmt: skip
     options = {name: values[name] for name in OPENED}
     run(settings, {**options, "concurrency": values["max_num_seqs"]}, host=values["host"], port=values["port"])

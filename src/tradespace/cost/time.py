@@ -68,6 +68,15 @@ def _matmul_rate(device: DeviceSpec, dtype: str) -> tuple[Estimate, str]:
     return device.flops_per_s("fp32"), f"; no {dtype} instruction, computed in fp32"
 
 
+def _native_rate(device: DeviceSpec, dtype: str) -> tuple[Estimate, str]:
+    """As `_matmul_rate`, for our own kernels: one below fp32's is that of a library that lacks such products for this chip (torch's int8 on AVX2)."""
+    rate, note = _matmul_rate(device, dtype)
+    fp32 = device.flops_per_s("fp32")
+    if rate.value is not None and fp32.value is not None and rate.value < fp32.value:
+        return fp32, f"; {dtype} at the fp32 rate, as it was measured below that"
+    return rate, note
+
+
 def rates_for(device: DeviceSpec, weights: WeightPlan, phase: str, activations: str = "auto") -> Rates:
     """The device's rates for products with `weights`' default format in "decode" or "prefill"."""
     is_native, name = weights.layout == "native", weights.default
@@ -75,7 +84,7 @@ def rates_for(device: DeviceSpec, weights: WeightPlan, phase: str, activations: 
     efficiency = calibration.find_calibration(kind, name, phase)
     bandwidth = calibration.find_calibration(kind, name, "decode")  # how well a format streams, whatever the phase
     compute = calibration.find_calibration(kind, name, "few rows" if phase == "decode" else "prefill")
-    rate, note = _matmul_rate(device, native.activation_form(name, activations) if is_native else FORMATS[name].compute)
+    rate, note = _native_rate(device, native.activation_form(name, activations)) if is_native else _matmul_rate(device, FORMATS[name].compute)
     host, peer, disk = device.host_link_bytes_per_s, device.peer_link_bytes_per_s, device.disk_bytes_per_s
     figures = {
         "bandwidth": device.read_bytes_per_s,

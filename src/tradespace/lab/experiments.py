@@ -181,6 +181,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         Experiment(name="serve-faults", question="does the server answer others whatever some clients do?", minutes=8, module="serving.faults"),
         Experiment(name="serve-prefix", question="what does the prefix cache gain over HTTP?", minutes=6, module="serving.prefix"),
         Experiment(name="serve-throughput", question="what does HTTP cost of the engine's tokens a second?", minutes=3, module="serving.throughput"),
+        Experiment(name="serve-client", question="does bench serve measure what guidellm measures?", minutes=9, module="serving.client"),
         Experiment(name="serve-scores", question="does lm-eval over HTTP score as tradespace eval does?", minutes=5, module="serving.scores"),
         Experiment(name="plan-speed", question="how long does the search over the whole space take?", minutes=1, module="plan_speed"),
         Experiment(name="first-block", question="how long is it from a clone to the first table, without torch?", minutes=2, module="first_block"),

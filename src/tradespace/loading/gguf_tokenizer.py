@@ -86,6 +86,7 @@ class GGUFTokenizer:
     eos_ids: frozenset[int]
     special_tokens: dict[str, str]  # bos_token, eos_token, …: what a chat template may ask for
     chat_template: str | None
+    tool_template: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,13 +122,14 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], where: str) -> GGUFTokenize
     ends |= {vocabulary.ids[text] for text in END_TOKENS if text in vocabulary.ids and vocabulary.types[vocabulary.ids[text]] in (CONTROL, USER_DEFINED)}
     names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     found = {name: _token_id(metadata, key, vocabulary, where) for name, key in names.items()}
-    template = metadata.get("tokenizer.chat_template")
+    template, for_tools = (metadata.get(f"tokenizer.chat_template{name}") for name in ("", ".tool_use"))
     return GGUFTokenizer(
         tokenizer=tokenizer,
         bos_id=bos_id,
         eos_ids=frozenset(token_id for token_id in ends if token_id is not None),
         special_tokens={name: vocabulary.tokens[token_id] for name, token_id in found.items() if token_id is not None},
         chat_template=template if isinstance(template, str) else None,
+        tool_template=for_tools if isinstance(for_tools, str) else None,
     )
 
 

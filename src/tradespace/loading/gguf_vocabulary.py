@@ -60,6 +60,8 @@ def vocabulary_metadata(files: ModelFiles, num_rows: int) -> tuple[dict[str, Any
     metadata |= {f"tokenizer.ggml.{name}_token_id": token_id for name, token_id in (special | _more_ends(tokenizer, special, tokens, where)).items()}
     if files.chat_template:
         metadata["tokenizer.chat_template"] = files.chat_template
+    if files.tool_template:
+        metadata["tokenizer.chat_template.tool_use"] = files.tool_template
     again = tokenizer_from_gguf(metadata, where).tokenizer
     for text in PROBES:
         if again.encode(text).ids != tokenizer.encode(text):

@@ -34,6 +34,7 @@ class ModelFiles:
     tokenizer_config: dict[str, Any] | None = None
     generation_config: dict[str, Any] | None = None
     chat_template: str | None = None
+    tool_template: str | None = None
 
     @property
     def weight_bytes(self) -> int:
@@ -119,7 +120,8 @@ def _folder(model: str, folder: Path) -> ModelFiles:
         tokenizer_json=tokenizer_json if tokenizer_json.is_file() else None,
         tokenizer_config=tokenizer_config,
         generation_config=read_json_object(folder / "generation_config.json"),
-        chat_template=_chat_template(folder, tokenizer_config),
+        chat_template=_chat_template(folder, tokenizer_config, "default"),
+        tool_template=_chat_template(folder, tokenizer_config, "tool_use"),
     )
 
 
@@ -166,10 +168,13 @@ def read_json_object(path: Path) -> dict[str, Any] | None:
     return value
 
 
-def _chat_template(folder: Path, tokenizer_config: dict[str, Any] | None) -> str | None:
-    """The template in the order in which transformers prefers them: chat_template.jinja, chat_template.json, tokenizer_config.json."""
+def _chat_template(folder: Path, tokenizer_config: dict[str, Any] | None, name: str) -> str | None:
+    """The template in the order in which transformers prefers them: chat_template.jinja, chat_template.json, tokenizer_config.json.
+
+    name: "default", or "tool_use" for the one that a few models have beside it for conversations with tools.
+    """
     jinja = folder / "chat_template.jinja"
-    if jinja.is_file():
+    if jinja.is_file() and name == "default":
         if jinja.stat().st_size > MAX_TEMPLATE_BYTES:
             raise CorruptFileError(f"{jinja} is {jinja.stat().st_size} bytes; a chat template has at most {MAX_TEMPLATE_BYTES}")
         try:
@@ -178,10 +183,10 @@ def _chat_template(folder: Path, tokenizer_config: dict[str, Any] | None) -> str
             raise CorruptFileError(f"{jinja} is not UTF-8 ({error.reason} at byte {error.start}). Fetch it again") from error
     for source in (read_json_object(folder / "chat_template.json"), tokenizer_config):
         template = (source or {}).get("chat_template")
-        if isinstance(template, str):
+        if isinstance(template, str) and name == "default":
             return template
         if isinstance(template, list):  # several, by name
             named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-            if isinstance(named.get("default"), str):
-                return named["default"]
+            if isinstance(named.get(name), str):
+                return named[name]
     return None

@@ -36,12 +36,14 @@ class Tokenizer:
         eos_ids: frozenset[int],
         special_tokens: Mapping[str, str],
         chat_template: str | None,
+        tool_template: str | None = None,
     ):
         self._tokenizer = tokenizer
         self.bos_id = bos_id
         self.eos_ids = eos_ids
         self.special_tokens = dict(special_tokens)
         self.chat_template = chat_template
+        self.tool_template = tool_template  # for conversations with tools, where the model has one of its own for them
         self._token_bytes = _TokenBytes(tokenizer)
 
     @classmethod
@@ -56,6 +58,7 @@ class Tokenizer:
                 eos_ids=found.eos_ids,
                 special_tokens=found.special_tokens,
                 chat_template=found.chat_template,
+                tool_template=found.tool_template,
             )
         tokenizer = _read_tokenizer_json(files)
         config = files.tokenizer_config or {}
@@ -68,6 +71,7 @@ class Tokenizer:
             eos_ids=_end_ids(files, tokenizer, special_tokens.get("eos_token")),
             special_tokens=special_tokens,
             chat_template=files.chat_template,
+            tool_template=files.tool_template,
         )
 
     @property
@@ -119,10 +123,11 @@ class Tokenizer:
         variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The prompt that the model's template makes of `messages`; encode it with `add_special_tokens=False`. Raises InputError."""
-        if self.chat_template is None:
+        template = self.tool_template if tools and self.tool_template is not None else self.chat_template
+        if template is None:
             raise InputError("this model has no chat template: it is a base model, or its files lack one. Give plain text (tradespace run), or a chat model")
         return render_chat(
-            self.chat_template,
+            template,
             messages,
             add_generation_prompt=add_generation_prompt,
             tools=tools,

@@ -114,6 +114,9 @@ def write_tokenizer(file: GGUFFile, folder: Path) -> None:
     settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **found.special_tokens}
     if found.chat_template is not None:
         settings["chat_template"] = found.chat_template
+    if found.tool_template is not None:
+        templates = {"default": found.chat_template, "tool_use": found.tool_template}
+        settings["chat_template"] = [{"name": name, "template": text} for name, text in templates.items() if text is not None]
     write_json(folder / "tokenizer_config.json", settings)
     generation: dict[str, Any] = {"eos_token_id": sorted(found.eos_ids)}
     if found.bos_id is not None:

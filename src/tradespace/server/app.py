@@ -13,15 +13,15 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.responses import HTMLResponse, Response
 
 import tradespace
 from tradespace.errors import InputError, TradespaceError
 from tradespace.measure.memory import process_bytes
 from tradespace.server import chat, completions, responses
 from tradespace.server.admission import QueueFull
-from tradespace.server.asking import chat_ids, check_model, text_size
-from tradespace.server.limits import error_body
+from tradespace.server.asking import check_model
+from tradespace.server.limits import Json, error_body
 from tradespace.server.link import Unavailable
 from tradespace.server.schema import ChatRequest, CompletionRequest, DetokenizeRequest, ResponsesRequest, TokenizeRequest
 from tradespace.server.service import ClientGone, Service, error_response, off_loop
@@ -70,7 +70,7 @@ def create_app(service: Service) -> FastAPI:
         yield
         await service.link.close()
 
-    app = FastAPI(title="tradespace", version=tradespace.__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title="tradespace", version=tradespace.__version__, lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
     _add_errors(app)
     _add_generating(app, service)
     _add_watching(app, service)
@@ -101,11 +101,14 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         where, what = _wrong(error.errors())
-        return JSONResponse(error_body(f"{where}: {what}"[:1000] if where else what[:1000], "invalid_request_error", param=where or None), 400)
+        kind = request.headers.get("content-type", "")
+        if not where and "json" not in kind:
+            what = f"the body is not JSON, as its content-type says ({kind[:60] or 'none'}). Send JSON with content-type: application/json"
+        return Json(error_body(f"{where}: {what}"[:1000] if where else what[:1000], "invalid_request_error", param=where or None), 400)
 
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> Response:
-        return JSONResponse(error_body(str(error.detail), "invalid_request_error"), error.status_code, headers=error.headers)
+        return Json(error_body(str(error.detail), "invalid_request_error"), error.status_code, headers=error.headers)
 
     @app.exception_handler(ClientGone)
     async def gone(request: Request, error: ClientGone) -> Response:
@@ -141,12 +144,12 @@ def _add_generating(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/models", responses=_documented(401))
     async def models() -> Response:
-        return JSONResponse({"object": "list", "data": [_model(service, name) for name in service.settings.names]})
+        return Json({"object": "list", "data": [_model(service, name) for name in service.settings.names]})
 
     @app.get("/v1/models/{name:path}", responses=_documented(401, 404))
     async def model(name: str) -> Response:
         check_model(name, service.settings.names)
-        return JSONResponse(_model(service, name))
+        return Json(_model(service, name))
 
     @app.post("/tokenize", responses=_PLAIN)
     async def tokenize(body: TokenizeRequest) -> Response:
@@ -155,14 +158,13 @@ def _add_generating(app: FastAPI, service: Service) -> None:
         if body.prompt is not None:
             ids = await off_loop(len(body.prompt), service.tokenizer.encode, body.prompt, body.add_special_tokens)
         else:
-            messages = body.messages or []
-            ids = list(await off_loop(text_size(messages), chat_ids, service.tokenizer, messages))
-        return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": service.link.limits.max_context})
+            ids = list(await service.encode_chat(body.messages or [], body.tools or []))
+        return Json({"tokens": ids, "count": len(ids), "max_model_len": service.link.limits.max_context})
 
     @app.post("/detokenize", responses=_PLAIN)
     async def detokenize(body: DetokenizeRequest) -> Response:
         decode = service.tokenizer.decode
-        return JSONResponse({"prompt": await off_loop(len(body.tokens), lambda: decode(body.tokens, skip_special_tokens=False))})
+        return Json({"prompt": await off_loop(len(body.tokens), lambda: decode(body.tokens, skip_special_tokens=False))})
 
 
 def _model(service: Service, name: str) -> dict[str, Any]:
@@ -180,21 +182,21 @@ def _add_watching(app: FastAPI, service: Service) -> None:
     async def health() -> Response:
         if service.link.failure is not None or (service.link.ready is None and service.link.restarts):
             raise Unavailable(service.link.failure or "the engine's process has ended and is being started again")
-        return JSONResponse({"status": "ok"})
+        return Json({"status": "ok"})
 
     @app.get("/ready", responses=_documented(503))
     async def ready() -> Response:
-        return JSONResponse({"status": "ready", "plan": service.ready.plan})
+        return Json({"status": "ready", "plan": service.ready.plan})
 
     @app.get("/version", responses=_documented())
     async def version() -> Response:
-        return JSONResponse({"version": tradespace.__version__})
+        return Json({"version": tradespace.__version__})
 
     @app.get("/status", responses=_documented(401, 503))
     async def status() -> Response:
         snapshot, link, front = await service.link.snapshot(), service.link, process_bytes()
         load = snapshot.load
-        return JSONResponse(
+        return Json(
             {
                 "model": service.name, "plan": service.ready.plan, "chat": service.tokenizer.chat_template is not None,
                 "memory": {

@@ -11,6 +11,7 @@ from tradespace.loading.tokenizer import Tokenizer
 from tradespace.server.json_schema import bounded, check_enforced
 from tradespace.server.messages import Grammar, Limits, Ready
 from tradespace.server.schema import MAX_GRAMMAR_CHARS, CompletionRequest, Message, Sampling, TextPart, Tool
+from tradespace.server.tool_prompt import with_tools
 
 _COPIED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed")
 
@@ -33,10 +34,9 @@ def sampling_of(body: Sampling, ready: Ready, *, logprobs: int | None = None) ->
     params["stop"] = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
     params["stop_token_ids"] = tuple(body.stop_token_ids or ())
     if body.logit_bias:
-        try:
-            params["logit_bias"] = {int(token): float(bias) for token, bias in body.logit_bias.items()}
-        except ValueError as error:
-            raise InputError(f"logit_bias is a map from token ids to numbers: {error}") from error
+        if strange := next((token for token in body.logit_bias if not (token.isascii() and token.isdigit()) or len(token) > 10), None):
+            raise InputError(f"logit_bias is a map from token ids to numbers; '{strange[:32]}' is no token id")
+        params["logit_bias"] = {int(token): bias for token, bias in body.logit_bias.items()}
     if (n := params["n"]) > ready.limits.max_sequences:
         raise InputError(f"n is {n}; at most {ready.limits.max_sequences} run at once (--max-num-seqs)")
     if body.stream_options is not None and not body.stream:
@@ -148,8 +148,11 @@ def text_size(messages: Sequence[Message], tools: Sequence[Tool] | None = None) 
     return said + sum(len(str(tool.function.parameters)) + len(tool.function.description or "") for tool in tools or ())
 
 
-def chat_ids(tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Tool] | None = None) -> tuple[int, ...]:
-    """Token ids of a conversation through the model's template."""
+def chat_ids(tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Tool] | None = None, *, prompted: bool = False) -> tuple[int, ...]:
+    """Token ids of a conversation through the model's template; `prompted`: the tools are told in its messages, as the template has no place for them."""
+    told = template_messages(messages)
     plain_tools = None if not tools else [tool.model_dump(exclude_none=True) for tool in tools]
-    text = tokenizer.apply_chat_template(template_messages(messages), tools=plain_tools)
+    if prompted:
+        told, plain_tools = with_tools(told, plain_tools or []), None
+    text = tokenizer.apply_chat_template(told, tools=plain_tools)
     return tuple(tokenizer.encode(text, add_special_tokens=False))

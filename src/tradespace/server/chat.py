@@ -7,14 +7,15 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from tradespace.errors import InputError
 from tradespace.server.answering import chat_logprobs, usage
-from tradespace.server.asking import chat_ids, check_model, fit_tokens, grammar_of, sampling_of, schema_grammar, text_size
+from tradespace.server.asking import check_model, fit_tokens, grammar_of, sampling_of
+from tradespace.server.limits import Json
 from tradespace.server.schema import ChatRequest
-from tradespace.server.service import Service, Waiting, Wanted, new_id, off_loop, sse, streamed
-from tradespace.server.tools import Call, ToolText, choose_tools, forced_schema, style_of
+from tradespace.server.service import Service, Waiting, Wanted, new_id, sse, streamed
+from tradespace.server.tools import Call, ToolText, call_grammar, choose_tools
 
 
 async def chat(service: Service, request: Request, body: ChatRequest) -> Response:
@@ -23,24 +24,20 @@ async def chat(service: Service, request: Request, body: ChatRequest) -> Respons
     if body.top_logprobs is not None and not body.logprobs:
         raise InputError("top_logprobs needs logprobs: true")
     params = sampling_of(body, ready, logprobs=(body.top_logprobs or 0) if body.logprobs else None)
-    tools, must = choose_tools(body.tools, body.tool_choice)
-    grammar, forced = grammar_of(body), forced_schema(tools) if must else None
-    if forced is not None:
-        if grammar is not None:
-            raise InputError("a forced call of a tool and a grammar exclude each other")
-        grammar = schema_grammar(forced)
-    ids = await off_loop(text_size(body.messages, tools), chat_ids, service.tokenizer, body.messages, tools)
+    choice, style = choose_tools(body.tools, body.tool_choice, body.parallel_tool_calls), service.tool_style
+    grammar, calls = grammar_of(body), call_grammar(choice, style)
+    if grammar is not None and calls is not None:
+        raise InputError("a call that must come, or a strict tool, and another grammar exclude each other")
+    ids = await service.encode_chat(body.messages, choice.offered)
     most = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     params["max_tokens"] = fit_tokens(ready.limits, len(ids), most)
     waiting = service.submit(
-        request, [Wanted(ids, params, grammar)], user=body.client, priority=body.priority, stream=bool(body.stream), timeout_s=body.timeout_s
+        request, [Wanted(ids, params, grammar or calls)], user=body.client, priority=body.priority, stream=bool(body.stream), timeout_s=body.timeout_s
     )
     head = {"id": new_id("chatcmpl"), "created": int(time.time()), "model": body.model or service.name}
-    names = [tool.function.name for tool in tools or ()]
-    style = style_of(service.tokenizer.chat_template, service.settings.tool_style)
-    splitters = [ToolText(style, names, bare=forced is not None) if tools else None for _ in range(params["n"])]
+    splitters = [ToolText(style, choice.names, several=choice.several) if choice.offered else None for _ in range(params["n"])]
     if body.stream:
-        if grammar is not None:
+        if grammar is not None or calls is not None:
             await waiting.first(request)
         return streamed(_events(service, body, waiting, {**head, "object": "chat.completion.chunk"}, splitters))
     (outputs,) = await service.outputs(request, waiting)
@@ -54,9 +51,14 @@ async def chat(service: Service, request: Request, body: ChatRequest) -> Respons
         if calls:
             message["tool_calls"] = [call.to_dict() for call in calls]
         logprobs = chat_logprobs(service.tokenizer, output.logprobs) if body.logprobs else None
-        choices.append({"index": index, "message": message, "logprobs": logprobs, "finish_reason": "tool_calls" if calls else output.reason})
+        choices.append({"index": index, "message": message, "logprobs": logprobs, "finish_reason": _reason(output.reason, bool(calls))})
     spent = usage(len(ids), sum(len(output.tokens) for output in outputs), outputs[0].num_cached)
-    return JSONResponse({**head, "object": "chat.completion", "choices": choices, "usage": spent})
+    return Json({**head, "object": "chat.completion", "choices": choices, "usage": spent})
+
+
+def _reason(reason: str | None, called: bool) -> str | None:
+    """As OpenAI has it: an answer that was cut off says so, though there were calls in it."""
+    return "tool_calls" if called and reason == "stop" else reason
 
 
 async def _events(service: Service, body: ChatRequest, waiting: Waiting, head: dict[str, Any], splitters: list[ToolText | None]) -> AsyncIterator[bytes]:
@@ -90,7 +92,7 @@ async def _events(service: Service, body: ChatRequest, waiting: Waiting, head: d
             yield event(index, {"tool_calls": [{"index": num_calls[index], **call.to_dict()}]})
             num_calls[index] += 1
         if piece.finish_reason is not None:
-            yield event(index, {}, "tool_calls" if num_calls[index] else piece.finish_reason)
+            yield event(index, {}, _reason(piece.finish_reason, num_calls[index] > 0))
     if with_usage:
         yield sse({**head, "choices": [], "usage": usage(len(waiting.jobs[0].prompt_ids), count, cached)})
     yield b"data: [DONE]\n\n"

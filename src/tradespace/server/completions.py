@@ -7,11 +7,12 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from tradespace.errors import InputError
 from tradespace.server.answering import Output, completion_logprobs, usage
 from tradespace.server.asking import check_model, fit_tokens, grammar_of, prompts_of, sampling_of
+from tradespace.server.limits import Json
 from tradespace.server.schema import CompletionRequest
 from tradespace.server.service import Service, Waiting, Wanted, new_id, off_loop, sse, streamed
 
@@ -45,7 +46,7 @@ async def complete(service: Service, request: Request, body: CompletionRequest) 
     outputs = await service.outputs(request, waiting)
     names = sum(len(output.tokens) + len(output.prompt_logprobs) for samples in outputs for output in samples) * ((body.logprobs or 0) + 1)
     choices = await off_loop(names if body.logprobs is not None else 0, _choices, service, body, echoes, prompts, outputs)
-    return JSONResponse({**head, "choices": choices, "usage": _usage(body, prompts, outputs)})
+    return Json({**head, "choices": choices, "usage": _usage(body, prompts, outputs)})
 
 
 def _choices(service: Service, body: CompletionRequest, echoes: list[str], prompts: list[tuple[int, ...]], outputs: list[list[Output]]) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import signal
 import threading
@@ -25,6 +26,7 @@ from torch import Tensor
 from tradespace.errors import InputError, UnsupportedError
 from tradespace.loading.tokenizer import Tokenizer
 from tradespace.measure.memory import parse_kb_fields, return_freed_memory
+from tradespace.server.json_schema import schema_ebnf
 from tradespace.server.messages import Grammar, Submit
 from tradespace.units import MiB
 
@@ -117,7 +119,7 @@ class Compiler:
             except InputError as error:
                 self._done.put((submit, error))
             except Exception as error:  # whatever the library raises: this thread serves the next grammar, too
-                self._done.put((submit, InputError(f"the {submit.grammar.kind} could not be compiled: {type(error).__name__}: {str(error)[:300]}")))
+                self._done.put((submit, InputError(f"the {submit.grammar.what} could not be compiled: {type(error).__name__}: {str(error)[:300]}")))
 
     def state(self, grammar: Grammar) -> GrammarState:
         """The first state of a grammar. Raises InputError where it is malformed or takes too much."""
@@ -135,7 +137,7 @@ class Compiler:
         matcher = xgrammar.GrammarMatcher(compiled)
         matcher.fill_next_token_bitmask(bitmask)
         if not (bitmask.numpy()[0] & (-1 if kept is None else kept)).any():
-            raise InputError(f"the {grammar.kind} is not valid: nothing fits it, not even an empty answer")
+            raise InputError(f"the {grammar.what} is not valid: nothing fits it, not even an empty answer")
         return GrammarState(matcher, bitmask, kept)
 
     def _load(self) -> tuple[Any, Any]:
@@ -166,23 +168,23 @@ class Compiler:
                     part = os.read(read, 1 << 16)
                 except BlockingIOError:
                     if time.monotonic() > ends_s:
-                        raise InputError(f"the {grammar.kind} takes more than {self.compile_s:g} s to compile. Make it simpler") from None
+                        raise InputError(f"the {grammar.what} takes more than {self.compile_s:g} s to compile. Make it simpler") from None
                     time.sleep(0.002)
                     continue
                 if not part:
                     break
                 found += part
                 if len(found) > RESULT_BYTES:
-                    raise InputError(f"the {grammar.kind} compiles to more than {RESULT_BYTES // MiB} MiB. Make it simpler")
+                    raise InputError(f"the {grammar.what} compiles to more than {RESULT_BYTES // MiB} MiB. Make it simpler")
         finally:
             os.close(read)
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
         if not found:
-            raise InputError(f"the {grammar.kind} takes more than {COMPILE_BYTES // MiB} MiB to compile. Make it simpler")
+            raise InputError(f"the {grammar.what} takes more than {COMPILE_BYTES // MiB} MiB to compile. Make it simpler")
         mark, text = chr(found[0]), found[1:].decode()
         if mark != "+":
-            raise InputError(f"the {grammar.kind} is not valid: {text}")
+            raise InputError(f"the {grammar.what} is not valid: {text}")
         return text
 
 
@@ -193,6 +195,26 @@ def _printed_tokens(words: list[bytes]) -> np.ndarray:
     return np.packbits(bits, bitorder="little").view(np.int32).copy()
 
 
+def _schema_ebnf(xgrammar: Any, schema: str, **whitespace: Any) -> str:
+    return schema_ebnf(json.loads(schema), lambda marked: str(xgrammar.Grammar.from_json_schema(json.dumps(marked), **whitespace)))
+
+
+def _counted_tags(xgrammar: Any, tags: str) -> dict[str, Any]:
+    """A structural tag whose schemas have become grammars."""
+
+    def counted(value: Any) -> Any:
+        if isinstance(value, list):
+            return [counted(inner) for inner in value]
+        if not isinstance(value, dict):
+            return value
+        if value.get("type") == "json_schema":
+            ebnf = _schema_ebnf(xgrammar, json.dumps(value["json_schema"]), max_whitespace_cnt=value["max_whitespace_cnt"])
+            return {"type": "grammar", "grammar": ebnf}
+        return {name: counted(inner) for name, inner in value.items()}
+
+    return counted(json.loads(tags))
+
+
 def _compile_and_exit(xgrammar: Any, info: Any, grammar: Grammar, write: int) -> None:
     """In the child: writes "+" and the automaton, or "-" and what is wrong; never returns."""
     try:
@@ -200,22 +222,26 @@ def _compile_and_exit(xgrammar: Any, info: Any, grammar: Grammar, write: int) ->
             limit = parse_kb_fields(stream.read())["VmData"] + COMPILE_BYTES
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the library warns of what it reads, line by line: no client writes the log
         compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_enabled=False)
         match grammar.kind:
             case "json_object":
                 compiled = compiler.compile_builtin_json_grammar()
             case "json_schema":
-                json.loads(grammar.text)
-                compiled = compiler.compile_json_schema(grammar.text, any_whitespace=False)
+                compiled = compiler.compile_grammar(_schema_ebnf(xgrammar, grammar.text, any_whitespace=False))
             case "regex":
                 compiled = compiler.compile_regex(grammar.text)
             case "grammar":
                 compiled = compiler.compile_grammar(grammar.text)
+            case "tool_calls":
+                compiled = compiler.compile_structural_tag(_counted_tags(xgrammar, grammar.text))
         answer = b"+" + compiled.serialize_json().encode()
     except BaseException as error:
         # nothing said is how the parent learns that memory ran out
         short = isinstance(error, MemoryError) or "bad_alloc" in str(error)
-        answer = b"" if short else b"-" + f"{type(error).__name__}: {error}"[:400].encode(errors="replace")
+        # the library says first when, and where in its own source
+        said = re.sub(r"^\[[\d:]+\] \S+: (?:Check failed: )?", "", str(error))
+        answer = b"" if short else b"-" + (said or type(error).__name__)[:400].encode(errors="replace")
     try:
         while answer:
             answer = answer[os.write(write, answer) :]

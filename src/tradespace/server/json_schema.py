@@ -6,7 +6,9 @@ that it was promised to keep. Keywords that only describe, and those that the sp
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tradespace.errors import InputError
@@ -26,7 +28,10 @@ _NUMBERS = frozenset({"integer", "number"})
 # where schemas lie within a schema: by name, in a list, alone
 _NAMED, _LISTED = ("properties", "patternProperties", "$defs", "definitions"), ("anyOf", "oneOf", "allOf", "prefixItems")
 _SINGLE = ("items", "additionalProperties", "propertyNames", "unevaluatedProperties", "unevaluatedItems")
-MOST_COUNTED = 128  # characters: beyond, the library's own counter fills its mask sooner than an automaton with a state for each
+MOST_STATES = 128  # characters that an automaton counts, with a state and 10 ms of compiling for each; beyond, `schema_ebnf` has them counted otherwise
+MOST_CHARS = 2**31 - 1  # of the library's counter
+_CHARACTER = r'[^"\\\r\n]'
+_QUOTED = _CHARACTER.replace("\\", r"\\").replace('"', r"\"")  # as it stands within a string of the library's grammars
 _DATE, _TIME = r"\d{4}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])", r"([01]\d|2[0-3]):[0-5]\d:[0-5]\d(\.\d{1,9})?(Z|[+-]([01]\d|2[0-3]):[0-5]\d)"
 _BOUNDED_FORMATS = {"time": f"^{_TIME}$", "date-time": f"^{_DATE}T{_TIME}$"}
 
@@ -47,31 +52,76 @@ def bounded(schema: Any) -> Any:
     >>> bounded({"type": "string", "maxLength": 4})
     {'type': 'string', 'pattern': '^[^"\\\\\\\\\\\\r\\\\n]{0,4}$'}
     """
+    return _each(schema, _bounded)
+
+
+def _bounded(schema: dict[str, Any]) -> dict[str, Any]:
+    name = schema.get("format")
+    if set(schema) - _DESCRIBING == {"type", "format"} and isinstance(name, str) and name in _BOUNDED_FORMATS:
+        return _without(schema, ("format",)) | {"pattern": _BOUNDED_FORMATS[name]}
+    if (counts := _counts(schema)) is None or max(counts[0], counts[1] or 0) > MOST_STATES:
+        return schema
+    return _without(schema, _LENGTHS) | {"pattern": f"^{_CHARACTER}{{{counts[0]},{'' if counts[1] is None else counts[1]}}}$"}
+
+
+def schema_ebnf(schema: Any, to_ebnf: Callable[[Any], str]) -> str:
+    """The library's grammar of a schema, by `to_ebnf`, with strings of more than MOST_STATES characters counted by its matcher, not by an automaton's states:
+    compiling takes the same time for any length, and so does a step but for the last 80 characters or so. Raises InputError where a string cannot be so.
+    """
+    mark, found = f"m{secrets.token_hex(8)}n", list[tuple[int, int | None]]()
+
+    def marked(inner: dict[str, Any]) -> dict[str, Any]:
+        if (counts := _counts(inner)) is None or max(counts[0], counts[1] or 0) <= MOST_STATES:
+            return inner
+        found.append(counts)
+        return _without(inner, _LENGTHS) | {"pattern": f"^{mark}{len(found) - 1}e$"}
+
+    def counted(rule: re.Match[str]) -> str:
+        least, most = found[int(rule.group(2))]
+        words = f"{_CHARACTER}*"
+        if least:  # an automaton, as far as it is small
+            words = f'Regex("^{_QUOTED}{{{least},}}$", json_string=true)' if least <= MOST_STATES else f"{_CHARACTER}{{{least},}}"
+        return f"{rule.group(1)}{'' if most is None else f'[max_chars={most}]'} ::= {words}"
+
+    ebnf = to_ebnf(_each(schema, marked))
+    ebnf = re.sub(rf'^(\w+) ::= Regex\("\^{mark}(\d+)e\$", json_string=true\)$', counted, ebnf, flags=re.MULTILINE)
+    if mark in ebnf:
+        raise InputError(
+            f"the JSON schema bounds a string to more than {MOST_STATES} characters where that cannot be enforced. Bound it to fewer, or leave it free"
+        )
+    return ebnf
+
+
+def _counts(schema: Mapping[str, Any]) -> tuple[int, int | None] | None:
+    """Fewest and most characters of a string of which nothing else is said."""
+    keywords = set(schema) - _DESCRIBING - {"type"}
+    if schema.get("type") != "string" or not keywords or not keywords <= set(_LENGTHS):
+        return None
+    least, most = schema.get("minLength", 0), schema.get("maxLength")
+    counts = [least] if most is None else [least, most]
+    good = all(type(count) is int and 0 <= count <= MOST_CHARS for count in counts) and counts == sorted(counts)
+    return (least, most) if good else None
+
+
+def _without(schema: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    return {name: value for name, value in schema.items() if name not in names}
+
+
+def _each(schema: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
+    """A copy with `change` made to every schema in it, from within."""
     if not isinstance(schema, Mapping):
         return schema
     found = dict(schema)
     for name in _NAMED:
         if isinstance(found.get(name), Mapping):
-            found[name] = {key: bounded(inner) for key, inner in found[name].items()}
+            found[name] = {key: _each(inner, change) for key, inner in found[name].items()}
     for name in _LISTED:
         if isinstance(found.get(name), list):
-            found[name] = [bounded(inner) for inner in found[name]]
+            found[name] = [_each(inner, change) for inner in found[name]]
     for name in _SINGLE:
         if name in found:
-            found[name] = bounded(found[name])
-    keywords = set(found) - _DESCRIBING - {"type"}
-    if found.get("type") != "string" or not keywords:
-        return found
-    if keywords == {"format"} and isinstance(found["format"], str) and found["format"] in _BOUNDED_FORMATS:
-        found["pattern"] = _BOUNDED_FORMATS[found.pop("format")]
-    elif keywords <= set(_LENGTHS):
-        least, most = found.get("minLength", 0), found.get("maxLength")
-        counts = [least] if most is None else [least, most]
-        if all(type(count) is int and 0 <= count <= MOST_COUNTED for count in counts) and counts == sorted(counts):
-            for name in keywords:
-                del found[name]
-            found["pattern"] = r'^[^"\\\r\n]{' + f"{least},{'' if most is None else most}" + "}$"
-    return found
+            found[name] = _each(found[name], change)
+    return change(found)
 
 
 def _unenforced(schema: Any, root: Any, where: str) -> Iterator[tuple[str, str]]:
@@ -122,6 +172,9 @@ def _typed(schema: Mapping[str, Any]) -> Iterator[str]:
     """Keywords that hold only beside a type, or not beside each other."""
     types = _types(schema)
     given = [name for name in (*_LENGTHS, "pattern", *_BOUNDS) if name in schema]
+    for name in _LENGTHS:
+        if name in schema and (type(schema[name]) is not int or schema[name] < 0):
+            yield f"has a {name} that is no count of characters"
     if given and "type" not in schema:
         yield f"has {', '.join(given)} without a type: that cannot be enforced. Say the type"
     if "multipleOf" in schema and "number" in types:

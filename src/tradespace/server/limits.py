@@ -9,11 +9,20 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from hashlib import sha256
 from typing import Any
 
+from starlette.responses import JSONResponse
+
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 OPEN_PATHS = ("/", "/health", "/ready", "/version", "/metrics", "/openapi.json")  # what carries no prompt and starts no work
+
+
+class Json(JSONResponse):
+    """JSON that can be sent whatever it repeats of a request: a lone surrogate, which JSON can write and UTF-8 cannot, becomes a question mark."""
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode(errors="replace")
 
 
 def error_body(message: str, kind: str, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:

@@ -21,10 +21,15 @@ GRAMMAR_BYTES = 176 * MiB
 
 @dataclass(frozen=True, slots=True)
 class Grammar:
-    """What an output must obey: JSON as such (text empty), a JSON schema, a regular expression, or an EBNF grammar."""
+    """What an output must obey: JSON as such (text empty), a JSON schema, a regular expression, an EBNF grammar, or calls of tools (a structural tag)."""
 
-    kind: Literal["json_object", "json_schema", "regex", "grammar"]
+    kind: Literal["json_object", "json_schema", "regex", "grammar", "tool_calls"]
     text: str = ""
+
+    @property
+    def what(self) -> str:
+        """Its kind as errors name it."""
+        return "tools' schema" if self.kind == "tool_calls" else self.kind
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ import asyncio
 import json
 from typing import Any
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tradespace.server.limits import error_body
@@ -65,6 +66,15 @@ class Guarded(H11Protocol):
         if self._reading is not None:
             self._reading.cancel()
             self._reading = None
+
+    def send_400_response(self, msg: str) -> None:
+        """What is no HTTP is answered as everything else is, unless an answer to an earlier request is under way."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            body = json.dumps(error_body(msg, "invalid_request_error", code="not_http")).encode()
+            headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
+            for event in (h11.Response(status_code=400, headers=headers, reason=b"Bad Request"), h11.Data(data=body), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
 
     def _send_away(self) -> None:
         """Say why, once, and drop what else comes: closing at once would take the answer back before it is read."""

@@ -7,11 +7,12 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
-from tradespace.server.asking import chat_ids, check_model, fit_tokens, format_grammar, text_of, text_size
+from tradespace.server.asking import check_model, fit_tokens, format_grammar, text_of
+from tradespace.server.limits import Json
 from tradespace.server.schema import Message, ResponsesRequest, TextFormat
-from tradespace.server.service import Service, Waiting, Wanted, new_id, off_loop, sse, streamed
+from tradespace.server.service import Service, Waiting, Wanted, new_id, sse, streamed
 
 
 async def respond(service: Service, request: Request, body: ResponsesRequest) -> Response:
@@ -24,7 +25,7 @@ async def respond(service: Service, request: Request, body: ResponsesRequest) ->
         messages += [Message(role=message.role, content=text_of(message.content)) for message in body.input]
     wanted = (body.text and body.text.format) or TextFormat()
     grammar = next(iter(format_grammar(wanted.type, wanted.schema_, wanted.strict)), None)
-    ids = await off_loop(text_size(messages), chat_ids, service.tokenizer, messages)
+    ids = await service.encode_chat(messages)
     params = {**ready.defaults, "n": 1, "max_tokens": fit_tokens(ready.limits, len(ids), body.max_output_tokens)}
     params |= {name: value for name in ("temperature", "top_p") if (value := getattr(body, name)) is not None}
     waiting = service.submit(request, [Wanted(ids, params, grammar)], user=body.client, stream=bool(body.stream))
@@ -40,7 +41,7 @@ async def respond(service: Service, request: Request, body: ResponsesRequest) ->
             await waiting.first(request)
         return streamed(_events(waiting, head, item))
     ((output,),) = await service.outputs(request, waiting)
-    return JSONResponse(_whole(head, item, output.text, output.reason, len(ids), len(output.tokens), output.num_cached))
+    return Json(_whole(head, item, output.text, output.reason, len(ids), len(output.tokens), output.num_cached))
 
 
 def _message(item: str, text: str, status: str) -> dict[str, Any]:

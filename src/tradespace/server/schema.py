@@ -220,6 +220,7 @@ class TokenizeRequest(Strict):
     model: str | None = None
     prompt: Annotated[str, Field(min_length=1)] | None = None
     messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    tools: Annotated[list[Tool], Field(min_length=1, max_length=128)] | None = None
     add_special_tokens: bool = True
 
 

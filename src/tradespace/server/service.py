@@ -9,22 +9,26 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from typing import Any, TypeVar
 
 from fastapi import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import Response, StreamingResponse
 
 from tradespace.engine.request import SamplingParams
 from tradespace.errors import EngineError, InputError, TradespaceError
 from tradespace.loading.tokenizer import Tokenizer
 from tradespace.server.admission import QueueFull
 from tradespace.server.answering import Output
-from tradespace.server.asking import UnknownModel
-from tradespace.server.limits import error_body
+from tradespace.server.asking import UnknownModel, chat_ids, text_size
+from tradespace.server.limits import Json, error_body
 from tradespace.server.link import DeadlineExceeded, Job, Link, News, Unavailable
 from tradespace.server.messages import Grammar, Piece, Ready
 from tradespace.server.metrics import Metrics
+from tradespace.server.schema import Message, Tool
+from tradespace.server.tool_prompt import is_about_tools, shows_tools
+from tradespace.server.tools import Style, style_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +44,7 @@ class Settings:
     timeout_s: float | None = None
     grace_s: float = 30.0
     tool_style: str = "auto"
+    tool_prompt: bool = False
     metrics_prefix: str = "vllm"
     grammars: bool = True
     front_bytes: int = 0
@@ -80,12 +85,18 @@ class Service:
 
     def __init__(self, settings: Settings, tokenizer: Tokenizer, link: Link, metrics: Metrics):
         self.settings, self.tokenizer, self.link, self.metrics = settings, tokenizer, link, metrics
+        self.shows_tools = shows_tools(tokenizer)
         self.draining = False
         self.started = int(time.time())
 
     @property
     def name(self) -> str:
         return self.settings.names[0]
+
+    @property
+    def tool_style(self) -> Style:
+        """How the model writes calls."""
+        return style_of(self.tokenizer.tool_template or self.tokenizer.chat_template, self.settings.tool_style)
 
     @property
     def ready(self) -> Ready:
@@ -95,6 +106,17 @@ class Service:
         if self.link.ready is None:
             raise Unavailable(self.link.failure or "the engine is starting")
         return self.link.ready
+
+    async def encode_chat(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> tuple[int, ...]:
+        """Token ids of a conversation. Raises InputError where it is about tools and the model would not see them."""
+        about_tools = bool(tools) or any(is_about_tools(message) for message in messages)
+        if about_tools and not self.shows_tools and not self.settings.tool_prompt:
+            raise InputError(
+                "this model's chat template shows it no tools: it would call what it has never seen. Leave tools and messages about them away (or say "
+                "tool_choice none), serve a model whose template shows them, or start the server with --tool-prompt, which tells them in a system message"
+            )
+        encode = partial(chat_ids, self.tokenizer, messages, tools, prompted=about_tools and not self.shows_tools)
+        return await off_loop(text_size(messages, tools), encode)
 
     def key_of(self, request: Request, user: str | None) -> str:
         """Who asks, for fairness: the API key, else the address; and the user that the request names."""
@@ -110,7 +132,7 @@ class Service:
         for one in wanted:
             SamplingParams(**one.params)  # says what is wrong
             if one.grammar is not None and not self.settings.grammars:
-                raise InputError(f"this server binds no output to a {one.grammar.kind}: it was started with --no-grammars")
+                raise InputError(f"this server binds no output to a {one.grammar.what}: it was started with --no-grammars")
         jobs: list[Job] = []
         news: asyncio.Queue[News] = asyncio.Queue()
         key = self.key_of(request, user)
@@ -228,7 +250,7 @@ def described(error: Exception) -> tuple[int, dict[str, Any]]:
 def error_response(error: Exception) -> Response:
     status, body = described(error)
     headers = {"retry-after": str(error.retry_s)} if isinstance(error, QueueFull) else {"retry-after": "5"} if status == 503 else None
-    return JSONResponse(body, status, headers=headers)
+    return Json(body, status, headers=headers)
 
 
 def sse(event: Any) -> bytes:

@@ -112,8 +112,8 @@ class Loop:
                 pieces.append(self._piece(request, id, sample))
             if request.finished:
                 del self._open[request.id], self._sent[request.id]
-                root = self._members[id]
-                if all(member.finished for member in (root, *root.siblings)):
+                root = self._members.get(id)  # None: several outputs ended in this step, and one of them has been here
+                if root is not None and all(member.finished for member in (root, *root.siblings)):
                     del self._members[id]
         self.connection.send(Progress(tuple(pieces), self._load(), tuple(first)))
 

@@ -26,6 +26,23 @@ def percentile(values: Sequence[float], percent: float) -> float | None:
     return ordered[low] + (at - low) * (ordered[min(low + 1, len(ordered) - 1)] - ordered[low])
 
 
+def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
+    """Where the median of what was sampled lies with this confidence, whatever its distribution: two order statistics (David and Nagaraja, section 7.1).
+
+    The whole range where there are too few values for so much.
+
+    >>> median_interval(list(range(1, 21)))
+    (6, 15)
+    """
+    ordered, count = sorted(values), len(values)
+    below, rank = 0.0, 0  # P(fewer than `rank` + 1 of them lie below the median)
+    while rank < count // 2 and below + math.comb(count, rank) / 2**count <= (1 - confidence) / 2:
+        below += math.comb(count, rank) / 2**count
+        rank += 1
+    rank = max(rank, 1)
+    return ordered[rank - 1], ordered[count - rank]
+
+
 def summarize(run: Run, *, slo_ttft_s: float | None = None, slo_tpot_s: float | None = None) -> dict[str, Any]:
     """One flat mapping of figures. Latencies are of requests that ended well; goodput counts those of them within the SLO, a second; seconds throughout."""
     good = [answer for answer in run.answers if answer.error is None]

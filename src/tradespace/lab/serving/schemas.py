@@ -24,7 +24,8 @@ def root_schema(draw: random.Random) -> dict[str, Any]:
 
 def _string(draw: random.Random, depth: int) -> dict[str, Any]:
     least = draw.randint(0, 3)
-    return {"type": "string", "minLength": least, "maxLength": least + draw.randint(1, 8)}
+    more = draw.randint(130, 300) if draw.random() < 0.1 else draw.randint(1, 8)  # long ones are counted otherwise (`server/json_schema.py`)
+    return {"type": "string", "minLength": least, "maxLength": least + more}
 
 
 def _integer(draw: random.Random, depth: int) -> dict[str, Any]:
