@@ -15,7 +15,7 @@ from tradespace.kernels.native.compiler import find_compiler
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-CHECKED = ("test_packed_weights.py", "test_recorded.py", "test_stores.py", "test_exact_mode.py", "test_sample.py", "test_sharing.py")
+CHECKED = ("test_packed_weights.py", "test_recorded.py", "test_stores.py", "test_exact_mode.py", "test_sample.py")
 # of the families those that use an operation, or a flag of one, that the others do not; what compares instruction sets or counts bytes touches nothing new
 FAMILIES = ("falcon", "gpt2", "gemma2", "gemma3_text", "qwen3")
 LEFT_OUT = f"instruction_sets or bytes_are_the_specs or (logits_are_transformers and not ({' or '.join(f'0-{name}' for name in FAMILIES)}))"
