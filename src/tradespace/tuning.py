@@ -111,6 +111,8 @@ def distill(
     job = Job(out, settings, on_progress, say)
     if job.ranks.world > 1:
         raise UnsupportedError(f"distill runs in one process, and {job.ranks.world} were started. Start it without torchrun")
+    if student.startswith("drop:") and not student[5:].isdigit():
+        raise InputError(f"--student {student}: write drop:N with the number of the teacher's layers to begin with, such as drop:15")
     files = resolve(teacher, offline=settings.offline)
     with job.metered():
         stored, source, packed = _read(job, files, _paths(data), say)

@@ -238,3 +238,10 @@ def test_a_card_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(InputError, match="takes at most 16 tokens"):
         train("layers=1,width=32,heads=2,context=16", [tmp_path / "text.txt"], tmp_path / "run", settings=Settings(device="cpu", context=32))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_student_of_no_number_is_refused(tmp_path):
+    from tradespace.tuning import distill
+
+    with pytest.raises(InputError, match="--student drop:x: write drop:N"):
+        distill("smollm2-135m", "drop:x", [tmp_path / "text.txt"], tmp_path / "run")
