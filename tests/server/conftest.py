@@ -9,6 +9,8 @@ import pytest
 
 from server.running import Server
 
+collect_ignore = ["page_driver.py"]  # runs in a process of its own, and needs Qt
+
 
 @pytest.fixture(scope="session")
 def places(tmp_path_factory) -> tuple[Path, Path]:

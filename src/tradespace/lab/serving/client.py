@@ -12,9 +12,11 @@ import os
 import random
 import re
 import shutil
+import statistics
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from tradespace.errors import EngineError, UnsupportedError
 from tradespace.lab.common import command_line, markdown_table
 from tradespace.lab.serving.asking import WORDS as WORD_LIST
 from tradespace.lab.serving.asking import Ask
-from tradespace.lab.serving.figures import percentile, summarize
+from tradespace.lab.serving.figures import summarize
 from tradespace.lab.serving.load import closed_loop, open_loop, poisson
 from tradespace.lab.serving.process import MODEL, Server
 from tradespace.measure.machine import this_machine
@@ -30,6 +32,7 @@ from tradespace.measure.record import Figure, Record, new_record
 
 WORDS = ("--memory", "1GiB", "--max-num-seqs", "8", "--context", "1024", "--no-grammars", "--no-prefix-sharing")
 PROMPT, OUTPUT, CONCURRENCY, RATE_PER_S, MOST_APART = 64, 32, 4, 3.0, 0.05
+FIRST_S, LAST_S = 2.0, 5.0  # before a replay's first request, and behind its last
 MODES = {"closed": f"{CONCURRENCY} at once", "poisson": f"Poisson, {RATE_PER_S:g} requests/s"}
 METRICS = {
     "ttft": ("time to first token", "s"),
@@ -45,7 +48,8 @@ def draw_asks(mode: str, count: int, seed: int) -> list[Ask]:
     """One round's requests: the same for both clients."""
     draw = random.Random(seed)
     asks = [Ask(prompt=PROMPT, output=OUTPUT, body={"prompt": " ".join(draw.choices(WORD_LIST, k=PROMPT))}) for _ in range(count)]
-    return asks if mode == "closed" else poisson(asks, RATE_PER_S, seed=seed)
+    # guidellm's workers may not be there yet for what is due at once
+    return asks if mode == "closed" else [replace(ask, at_s=(ask.at_s or 0.0) + FIRST_S) for ask in poisson(asks, RATE_PER_S, seed=seed)]
 
 
 def by_us(server: Server, mode: str, asks: Sequence[Ask]) -> Measured:
@@ -72,45 +76,39 @@ def find_guidellm() -> str:
 
 
 def by_guidellm(server: Server, mode: str, asks: Sequence[Ask]) -> Measured:
-    """As guidellm states it. Raises EngineError where it fails, or a request does."""
+    """As guidellm states it of each request. Raises EngineError where it fails, or a request does."""
     with tempfile.TemporaryDirectory(prefix="tradespace-guidellm-") as folder:
         data, out = Path(folder) / "asks.jsonl", Path(folder) / "out.json"
         rows = [
             {"prompt": ask.body["prompt"], "output_tokens_count": ask.output} | ({} if ask.at_s is None else {"relative_timestamp": ask.at_s}) for ask in asks
         ]
-        # one row more than it sends: guidellm 0.8.1 may end a replay before the answer to the file's last row
-        data.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *rows[-1:]]), encoding="utf-8")
+        if mode != "closed":  # guidellm 0.8.1 may end a replay before the answer to its last request: that is one which does not count
+            rows.append({**rows[-1], "relative_timestamp": rows[-1]["relative_timestamp"] + LAST_S})
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         backend = {
             "kind": "openai_http", "target": f"http://127.0.0.1:{server.port}", "model": MODEL, "request_format": "/v1/completions",
             "extras": {"body": {"temperature": 0}},
         }  # fmt: skip
         profile = f"kind=concurrent,streams={CONCURRENCY}" if mode == "closed" else "kind=replay,schedule_turn=timestamp"
         words = [find_guidellm(), "run", "--backend", json.dumps(backend), "--profile", profile, "--data", f"kind=json_file,path={data}"]
-        words += ["--constraint", f"kind=max_requests,count={len(asks)}", "--output", f"kind=json,path={out}", "--disable-console"]
+        words += ["--constraint", f"kind=max_requests,count={len(rows)}", "--output", f"kind=json,path={out}", "--disable-console"]
         # another environment's Python must not read this one's packages
         environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")} | {"HF_HUB_OFFLINE": "1"}
         done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment, cwd=folder)
         if done.returncode or not out.is_file():
             raise EngineError(f"guidellm failed: {' | '.join((done.stderr or done.stdout).strip().splitlines()[-4:])}")
         found = json.loads(out.read_text(encoding="utf-8"))["benchmarks"][0]
-    good = found["requests"]["successful"]
+    good = sorted(found["requests"]["successful"], key=lambda one: one["request_start_time"])[: len(asks)]
     tokens = [one["output_tokens"] for one in good]
     if tokens != [OUTPUT] * len(asks):
         others = {kind: len(found["requests"][kind]) for kind in ("errored", "incomplete")}
         raise EngineError(f"guidellm: {len(good)} of {len(asks)} requests ended well, with {sum(tokens)} tokens; {others}")
-    metrics = {name: found["metrics"][name]["successful"] for name in ("time_to_first_token_ms", "inter_token_latency_ms", "request_latency")}
+    ttft, itl = ([one[name] / 1e3 for one in good] for name in ("time_to_first_token_ms", "inter_token_latency_ms"))
     return {
-        "ttft": metrics["time_to_first_token_ms"]["median"] / 1e3, "itl": _median(one["inter_token_latency_ms"] / 1e3 for one in good),
-        "e2e": metrics["request_latency"]["median"],
+        "ttft": statistics.median(ttft), "itl": statistics.median(itl), "e2e": statistics.median(one["request_latency"] for one in good),
+        "ttft_mean": statistics.mean(ttft), "itl_mean": statistics.mean(itl),
         "speed": sum(tokens) / (max(one["request_end_time"] for one in good) - min(one["request_start_time"] for one in good)),
-        "ttft_mean": metrics["time_to_first_token_ms"]["mean"] / 1e3, "itl_mean": metrics["inter_token_latency_ms"]["mean"] / 1e3,
     }  # fmt: skip
-
-
-def _median(values: Any) -> float:
-    found = percentile(list(values), 50)
-    assert found is not None, "of at least one request"
-    return found
 
 
 def histogram_sums(server: Server) -> dict[str, tuple[float, float]]:
