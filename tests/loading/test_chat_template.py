@@ -222,7 +222,7 @@ NESTED = "{% for a in messages[0].content %}" * 9 + "x" + "{% endfor %}" * 9
         "{% set ns = namespace(n=9) %}{% for i in range(60) %}{% set ns.n = ns.n * ns.n %}{% endfor %}{{ ns.n }}",
         "{% set x %}{% for i in range(900000) %}" + "y" * 1000 + "{% endfor %}{% endset %}{{ x | length }}",
         "{% set x = 'a' * 60000000 %}{% for i in range(900000) %}{% if 'b' in x %}{% endif %}{% endfor %}",
-        "{% set x = 'a' * 60000000 %}" + "{% if 'b' in x %}{% endif %}" * 4500,
+        "{% set x = 'a' * 60000000 %}" + "{% if 'b' in x %}{% endif %}" * 2200,
         "{% set x = 'a' * 6000000 %}{% for i in range(900000) %}{{ x[1:] | length }}{% endfor %}",
         "{{ range(199999) | list | sort | unique | list | length }}" * 200,
     ],

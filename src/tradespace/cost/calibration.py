@@ -142,11 +142,11 @@ EFFICIENCY.update(_native_calibrations())
 # the CUDA step on an H100 80GB, Llama-3-8B shape: of the data sheet's bandwidth at one sequence (norms, rotation and attention included), of its dense matmul
 # rate at 256 sequences and in prefill. Formats that were not measured have the shares of the one whose kernel is theirs but for how codes are unpacked.
 CUDA_STEP_MEASURED = {
-    "bf16": {"decode": 0.80, "few rows": 0.45, "prefill": 0.63},
-    "int8": {"decode": 0.65, "few rows": 0.45, "prefill": 0.55},
-    "fp8": {"decode": 0.65, "few rows": 0.45, "prefill": 0.55},
+    "bf16": {"decode": 0.82, "few rows": 0.45, "prefill": 0.63},
+    "int8": {"decode": 0.74, "few rows": 0.45, "prefill": 0.55},
+    "fp8": {"decode": 0.73, "few rows": 0.45, "prefill": 0.55},
     "fp8-a8": {"decode": 0.63, "few rows": 0.55, "prefill": 0.94},
-    "int4-g128": {"decode": 0.50, "few rows": 0.45, "prefill": 0.55},
+    "int4-g128": {"decode": 0.57, "few rows": 0.45, "prefill": 0.55},
 }
 
 
@@ -155,7 +155,7 @@ def _cuda_step_calibrations() -> dict[tuple[str, str, str], Calibration]:
     for name, layout in CUDA_FORMATS.items():
         like = name if name in CUDA_STEP_MEASURED else {"w8a8": "int8", "int8": "int8", "fp8": "fp8"}.get(layout.kind, "int4-g128")
         source = "measured on an H100" if like == name else f"as {like}, measured on an H100"
-        found |= {("cuda step", name, phase): Calibration(share, source, "2026-11-26") for phase, share in CUDA_STEP_MEASURED[like].items()}
+        found |= {("cuda step", name, phase): Calibration(share, source, "2026-11-27") for phase, share in CUDA_STEP_MEASURED[like].items()}
     return found
 
 

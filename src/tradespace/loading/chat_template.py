@@ -16,7 +16,7 @@ from tradespace.errors import InputError
 from tradespace.loading.template_sandbox import Refusal, render
 from tradespace.units import KiB
 
-MAX_TEMPLATE_CHARS = 128 * KiB
+MAX_TEMPLATE_CHARS = 64 * KiB
 MAX_DEPTH = 64  # of nested lists and maps in messages and tools
 
 
