@@ -52,8 +52,8 @@ class _SumOutput(torch.autograd.Function):
         return gradients[0], None
 
 
-class RowsOf(nn.Module):
-    """A weight of which this rank has some rows: it takes the whole input and gives its part of the output."""
+class _PartOf(nn.Module):
+    """A weight of which this rank of `group` has a part."""
 
     def __init__(self, base: DenseWeight, group: dist.ProcessGroup):
         super().__init__()
@@ -62,21 +62,17 @@ class RowsOf(nn.Module):
     @property
     def bias(self) -> nn.Parameter | None:
         return self.base.bias
+
+
+class RowsOf(_PartOf):
+    """A weight of which this rank has some rows: it takes the whole input and gives its part of the output."""
 
     def adapted(self, x_TC: Tensor, batch: StepBatch) -> Tensor:
         return self.base.linear(_SumGradient.apply(x_TC, self.group), self.base.bias)  # pyright: ignore[reportArgumentType]
 
 
-class ColumnsOf(nn.Module):
+class ColumnsOf(_PartOf):
     """A weight of which this rank has some columns: it takes its part of the input and gives the whole output, with the bias added once."""
-
-    def __init__(self, base: DenseWeight, group: dist.ProcessGroup):
-        super().__init__()
-        self.base, self.group = base, group
-
-    @property
-    def bias(self) -> nn.Parameter | None:
-        return self.base.bias
 
     def adapted(self, x_TC: Tensor, batch: StepBatch) -> Tensor:
         y_TR: Tensor = _SumOutput.apply(self.base.linear(x_TC), self.group)  # pyright: ignore[reportAssignmentType]
