@@ -164,15 +164,17 @@ def step_model(transformer: Transformer, plan: Plan, threads: int) -> Transforme
     return Rebuilding(transformer) if plan.kv.retain.rebuilds else transformer
 
 
-def load_files(transformer: Transformer, files: ModelFiles, spec: ModelSpec, on_load: Callable[[int, int], None] | None) -> tuple[str, ...]:
-    """Fills the model from its files; notes on what is not held as it was stored."""
+def load_files(
+    transformer: Transformer, files: ModelFiles, spec: ModelSpec, on_load: Callable[[int, int], None] | None, staging_bytes: int = STAGING_BYTES
+) -> tuple[str, ...]:
+    """Fills the model from its files through a buffer of `staging_bytes`; notes on what is not held as it was stored."""
     if files.kind == "gguf":
-        load_weights(transformer, read_gguf(files.weights[0]), spec, fill=fill_rtn, staging_bytes=STAGING_BYTES, progress=on_load)
+        load_weights(transformer, read_gguf(files.weights[0]), spec, fill=fill_rtn, staging_bytes=staging_bytes, progress=on_load)
         return ()
     source = read_sharded(files.folder)
     if spec.quantization and files.config is not None:
-        return load_quantized(transformer, source, spec, config=files.config, fill=fill_rtn, staging_bytes=STAGING_BYTES, progress=on_load)
-    load_weights(transformer, source, spec, fill=fill_rtn, staging_bytes=STAGING_BYTES, progress=on_load)
+        return load_quantized(transformer, source, spec, config=files.config, fill=fill_rtn, staging_bytes=staging_bytes, progress=on_load)
+    load_weights(transformer, source, spec, fill=fill_rtn, staging_bytes=staging_bytes, progress=on_load)
     return ()
 
 

@@ -100,7 +100,7 @@ def build_on_device(
     if files is None:
         fill_random(transformer, progress=on_load)
     else:
-        notes += load_files(transformer, files, spec, on_load)
+        notes += load_files(transformer, files, spec, on_load, int(calibration.DEVICE_STAGING_BYTES.value))
     torch.cuda.empty_cache()
     at = phase("weights", at)
     step = DeviceStep(

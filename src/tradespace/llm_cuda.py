@@ -15,7 +15,7 @@ from tradespace import api
 from tradespace.choosing import check_device_plan, choose_plan, read_plan
 from tradespace.cost.memory import Ledger, ledger
 from tradespace.defaults import Defaults
-from tradespace.errors import BudgetError, InputError, UnsupportedError
+from tradespace.errors import BudgetError, EngineError, InputError, UnsupportedError
 from tradespace.llm import LLM
 from tradespace.loading.gguf import held_headers
 from tradespace.loading.resolve import resolve
@@ -23,10 +23,11 @@ from tradespace.loading.tokenizer import Tokenizer
 from tradespace.measure.accelerators import Accelerator, find_accelerators
 from tradespace.measure.memory import MemoryMeter, peak_rss_bytes
 from tradespace.measure.report import Report, ReportLine
-from tradespace.progress import StepClock, loading_bar
+from tradespace.progress import StepClock, loading_bar, steps_bar
 from tradespace.spec.attention_imposed import impose
 from tradespace.spec.device import DeviceSpec
 from tradespace.spec.estimate import Estimate
+from tradespace.spec.model import ModelSpec
 from tradespace.spec.plan import Plan
 from tradespace.units import format_bytes
 
@@ -124,6 +125,24 @@ class DeviceLLM(LLM):
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
+def tune(plan: Plan, spec: ModelSpec, index: int, say: Callable[[str], None], *, show: bool) -> None:
+    """On a card that no tile sizes ship for: measures those of this model's decode products, once, in a process that ends before the budget counts."""
+    from tradespace import tile_search
+
+    if not tile_search.is_needed(index):
+        return
+    say("measuring tile sizes of decode for this card and model, once (a few minutes; they are kept)")
+    with steps_bar("measuring tiles", show=show) as tell:
+        try:
+            found = tile_search.search(plan, spec, index=index, tell=tell)
+        except EngineError as error:
+            say(f"note: {error}. Sizes of another card are taken; `tradespace bench tiles` tries again")
+            return
+    if found:
+        gain = sum(row["before_s"] for row in found) / sum(row["seconds"] for row in found)
+        say(f"tiles: {len(found)} products measured, {gain:.2f} times as fast as with another card's")
+
+
 def open_on_device(
     index: int,
     model: str,
@@ -177,6 +196,7 @@ def open_on_device(
                 have_bytes=budget,
             )
         say(f"plan: {chosen.describe()} · {chosen.kv_tokens:,} cache slots · {format_bytes(need)} predicted")
+        tune(chosen, spec, index, say, show=progress)
         with loading_bar(show=progress) as on_load:
             built = build_on_device(spec, files, chosen, tokenizer=tokenizer, index=index, on_load=on_load, meter=driver)
         for note in built.notes:

@@ -56,3 +56,26 @@ class loading_bar:
     def __exit__(self, *details: object) -> None:
         if self.show:
             self.bar.__exit__(None, None, None)
+
+
+class steps_bar:
+    """A progress bar of parts that each take a known number of steps, on standard error, where that is a terminal: (part, steps done, of how many)."""
+
+    def __init__(self, title: str, *, show: bool):
+        self.title, self.show = title, show and sys.stderr.isatty()
+
+    def __enter__(self) -> Callable[[str, int, int], None]:
+        if not self.show:
+            return lambda what, done, total: None
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        columns = (TextColumn(self.title), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+        self.bar = Progress(*columns, console=Console(stderr=True), transient=True)
+        self.bar.__enter__()
+        self.task = self.bar.add_task("", total=None)
+        return lambda what, done, total: self.bar.update(self.task, completed=done, total=total, description=what)
+
+    def __exit__(self, *details: object) -> None:
+        if self.show:
+            self.bar.__exit__(None, None, None)

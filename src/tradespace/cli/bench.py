@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from tradespace.cli import bench_serve
+from tradespace.cli import bench_serve, bench_tiles
 from tradespace.cli.evaluate import progress_bar
 from tradespace.cli.options import Json, Memory, Offline, console, print_json
 from tradespace.errors import InputError
@@ -38,6 +38,7 @@ Output = Annotated[Path | None, typer.Option("--output", "-o", help="Where to wr
 
 def register(app: typer.Typer) -> None:
     bench_serve.register(bench)
+    bench_tiles.register(bench)
     app.add_typer(bench, name="bench")
 
 

@@ -37,7 +37,8 @@ RUNTIME_BYTES: dict[str, Constant] = {
 # the host's process where the model computes on a device
 HOST_PROCESS_BYTES = Constant(1536 * MiB, "assumed: interpreter with torch for CUDA, libraries mapped and touched")
 TOKENIZER_BYTES_PER_ENTRY = Constant(320, "measured: growth of the process by the tokenizers of SmolLM2 and Gemma 3, per vocabulary entry")
-STAGING_BYTES = Constant(4 * MiB, "set: build.py, the loader's one bounded buffer")
+STAGING_BYTES = Constant(4 * MiB, "set: build.py, the loader's one bounded buffer, where the budget is the host's")
+DEVICE_STAGING_BYTES = Constant(32 * MiB, "set: build_cuda.py, the same in the host beside a device, where each piece is a transfer")
 RESERVE_BYTES = Constant(32 * MiB, "set: what sampling may miss and an allocator may keep under load; planner and builder leave it free on a CPU")
 # what is in no tensor: modules, file headers, and what the allocator keeps between steps of unlike shapes
 HEAP_BYTES = Constant(16 * MiB, "measured: peak of the process less all other lines, SmolLM2, 1 to 64 requests")
@@ -73,6 +74,11 @@ KERNEL_OPS: dict[str, Constant] = {
     "paged": Constant(0, "set: a captured step is one launch"),
 }
 ALL_REDUCE_LATENCY_S = Constant(15e-6, "assumed: one small all-reduce over a peer link")
+
+
+def staging(kind: str) -> Constant:
+    """The loader's buffer beside a device of this kind."""
+    return DEVICE_STAGING_BYTES if kind == "cuda" else STAGING_BYTES
 
 
 @dataclass(frozen=True, slots=True)

@@ -177,7 +177,7 @@ def ledger(model: ModelSpec, plan: Plan, device: DeviceSpec, *, staging_bytes: i
         heap = calibration.HEAP_BYTES
         lines.append(LedgerLine("heap", pool, Estimate(heap.value, f"{heap.source} ({heap.date})"), "objects, headers, what the allocator keeps"))
     lines.append(LedgerLine("tokenizer", "host", tokenizer_estimate(model.V, tokenizer_bytes), f"V = {model.V} entries"))
-    staging = calibration.STAGING_BYTES
+    staging = calibration.staging(device.kind)
     staged = Estimate(staging.value, f"{staging.source} ({staging.date})") if staging_bytes is None else Estimate(staging_bytes, "given")
     lines.append(LedgerLine("staging", "host", staged, "one buffer, released when the weights are in place", "loading"))
     return Ledger(tuple(lines), pool)

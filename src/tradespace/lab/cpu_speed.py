@@ -26,6 +26,7 @@ from tradespace.lab.bench.tables import figures_of, rows_of, spread
 from tradespace.lab.bench.task import Task
 from tradespace.lab.bench.work import work_of
 from tradespace.lab.common import command_line, markdown_table
+from tradespace.lab.timing import first_byte_s
 from tradespace.measure.record import Figure, Record, commit_of, new_record
 from tradespace.units import MiB
 
@@ -169,7 +170,7 @@ def _start(bench: _Bench, found: Found) -> None:
     """`tradespace run` as a user types it: seconds up to the first byte of text, and the peak of a run of 32 tokens with its report."""
     path = bench.path(Q4_0)
     command = [sys.executable, "-m", "tradespace", "run", str(path), PROMPT, "--offline"]
-    seconds = [_first_byte_s([*command, "--max-tokens", "8"]) for _ in range(bench.rounds + 1)][1:]
+    seconds = [first_byte_s([*command, "--max-tokens", "8"]) for _ in range(bench.rounds + 1)][1:]
     found.figures["start: first token"] = Figure.of(seconds, "s")
     found.bar("start", f"{Q4_0.name}: tradespace run up to the first token", START_BAR_S, "s", values=seconds, at_most=True, say=bench.say)
     report, peak_bytes = _reported_run([*command, "--max-tokens", "32", "--json"])
@@ -186,19 +187,6 @@ def _memory_bar(found: Found, part: str, what: str, peak_bytes: int, weight_byte
 
 
 _PARTS: dict[str, Callable[[_Bench, Found], None]] = {"decode": _decode, "prefill": _prefill, "batch": _batch, "start": _start}
-
-
-def _first_byte_s(command: list[str]) -> float:
-    """Seconds from starting the command to the first byte on its standard output. Raises EngineError where there is none."""
-    start = time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0) as process:
-        assert process.stdout is not None
-        first = process.stdout.read(1)
-        took = time.perf_counter() - start
-        process.stdout.read()
-    if not first:
-        raise EngineError(f"tradespace run printed nothing and ended with {process.returncode}")
-    return took
 
 
 def _reported_run(command: list[str]) -> tuple[dict[str, Any], int]:

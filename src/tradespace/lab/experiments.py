@@ -96,7 +96,7 @@ def _takers(flag: str) -> str:
 
 MODELS = ("smollm2-135m", "gemma3-270m")
 KV_PARTS = ("model", "simulation")
-GPU_PARTS = ("decode", "mixes", "memory", "70B")
+GPU_PARTS = ("decode", "mixes", "memory", "predictions", "start-up", "70B")
 CPU_PARTS = ("decode", "prefill", "batch", "start")
 _BUDGET = "does the process stay inside its budget, and is its peak what was predicted?"
 

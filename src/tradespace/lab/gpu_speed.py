@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from tradespace.cost.memory import ledger
+from tradespace.cost.time import decode_time, prefill_time
 from tradespace.engine.request import SamplingParams
 from tradespace.errors import TradespaceError, UnsupportedError
 from tradespace.lab.common import command_line, markdown_table
@@ -24,6 +25,7 @@ from tradespace.spec.kv import KVPlan
 from tradespace.spec.model import ModelSpec
 from tradespace.spec.plan import Plan
 from tradespace.spec.weights import WeightPlan
+from tradespace.spec.workload import Workload
 from tradespace.spec.zoo import find_model
 from tradespace.units import GiB
 
@@ -35,6 +37,10 @@ MIXES = ((256, 64, 512, 128), (1024, 64, 1024, 256), (512, 128, 128, 128))  # re
 VLLM = {"bf16": {1: 154, 32: 4611, 256: 9608, 1024: 9073, 512: 14648, "prefill": 41754}}
 VLLM["fp8-a8"] = {1: 234, 32: 6574, 256: 12672, 1024: 11698, 512: 19111, "prefill": 61217}
 BUDGETS = (8, 16, 24, 40, 70)  # GiB
+# of the comparison with what the planner predicts: weights, and (sequences, prompt) of its cells
+PREDICTED = ("bf16", "int8", "fp8-a8", "int4-g128")
+CELLS = ((1, 128), (1, 2048), (1, 32_256), (16, 128), (16, 2048), (64, 1024), (256, 128), (256, 512))
+PREDICTED_TOKENS, PREDICTED_STEP = 48, 8192
 
 
 def plan_for(spec: ModelSpec, weights: str, store: str, *, sequences: int, context: int, step: int, memory_bytes: int) -> Plan:
@@ -163,6 +169,46 @@ def _memory(spec: ModelSpec, device: DeviceSpec, requests: int, say: Callable[[s
     return rows
 
 
+def _predictions(spec: ModelSpec, device: DeviceSpec, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """The planner's speeds beside the measured: decode of each cell, and prefill where one prompt is read alone."""
+    rows = []
+    for weights in PREDICTED:
+        plan = plan_for(spec, weights, "bf16", sequences=256, context=32_768, step=PREDICTED_STEP, memory_bytes=72 * GiB)
+        bench = Bench(spec, plan)
+        plan = bench.built.plan
+        for sequences, prompt in CELLS:
+            first, all_tokens = [], []
+            for _ in range(REPEATS):
+                first.append(bench.run(bench.prompts(sequences, prompt, prompt), 1)[0])
+                all_tokens.append(bench.run(bench.prompts(sequences, prompt, prompt), 1 + PREDICTED_TOKENS)[0])
+            work = Workload(
+                context_tokens=32_768, concurrency=sequences, prompt_tokens=prompt, output_tokens=1 + PREDICTED_TOKENS, goal="throughput"
+            )  # fmt: skip
+            decoded = sequences * PREDICTED_TOKENS / (statistics.median(all_tokens) - statistics.median(first))
+            expected = decode_time(spec, plan, device, work).seconds.map(lambda seconds, n=sequences: n / seconds).require()
+            what = f"{sequences} at once, prompts of {prompt:,}"
+            rows.append(_row("predictions", f"decode, {what}", weights, [decoded], "tok/s", predicted=expected, off=expected / decoded - 1))
+            if sequences == 1:
+                speeds = [prompt / seconds for seconds in first[1:]]
+                expected = prefill_time(spec, plan, device, work).seconds.map(lambda seconds, n=prompt: n / seconds).require()
+                off = expected / statistics.median(speeds) - 1
+                rows.append(_row("predictions", f"prefill, {what}", weights, speeds, "tok/s", predicted=expected, off=off))
+        bench.close()
+        worst = max((row for row in rows if row["weights"] == weights), key=lambda row: abs(row["off"]))
+        say(f"{weights}: {worst['what']}: {worst['value']:,.0f} tok/s, {worst['predicted']:,.0f} predicted ({worst['off']:+.0%}) is the farthest off")
+    return rows
+
+
+def _starts(spec: ModelSpec, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """`tradespace run` of a checkpoint of safetensors, from typing it to the first byte."""
+    from tradespace.lab.gpu_start import start_rows
+
+    return [
+        _row("start-up", f"tradespace run, {row['nbytes'] / GiB:.1f} GiB of safetensors, kernels {row['what']}", "bf16", row["seconds"], "s")
+        for row in start_rows(spec, "40GiB", say)
+    ]
+
+
 def _large(say: Callable[[str], None]) -> list[dict[str, Any]]:
     """Llama-2-70B's shape in int4 on 40 GB."""
     spec = find_model("llama-2-70b")
@@ -188,6 +234,8 @@ def run(*, quick: bool, say: Callable[[str], None], only: Sequence[str]) -> Reco
         "decode": lambda: _decodes(spec, say),
         "mixes": lambda: _mixes(spec, say),
         "memory": lambda: _memory(spec, device, 200 if quick else 2000, say),
+        "predictions": lambda: _predictions(spec, device, say),
+        "start-up": lambda: _starts(find_model("llama-3-8b"), say),
         "70B": lambda: _large(say),
     }
     rows: list[dict[str, Any]] = []
@@ -210,6 +258,8 @@ def markdown(record: Record) -> str:
         peer = row.get("vllm")
         beside = f"{row['value'] / peer:.2f} × {peer:,} of vLLM 0.24" if peer else ""
         if "predicted" in row:
-            beside = f"{row['predicted']:.2f} predicted ({row['off']:+.1%}), budget {'kept' if row['kept'] else 'EXCEEDED'}"
+            beside = f"{row['predicted']:,.4g} predicted ({row['off']:+.1%})"
+        if "budget" in row:
+            beside += f", budget {'kept' if row['kept'] else 'EXCEEDED'}"
         rows.append((row["what"], row["weights"], f"{row['value']:,.4g} {row['unit']}", f"{row['spread']:.1%}", row.get("error") or beside))
     return markdown_table(("what", "weights", "measured", "spread", "beside"), rows)

@@ -81,7 +81,7 @@ class DeviceStep:
         assert isinstance(transformer.embed, CudaWeight), "a CUDA plan holds every matrix packed"
         self.device, self.dtype = transformer.embed.packed.codes.device, transformer.dtype
         self.step_tokens, self.logit_rows, self.max_sequences, self.max_context = step_tokens, logit_rows, max_sequences, max_context
-        self.halves = _halves(transformer)
+        self.halves = halves_of(transformer)
         head = transformer.embed if transformer.lm_head is None else transformer.lm_head
         assert isinstance(head, CudaWeight), "a CUDA plan holds every matrix packed"
         self.head = head
@@ -321,7 +321,7 @@ class DeviceStep:
         return logits_RV
 
 
-def _halves(transformer: Transformer) -> tuple[Half, ...]:
+def halves_of(transformer: Transformer) -> tuple[Half, ...]:
     """The layers as the step uses them. `spec.cuda.refusal` comes first."""
     found, layers = [], list(transformer.layers)
     for index, layer in enumerate(layers):

@@ -68,7 +68,7 @@ class Pricer:
         self.mean_tokens, self.concurrency, self.usable_bytes = ceil(question.workload.mean_length), question.workload.concurrency, question.usable_bytes
         self.runtime_bytes = memory.runtime_estimate(question.device).require()
         self.tokenizer_bytes = memory.tokenizer_estimate(question.model.V, question.tokenizer_bytes).require()
-        self.staging_bytes = calibration.STAGING_BYTES.value if question.staging_bytes is None else question.staging_bytes
+        self.staging_bytes = calibration.staging(question.device.kind).value if question.staging_bytes is None else question.staging_bytes
         self.loading_bytes = self.staging_bytes if self.pool == "host" else 0
         self.resident_host_bytes = memory.peak_bytes(calibration.HOST_PROCESS_BYTES.value + self.tokenizer_bytes, self.staging_bytes, 0, 0, 0)
 
