@@ -126,3 +126,50 @@ def test_a_packed_head_gives_the_loss_and_gradient_of_what_it_stands_for():
         found.append((float(loss.detach()), x_TD.grad.float()))
     assert found[0][0] == pytest.approx(found[1][0], rel=5e-3)
     assert (found[0][1] - found[1][1]).norm() / found[1][1].norm() < 2e-2
+
+
+@pytest.mark.parametrize(("dtype", "shape"), [(torch.bfloat16, (33, 70)), (torch.bfloat16, (5,)), (torch.float32, (2049,)), (torch.float16, (0, 4))])
+def test_adamw_in_one_kernel_is_adamw(dtype, shape):
+    """Three steps beside torch's own fused step in fp64: moments, master and the 16-bit parameter."""
+    from tradespace.kernels.optimizer.triton_adamw import adamw
+
+    gen = torch.Generator().manual_seed(4)
+    parameter = torch.randn(shape, generator=gen).to(dtype)
+    master = parameter.float() if dtype != torch.float32 else None
+    m, v = torch.zeros(shape), torch.zeros(shape)
+    held, wide_m, wide_v = parameter.double(), torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
+    for number in range(1, 4):
+        gradient = torch.randn(shape, generator=gen).to(dtype)
+        adamw(parameter, master, gradient, m, v, lr=0.01, betas=(0.9, 0.95), eps=1e-8, decay=0.1, number=number)
+        torch._fused_adamw_(
+            [held], [gradient.double()], [wide_m], [wide_v], [], [torch.tensor(float(number))],
+            amsgrad=False, lr=0.01, beta1=0.9, beta2=0.95, weight_decay=0.1, eps=1e-8, maximize=False,
+        )  # fmt: skip
+    for found, expected in ((m, wide_m), (v, wide_v), (parameter if master is None else master, held)):
+        torch.testing.assert_close(found.double(), expected, rtol=2e-6, atol=2e-7)
+    if master is not None:
+        torch.testing.assert_close(parameter.float(), master, rtol=2**-7, atol=0.0)  # the interpreter cuts where a device rounds
+
+
+def test_documents_of_equal_length_attend_together_and_learn_the_same():
+    """The device's way, runs of equal documents at once, against the CPU's, one by one: output and gradients."""
+    from tradespace.kernels.attention.packed import attend_packed, attend_runs
+    from tradespace.kernels.view import Span, StepBatch
+    from tradespace.spec.mixers import Attention
+
+    gen, lengths = torch.Generator().manual_seed(5), (6, 6, 6, 0, 9, 6, 1, 1)
+    starts = [sum(lengths[:index]) for index in range(len(lengths))]
+    tables = torch.zeros(len(lengths), 0, dtype=torch.int32)
+    spans = tuple(Span(start, length, length) for start, length in zip(starts, lengths, strict=True))
+    mixer, T = Attention(N=4, K=2, H=8), sum(lengths)
+    batch = StepBatch(torch.tensor([*starts, T], dtype=torch.int32), torch.tensor(lengths, dtype=torch.int32), tables, torch.zeros(0, dtype=torch.int64), spans)
+    drawn = [torch.randn(T, heads, 8, generator=gen) for heads in (4, 2, 2)]
+    outcomes = []
+    for attend in (lambda *x: attend_runs(*x, spans, mixer), lambda *x: attend_packed(*x, batch, mixer)):
+        inputs = [x.clone().requires_grad_() for x in drawn]
+        out = attend(*inputs)
+        (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+        assert out.is_contiguous()
+        outcomes.append([out, *(x.grad for x in inputs)])
+    for found, expected in zip(*outcomes, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

@@ -42,16 +42,17 @@ class AttentionMixer(nn.Module):
         mixer = self.mixer
         num_rotated = mixer.N + mixer.K
         # queries and keys lie side by side with the same head size: they rotate in one go
-        qk_TNH = qkv_TR[:, : num_rotated * mixer.H].unflatten(1, (num_rotated, mixer.H))
-        v_TKH = qkv_TR[:, num_rotated * mixer.H :].unflatten(1, (mixer.K, mixer.Hv))
+        qk_TR, v_TR = qkv_TR.split((num_rotated * mixer.H, mixer.K * mixer.Hv), dim=1)
+        qk_TNH, v_TKH = qk_TR.unflatten(1, (num_rotated, mixer.H)), v_TR.unflatten(1, (mixer.K, mixer.Hv))
         if self.q_norm is not None and self.k_norm is not None:
-            q_TNH, k_TKH = _normed(self.q_norm, qk_TNH[:, : mixer.N]), _normed(self.k_norm, qk_TNH[:, mixer.N :])
+            q_TNH, k_TKH = qk_TNH.split((mixer.N, mixer.K), dim=1)
+            q_TNH, k_TKH = _normed(self.q_norm, q_TNH), _normed(self.k_norm, k_TKH)
             if rope is not None:
                 q_TNH, k_TKH = rotate(q_TNH, rope), rotate(k_TKH, rope)
         else:
             if rope is not None:
                 qk_TNH = rotate(qk_TNH, rope)
-            q_TNH, k_TKH = qk_TNH[:, : mixer.N], qk_TNH[:, mixer.N :]
+            q_TNH, k_TKH = qk_TNH.split((mixer.N, mixer.K), dim=1)
         if view is None:
             # for a gradient the values are kept: as a view they would keep queries and keys as they were before the rotation, too
             view = PackedView(k_TKH, v_TKH.contiguous() if v_TKH.requires_grad else v_TKH)

@@ -55,6 +55,9 @@ class Optimizer:
         master = state.get("master")
         held = parameter.data if master is None else master
         hyper = self.hyper if parameter.dim() > 1 else Hyper(**{**vars(self.hyper), "decay": 0.0})
+        if parameter.is_cuda and master is not None and "m" in state:
+            _adamw_widened(parameter.data, gradient, state, hyper, lr, number)
+            return
         self.update(held, gradient, state, hyper, lr, number)
         if master is not None:
             parameter.data.copy_(master)
@@ -67,19 +70,18 @@ class Optimizer:
                 assert parameter.grad is not None, "buffers are there from the start"
                 self.step(key, parameter, parameter.grad, lr=lr, number=number)
             return
-        groups: dict[tuple[bool, torch.dtype], list[str]] = {}
+        groups: dict[bool, list[str]] = {}
         for key, parameter in parameters.items():
-            groups.setdefault((parameter.dim() > 1, parameter.dtype), []).append(key)
-        for (decays, dtype), keys in groups.items():
-            for some in [keys] if dtype == torch.float32 else [[key] for key in keys]:  # 16-bit gradients are widened: one at a time
-                states, here = [self.states[key] for key in some], [parameters[key] for key in some]
-                held = [state.get("master", parameter.data) for state, parameter in zip(states, here, strict=True)]
-                slopes = [parameter.grad.to(torch.float32) for parameter in here if parameter.grad is not None]
-                hyper = self.hyper if decays else Hyper(**{**vars(self.hyper), "decay": 0.0})
-                _adamw_all(held, slopes, states, hyper, lr, number)
-                for parameter, state in zip(here, states, strict=True):
-                    if "master" in state:
-                        parameter.data.copy_(state["master"])
+            if parameter.dtype == torch.float32:
+                groups.setdefault(parameter.dim() > 1, []).append(key)
+            else:  # 16-bit gradients are widened: one at a time
+                assert parameter.grad is not None, "buffers are there from the start"
+                self.step(key, parameter, parameter.grad, lr=lr, number=number)
+        for decays, keys in groups.items():
+            here = [parameters[key] for key in keys]
+            slopes = [parameter.grad for parameter in here if parameter.grad is not None]
+            hyper = self.hyper if decays else Hyper(**{**vars(self.hyper), "decay": 0.0})
+            _adamw_all([parameter.data for parameter in here], slopes, [self.states[key] for key in keys], hyper, lr, number)
 
 
 def _adamw_state(parameter: Tensor) -> State:
@@ -97,6 +99,14 @@ def _adamw_all(held: list[Tensor], gradients: list[Tensor], states: list[State],
         held, gradients, [state["m"] for state in states], [state["v"] for state in states], [], [step] * len(held),
         amsgrad=False, lr=lr, beta1=hyper.beta1, beta2=hyper.beta2, weight_decay=hyper.decay, eps=hyper.eps, maximize=False,
     )  # fmt: skip
+
+
+def _adamw_widened(parameter: Tensor, gradient: Tensor, state: State, hyper: Hyper, lr: float, number: int) -> None:
+    """A 16-bit parameter on a device, with fp32 moments and master, in one kernel."""
+    from tradespace.kernels.optimizer.triton_adamw import adamw
+
+    betas = (hyper.beta1, hyper.beta2)
+    adamw(parameter, state["master"], gradient, state["m"], state["v"], lr=lr, betas=betas, eps=hyper.eps, decay=hyper.decay, number=number)
 
 
 def _adamw8_state(parameter: Tensor) -> State:

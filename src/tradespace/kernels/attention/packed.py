@@ -42,12 +42,33 @@ def attend_packed(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, batch: StepBatch,
     """out_TNH (contiguous) of documents that lie one after the other; differentiable."""
     if q_TNH.device.type == "cpu":
         return _PackedOnCPU.apply(q_TNH, k_TKH, v_TKH, batch.spans, mixer)  # pyright: ignore[reportReturnType]
+    return attend_runs(q_TNH, k_TKH, v_TKH, batch.spans, mixer)
+
+
+def attend_runs(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, spans: tuple[Span, ...], mixer: Attention) -> Tensor:
+    """The same on a device: a call for each run of documents of the same length."""
+    runs = _equal_runs(spans)
+    sizes = [count * length for count, length in runs]
+    if not runs:
+        return q_TNH.contiguous()
     found = []
-    for span in batch.spans:
-        q, k, v = (_rows(x, span).transpose(0, 1)[None] for x in (q_TNH, k_TKH, v_TKH))
-        out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=mixer.softmax_scale, enable_gqa=mixer.G > 1)
-        found.append(out[0].transpose(0, 1))
+    # split, not slices: those leave for each part a gradient of the whole, zero elsewhere, and a sum over all of these
+    for (count, length), q, k, v in zip(runs, *(x.split(sizes) for x in (q_TNH, k_TKH, v_TKH)), strict=True):
+        q_BNTH, k_BKTH, v_BKTH = (x.unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v))
+        out = scaled_dot_product_attention(q_BNTH, k_BKTH, v_BKTH, is_causal=True, scale=mixer.softmax_scale, enable_gqa=mixer.G > 1)
+        found.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(found) if len(found) > 1 else found[0].contiguous()
+
+
+def _equal_runs(spans: tuple[Span, ...]) -> list[tuple[int, int]]:
+    """(how many, of what length) of documents that lie one after the other, neighbours of the same length together; empty ones left out."""
+    found: list[tuple[int, int]] = []
+    for span in spans:
+        if span.num_queries and found and found[-1][1] == span.num_queries:
+            found[-1] = (found[-1][0] + 1, span.num_queries)
+        elif span.num_queries:
+            found.append((1, span.num_queries))
+    return found
 
 
 def _rows(x_TXH: Tensor, span: Span) -> Tensor:
