@@ -160,20 +160,31 @@ def _cache(spec: ModelSpec, plan: Plan, num_blocks: int, device: torch.device) -
     )
 
 
+def rehearsal_lengths(tokens: int, max_context: int, max_sequences: int) -> list[int]:
+    """The fewest prompts that fill a step of so many tokens, each as long as it may be.
+
+    >>> rehearsal_lengths(16384, 4352, 256), rehearsal_lengths(32, 4352, 256), rehearsal_lengths(100, 10, 3)
+    ([4352, 4352, 4352, 3328], [32], [10, 10, 10])
+    """
+    count = min(-(-tokens // max_context), max_sequences)
+    return [min(max_context, tokens - max_context * index) for index in range(count)]
+
+
 @torch.inference_mode()
 def rehearse(runner: DeviceRunner, plan: Plan) -> None:
-    """The largest mixed step, one of few tokens, and draws of every kind, on the first blocks of the cache."""
+    """The largest mixed step, one of equal prompts, one of few tokens, and draws of every kind, on the first blocks of the cache."""
     size, blocks = runner.block_size, runner.cache.num_blocks
-    longest = min(plan.max_context, plan.step_tokens)
-    shapes = (SamplingParams(temperature=0.0), SamplingParams(temperature=1.0, top_k=50, top_p=0.95, min_p=0.01, seed=0))
-    for tokens, params in ((min(plan.step_tokens, 32), shapes[0]), (plan.step_tokens, shapes[1]), (plan.step_tokens, shapes[0])):
-        items, left = [], tokens
-        while left > 0 and len(items) < runner.max_sequences:
-            count = min(left, longest)
+    greedy, drawn = SamplingParams(temperature=0.0), SamplingParams(temperature=1.0, top_k=50, top_p=0.95, min_p=0.01, seed=0)
+    whole = rehearsal_lengths(plan.step_tokens, plan.max_context, runner.max_sequences)
+    few = rehearsal_lengths(min(plan.step_tokens, 32), plan.max_context, runner.max_sequences)
+    # prompts of equal length are read in one call of a library, which leaves its output beside the step's buffers: as many tokens as there can be
+    equal = [min(plan.max_context, plan.step_tokens // len(whole))] * len(whole)
+    for lengths, params in ((few, greedy), (whole, drawn), (whole, greedy), (equal, greedy)):
+        items = []
+        for count in lengths:
             request = Request(id=f"rehearsal {len(items)}", prompt_ids=(0,) * count, params=params)
             request.blocks = tuple(index % blocks for index in range(-(-count // size)))
             items.append(ScheduledSequence(request, 0, count))
-            left -= count
         runner.launch(Step(tuple(items), (), SlotUse(0, 0))).tokens()
     for rows in (1, 16, 32, cuda.FEW_ROWS):  # each is a kernel of its own
         if rows <= min(runner.model.logit_rows, plan.step_tokens):

@@ -243,7 +243,9 @@ def other_mixer_moment_bytes(layer: LayerSpec, D: int, shape: StepShape) -> int:
 
 
 def activation_bytes(summary: Summary, weights: WeightPlan, shape: StepShape) -> int:
-    """The worst moment over all layers, rotary rows included. Native steps work in their buffers alone."""
+    """The worst moment over all layers, rotary rows included. Native steps work in their buffers alone, CUDA steps but for whole prompts' attention."""
+    if weights.layout == "cuda":
+        return cuda.whole_prompts_bytes(summary.model, shape.T)
     if weights.layout != "stored":
         return 0
     worst = max(mixing_bytes(summary, weights, shape), feeding_bytes(summary, weights, shape))

@@ -1,7 +1,8 @@
 """The GPU engine on an H100: decode, the request mixes that vLLM was measured with, prefill, start-up, memory under a flood, and a 70B model on 40 GB.
 
-Random weights of the Llama-3-8B shape (speed does not depend on them), token-id prompts, greedy, a seed for the lengths. Every mix runs once untimed, then
-`REPEATS` times. vLLM's figures are those of the issue, measured on another day on such a card: here for orientation, not of this run.
+Random weights of the Llama-3-8B shape (speed does not depend on them), token-id prompts, greedy, a seed for the lengths. Every mix runs once untimed (the
+longest does not: those before have warmed all that it uses), then `REPEATS` times. vLLM's figures are those of the issue, measured on another day on such a
+card: here for orientation, not of this run.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ BLOCK = 32
 FORMATS = (("bf16", "bf16"), ("int8", "bf16"), ("fp8", "bf16"), ("int4-g128", "bf16"))
 ENGINES = (("bf16", "bf16"), ("fp8-a8", "fp8"))  # of the mixes: weights, cache
 MIXES = ((256, 64, 512, 128), (1024, 64, 1024, 256), (512, 128, 128, 128))  # requests, shortest and longest prompt, output
+LONG_MIX = 1024  # requests of a mix that is not run untimed
 VLLM = {"bf16": {1: 154, 32: 4611, 256: 9608, 1024: 9073, 512: 14648, "prefill": 41754}}
 VLLM["fp8-a8"] = {1: 234, 32: 6574, 256: 12672, 1024: 11698, 512: 19111, "prefill": 61217}
 BUDGETS = (8, 16, 24, 40, 70)  # GiB
@@ -98,10 +100,12 @@ class Bench:
     def mix(self, requests: int, shortest: int, longest: int, output: int) -> list[float]:
         """Output tok/s."""
         prompts, found = self.prompts(requests, shortest, longest), []
-        for _ in range(REPEATS + 1):
+        if requests < LONG_MIX:
+            self.run(prompts, output)
+        for _ in range(REPEATS):
             seconds, tokens = self.run(prompts, output)
             found.append(tokens / seconds)
-        return found[1:]
+        return found
 
     def close(self) -> None:
         import torch
@@ -117,12 +121,29 @@ def _row(part: str, what: str, weights: str, values: Sequence[float], unit: str,
     return {"part": part, "what": what, "weights": weights, "value": statistics.median(values), "spread": spread, "unit": unit, "values": list(values), **more}
 
 
-def _decodes(spec: ModelSpec, say: Callable[[str], None]) -> list[dict[str, Any]]:
+def predicted_decode(spec: ModelSpec, plan: Plan, device: DeviceSpec, sequences: int, prompt: int, output: int) -> float:
+    """The planner's tok/s of so many sequences together."""
+    work = Workload(context_tokens=plan.max_context, concurrency=sequences, prompt_tokens=prompt, output_tokens=output, goal="throughput")
+    return sequences / decode_time(spec, plan, device, work).seconds.require()
+
+
+def predicted_prefill(spec: ModelSpec, plan: Plan, device: DeviceSpec, prompt: int) -> float:
+    """The planner's tok/s of reading one prompt."""
+    work = Workload(context_tokens=plan.max_context, prompt_tokens=prompt, output_tokens=1)
+    return prompt / prefill_time(spec, plan, device, work).seconds.require()
+
+
+def _beside(predicted: float, measured: float) -> dict[str, float]:
+    return {"predicted": predicted, "off": predicted / measured - 1}
+
+
+def _decodes(spec: ModelSpec, device: DeviceSpec, say: Callable[[str], None]) -> list[dict[str, Any]]:
     rows = []
     for weights, store in FORMATS:
         bench = Bench(spec, plan_for(spec, weights, store, sequences=32, context=1024, step=512, memory_bytes=40 * GiB))
         for sequences in (1, 32):
-            rows.append(_row("decode", f"decode, {sequences} at once, context 128", weights, bench.decode(sequences, 128), "tok/s"))
+            row = _row("decode", f"decode, {sequences} at once, context 128", weights, bench.decode(sequences, 128), "tok/s")
+            rows.append(row | _beside(predicted_decode(spec, bench.built.plan, device, sequences, 128, 136), row["value"]))
         rows.append(_row("decode", "start-up, random weights, kernels compiled on the way", weights, [bench.start_up_s], "s"))
         bench.close()
         bench = Bench(spec, plan_for(spec, weights, store, sequences=32, context=1024, step=512, memory_bytes=40 * GiB))
@@ -132,7 +153,7 @@ def _decodes(spec: ModelSpec, say: Callable[[str], None]) -> list[dict[str, Any]
     return rows
 
 
-def _mixes(spec: ModelSpec, say: Callable[[str], None]) -> list[dict[str, Any]]:
+def _mixes(spec: ModelSpec, device: DeviceSpec, say: Callable[[str], None]) -> list[dict[str, Any]]:
     rows = []
     for weights, store in ENGINES:
         bench = Bench(spec, plan_for(spec, weights, store, sequences=256, context=4352, step=16384, memory_bytes=75 * GiB))
@@ -145,7 +166,8 @@ def _mixes(spec: ModelSpec, say: Callable[[str], None]) -> list[dict[str, Any]]:
         for _ in range(REPEATS + 1):
             seconds, _ = bench.run(bench.prompts(8, 4096, 4096), 1)
             values.append(8 * 4096 / seconds)
-        rows.append(_row("mixes", "prefill, 8 prompts of 4,096", weights, values[1:], "tok/s", vllm=peers["prefill"]))
+        row = _row("mixes", "prefill, 8 prompts of 4,096", weights, values[1:], "tok/s", vllm=peers["prefill"])
+        rows.append(row | _beside(predicted_prefill(spec, bench.built.plan, device, 4096), row["value"]))
         bench.close()
         say(f"{weights}, cache {store}: " + ", ".join(f"{row['value']:,.0f}" for row in rows[-5:]))
     return rows
@@ -162,8 +184,11 @@ def _memory(spec: ModelSpec, device: DeviceSpec, requests: int, say: Callable[[s
         seconds, tokens = bench.run(bench.prompts(requests, 16, 256), 16)
         used = bench.built.meter.used_bytes()
         predicted = ledger(spec, plan, device).total_bytes("device").require()
+        parts = dict(bench.built.measured_bytes)
         row = _row("memory", f"{budget} GiB, {requests} requests at once", weights, [used / GiB], "GiB", predicted=predicted / GiB, budget=budget)
-        rows.append(row | {"off": predicted / used - 1, "kept": used <= budget * GiB, "method": bench.built.meter.described, "tok_s": tokens / seconds})
+        rows.append(
+            row | {"off": predicted / used - 1, "kept": used <= budget * GiB, "method": bench.built.meter.described, "parts": parts, "tok_s": tokens / seconds}
+        )
         bench.close()
         say(f"{budget} GiB: {used / GiB:.2f} used, {predicted / GiB:.2f} predicted")
     return rows
@@ -181,18 +206,14 @@ def _predictions(spec: ModelSpec, device: DeviceSpec, say: Callable[[str], None]
             for _ in range(REPEATS):
                 first.append(bench.run(bench.prompts(sequences, prompt, prompt), 1)[0])
                 all_tokens.append(bench.run(bench.prompts(sequences, prompt, prompt), 1 + PREDICTED_TOKENS)[0])
-            work = Workload(
-                context_tokens=32_768, concurrency=sequences, prompt_tokens=prompt, output_tokens=1 + PREDICTED_TOKENS, goal="throughput"
-            )  # fmt: skip
             decoded = sequences * PREDICTED_TOKENS / (statistics.median(all_tokens) - statistics.median(first))
-            expected = decode_time(spec, plan, device, work).seconds.map(lambda seconds, n=sequences: n / seconds).require()
             what = f"{sequences} at once, prompts of {prompt:,}"
-            rows.append(_row("predictions", f"decode, {what}", weights, [decoded], "tok/s", predicted=expected, off=expected / decoded - 1))
+            expected = predicted_decode(spec, plan, device, sequences, prompt, 1 + PREDICTED_TOKENS)
+            rows.append(_row("predictions", f"decode, {what}", weights, [decoded], "tok/s") | _beside(expected, decoded))
             if sequences == 1:
                 speeds = [prompt / seconds for seconds in first[1:]]
-                expected = prefill_time(spec, plan, device, work).seconds.map(lambda seconds, n=prompt: n / seconds).require()
-                off = expected / statistics.median(speeds) - 1
-                rows.append(_row("predictions", f"prefill, {what}", weights, speeds, "tok/s", predicted=expected, off=off))
+                row = _row("predictions", f"prefill, {what}", weights, speeds, "tok/s")
+                rows.append(row | _beside(predicted_prefill(spec, plan, device, prompt), row["value"]))
         bench.close()
         worst = max((row for row in rows if row["weights"] == weights), key=lambda row: abs(row["off"]))
         say(f"{weights}: {worst['what']}: {worst['value']:,.0f} tok/s, {worst['predicted']:,.0f} predicted ({worst['off']:+.0%}) is the farthest off")
@@ -209,11 +230,12 @@ def _starts(spec: ModelSpec, say: Callable[[str], None]) -> list[dict[str, Any]]
     ]
 
 
-def _large(say: Callable[[str], None]) -> list[dict[str, Any]]:
+def _large(device: DeviceSpec, say: Callable[[str], None]) -> list[dict[str, Any]]:
     """Llama-2-70B's shape in int4 on 40 GB."""
     spec = find_model("llama-2-70b")
     bench = Bench(spec, plan_for(spec, "int4-g128", "int8", sequences=4, context=1024, step=512, memory_bytes=40 * 10**9))
-    rows = [_row("70B", "llama-2-70b, decode of one sequence, context 128", "int4-g128", bench.decode(1, 128), "tok/s")]
+    row = _row("70B", "llama-2-70b, decode of one sequence, context 128", "int4-g128", bench.decode(1, 128), "tok/s")
+    rows = [row | _beside(predicted_decode(spec, bench.built.plan, device, 1, 128, 136), row["value"])]
     used = bench.built.meter.used_bytes()
     rows.append(_row("70B", "llama-2-70b, device bytes under 40 GB", "int4-g128", [used / 1e9], "GB", kept=used <= 40 * 10**9))
     bench.close()
@@ -231,12 +253,12 @@ def run(*, quick: bool, say: Callable[[str], None], only: Sequence[str]) -> Reco
         raise UnsupportedError("gpu-speed measures a CUDA device, and there is none here")
     device, spec = device_spec(0), replace(find_model("llama-3-8b"), max_context=40960)
     work: dict[str, Callable[[], list[dict[str, Any]]]] = {
-        "decode": lambda: _decodes(spec, say),
-        "mixes": lambda: _mixes(spec, say),
+        "decode": lambda: _decodes(spec, device, say),
+        "mixes": lambda: _mixes(spec, device, say),
         "memory": lambda: _memory(spec, device, 200 if quick else 2000, say),
         "predictions": lambda: _predictions(spec, device, say),
         "start-up": lambda: _starts(find_model("llama-3-8b"), say),
-        "70B": lambda: _large(say),
+        "70B": lambda: _large(device, say),
     }
     rows: list[dict[str, Any]] = []
     for part in only:
@@ -258,7 +280,7 @@ def markdown(record: Record) -> str:
         peer = row.get("vllm")
         beside = f"{row['value'] / peer:.2f} × {peer:,} of vLLM 0.24" if peer else ""
         if "predicted" in row:
-            beside = f"{row['predicted']:,.4g} predicted ({row['off']:+.1%})"
+            beside += f"{', ' if beside else ''}{row['predicted']:,.4g} predicted ({row['off']:+.1%})"
         if "budget" in row:
             beside += f", budget {'kept' if row['kept'] else 'EXCEEDED'}"
         rows.append((row["what"], row["weights"], f"{row['value']:,.4g} {row['unit']}", f"{row['spread']:.1%}", row.get("error") or beside))

@@ -10,6 +10,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from tradespace.units import format_bytes
 VOCABULARY = 512  # of the tokenizer; the model's own is larger, and the rest of its tokens are never drawn
 PROMPT = "The capital of France is"
 WARM_RUNS = 3
+WRITERS = 4  # files under way at once
 
 
 @torch.no_grad()
@@ -41,15 +43,19 @@ def write_checkpoint(spec: ModelSpec, folder: Path, device: torch.device) -> int
 
     weight_map, total = {}, 0
     pieces = sorted(hugging_face_pieces(spec, ()), key=layer_of)
-    for layer, of_layer in groupby(pieces, layer_of):
-        tensors = {}
-        for piece in of_layer:
-            shape = piece.source_shape
-            values = torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=draw, device=device).mul_(0.02)
-            tensors[piece.source] = values.bfloat16().cpu()
-        write_shard(folder / f"model-{layer}.safetensors", tensors)
-        weight_map |= dict.fromkeys(tensors, f"model-{layer}.safetensors")
-        total += sum(tensor.nbytes for tensor in tensors.values())
+    with ThreadPoolExecutor(WRITERS) as writers:
+        waiting = []
+        for layer, of_layer in groupby(pieces, layer_of):
+            tensors = {}
+            for piece in of_layer:
+                shape = piece.source_shape
+                values = torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=draw, device=device).mul_(0.02)
+                tensors[piece.source] = values.bfloat16().cpu()
+            waiting.append(writers.submit(write_shard, folder / f"model-{layer}.safetensors", tensors))
+            weight_map |= dict.fromkeys(tensors, f"model-{layer}.safetensors")
+            total += sum(tensor.nbytes for tensor in tensors.values())
+        for each in waiting:
+            each.result()
     write_json(folder / "config.json", config_from_spec(spec))
     write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
     train_tokenizer([data_file("pd-books", "valid.txt")], VOCABULARY, folder)

@@ -25,6 +25,7 @@ PARTIALS = 2**21  # fp32 numbers that products split along their columns leave f
 UNPACK_ELEMENTS = 2**26  # of a coded matrix that are decoded at once for a product of many rows
 KV_STORES = ("bf16", "fp16", "fp8", "int8")  # that attention reads and writes, keys and values alike
 MULTIPROCESSORS = 132  # of an H100
+WHOLE_PROMPT_TOKENS = 512  # from which on a prompt that a step holds whole is read by a library's attention: shorter ones are as fast in pages
 SAMPLE_CHUNK = 2048  # logits of a row that one program of sampling looks at
 COUNTERS = 4096  # tiles of a split product, or (sequence, head) pairs of split attention, that count who is done
 
@@ -207,6 +208,13 @@ def decode_splits(sequences: int, num_kv: int, max_context: int, multiprocessors
         return 1
     wanted = round(4 * multiprocessors / max(1, sequences * num_kv))
     return max(1, min(wanted, -(-max_context // 128), 128))
+
+
+def whole_prompts_bytes(model: ModelSpec, step_tokens: int) -> int:
+    """What a library's attention of whole prompts leaves beside the step's buffers, at most: the output of all tokens of the widest layer in bf16."""
+    mixers = [layer.mixer for layer in model.layers if isinstance(layer.mixer, Attention)]
+    widest = max((mixer.N * mixer.Hv for mixer in mixers if mixer.H <= 128 and mixer.Hv == mixer.H), default=0)
+    return 2 * step_tokens * widest if step_tokens >= WHOLE_PROMPT_TOKENS else 0
 
 
 def step_bytes(

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tradespace.spec.cuda import WHOLE_PROMPT_TOKENS
 from tradespace.spec.mixers import Attention
 
-LEAST_TOKENS = 512  # of a prompt: shorter ones are as fast in pages
 MOST_RUNS = 8
 
 
 def fused_prefill(mixer: Attention, lengths: tuple[int, ...], sinks_N: Tensor | None) -> bool:
     """Whether a step of whole prompts of these lengths does better here."""
     plain = mixer.logit_softcap is None and sinks_N is None and mixer.pattern is None and mixer.Hv == mixer.H and mixer.H <= 128 and mixer.H % 8 == 0
-    if not plain or not lengths or min(lengths) < LEAST_TOKENS or sum(1 for _ in groupby(lengths)) > MOST_RUNS:
+    if not plain or not lengths or min(lengths) < WHOLE_PROMPT_TOKENS or sum(1 for _ in groupby(lengths)) > MOST_RUNS:
         return False
     return mixer.window is None or max(lengths) <= mixer.window
 

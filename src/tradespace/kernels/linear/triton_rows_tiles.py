@@ -1,7 +1,8 @@
 """Tile sizes of the products of few rows, as data.
 
-`triton_rows_tiles.json` ships what was fastest inside a decode step of the Llama-3-8B shape on an H100, and by the search for Llama-2-70B's. What `triton_rows_search.py` measured on a card here
-lies in a file of the same shape in the cache folder, one for each card and version of the kernel, and comes first for products of its sizes.
+`triton_rows_tiles.json` ships what was fastest inside a decode step of the Llama-3-8B shape on an H100, and what the search found for Llama-2-70B's. What
+`triton_rows_search.py` measured on a card here lies in a file of the same shape in the cache folder, one for each card and version of the kernel, and comes
+first for products of its sizes.
 """
 
 from __future__ import annotations
