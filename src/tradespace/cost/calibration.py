@@ -38,7 +38,7 @@ RUNTIME_BYTES: dict[str, Constant] = {
 HOST_PROCESS_BYTES = Constant(1536 * MiB, "assumed: interpreter with torch for CUDA, libraries mapped and touched")
 TOKENIZER_BYTES_PER_ENTRY = Constant(320, "measured: growth of the process by the tokenizers of SmolLM2 and Gemma 3, per vocabulary entry")
 STAGING_BYTES = Constant(4 * MiB, "set: build.py, the loader's one bounded buffer, where the budget is the host's")
-DEVICE_STAGING_BYTES = Constant(32 * MiB, "set: build_cuda.py, the same in the host beside a device, where each piece is a transfer")
+DEVICE_STAGING_BYTES = Constant(64 * MiB, "set: build_cuda.py, the same in the host beside a device, where each half is a transfer")
 RESERVE_BYTES = Constant(32 * MiB, "set: what sampling may miss and an allocator may keep under load; planner and builder leave it free on a CPU")
 # what is in no tensor: modules, file headers, and what the allocator keeps between steps of unlike shapes
 HEAP_BYTES = Constant(16 * MiB, "measured: peak of the process less all other lines, SmolLM2, 1 to 64 requests")

@@ -17,6 +17,7 @@ from tradespace.formats.ggml_blocks import DEQUANTIZERS as HELD_DEQUANTIZERS
 from tradespace.formats.ggml_float_blocks import FLOAT_DEQUANTIZERS
 from tradespace.loading.gguf import GGML_TYPES, GGUFFile, GGUFTensor
 from tradespace.loading.rawfile import open_weight_file, read_exactly, shown
+from tradespace.loading.read_ahead import read_ahead
 from tradespace.loading.safetensors import SafetensorsFile, SafetensorsTensor
 from tradespace.units import format_bytes
 
@@ -66,6 +67,12 @@ class _RowPlan:
         return low
 
 
+def plain_dtype(tensor: GGUFTensor | SafetensorsTensor) -> torch.dtype | None:
+    """The dtype of a tensor that is stored as floats of at most 32 bits; None for any other."""
+    found = PLAIN_DTYPES.get(tensor.type_name if isinstance(tensor, GGUFTensor) else tensor.dtype)
+    return None if found == torch.float64 else found
+
+
 def _scratch_bytes_per_element(type_name: str, dtype: torch.dtype) -> int:
     if type_name in PLAIN_DTYPES:
         return 0  # one conversion, with nothing in between
@@ -105,7 +112,7 @@ def min_staging_bytes(file: GGUFFile | SafetensorsFile, tensor_name: str, *, dty
 
 
 def iter_rows(
-    file: GGUFFile | SafetensorsFile, tensor_name: str, *, staging_bytes: int, dtype: torch.dtype = torch.float32
+    file: GGUFFile | SafetensorsFile, tensor_name: str, *, staging_bytes: int, dtype: torch.dtype = torch.float32, ahead: bool = False
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Yields (first row, rows [R, C] of `dtype`) over a tensor, in order, without gaps.
 
@@ -113,10 +120,16 @@ def iter_rows(
     [1, C], a scalar [1, 1], and more than two dimensions are flattened to rows of the last. An empty tensor yields nothing.
 
     Everything that a chunk takes (stored rows, floats, temporaries) stays within `staging_bytes`, allocated once at the first step and released at the
-    end. Raises at the call: InputError for an unknown tensor or dtype, UnsupportedError for a stored type without a dequantizer, BudgetError (need, have)
-    where one row does not fit. Raises while iterating: CorruptFileError where the file has shrunk since its header was read.
+    end. ahead: where the stored bytes are the wanted floats, the next chunk is read by several threads while this one is used (`read_ahead.py`), in half
+    the staging each. Raises at the call: InputError for an unknown tensor or dtype, UnsupportedError for a stored type without a dequantizer, BudgetError
+    (need, have) where one row does not fit. Raises while iterating: CorruptFileError where the file has shrunk since its header was read.
     """
     tensor, plan = _row_plan(file, tensor_name, dtype)
+    if ahead and plan.in_place and plan.need_bytes(1) <= staging_bytes // 2:
+        rows = plan.chunk_rows(staging_bytes // 2)
+        pieces = [(tensor.offset_bytes + row * plan.row_bytes, min(rows, plan.num_rows - row) * plan.row_bytes) for row in range(0, plan.num_rows, rows)]
+        read = read_ahead(tensor.path, pieces, plan.what)
+        return ((index * rows, raw.view(dtype).view(-1, plan.row_elements)) for index, raw in enumerate(read))
     chunk_rows = plan.chunk_rows(staging_bytes)
     return _chunks(tensor, plan, min(chunk_rows, plan.num_rows), dtype)
 

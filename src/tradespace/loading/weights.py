@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from tradespace.errors import BudgetError, CorruptFileError, InputError
-from tradespace.formats import Codes, DenseWeight, ScaledWeight, Weight
+from tradespace.formats import Codes, CudaWeight, DenseWeight, ScaledWeight, Weight
 from tradespace.formats.ggml_blocks import finite_blocks
 from tradespace.formats.ggml_widen import INSIDE_Q8_0, widen_to_q8_0
-from tradespace.loading.dequantize import iter_raw_rows, iter_rows
+from tradespace.loading.dequantize import iter_raw_rows, iter_rows, plain_dtype
 from tradespace.loading.gguf import GGUFFile, GGUFTensor
 from tradespace.loading.names import Piece, gguf_pieces, hugging_face_pieces, is_harmless
 from tradespace.loading.rawfile import shown
@@ -156,9 +156,12 @@ def load_piece(model: nn.Module, source: Source, piece: Piece, fill: Fill, stagi
                 raw_RB = widen_to_q8_0(raw_RB, stored_type)
             module.set_rows(slice(rows, rows + len(raw_RB)) if isinstance(rows, int) else rows, Codes(raw_RB))
         return
-    # whole rows in the dtype in which they are kept need no second buffer; codes are computed in fp32
+    # whole rows in the dtype in which they are kept need no second buffer; codes are computed in fp32, on a device from floats as they are stored
     dtype = module.weight.dtype if isinstance(module, DenseWeight) and not piece.transposed else torch.float32
-    for rows, values_RC in _row_chunks(source, piece, staging_bytes, dtype):
+    on_device = isinstance(module, CudaWeight) and not piece.transposed
+    if on_device:
+        dtype = plain_dtype(source.tensors[piece.source]) or dtype
+    for rows, values_RC in _row_chunks(source, piece, staging_bytes, dtype, ahead=on_device):
         fill(module, rows, values_RC, name=shown(piece.source))
 
 
@@ -173,12 +176,12 @@ def _held_as_stored(module: Weight, source: Source, piece: Piece) -> str | None:
     return stored.type_name if fmt.name == name or (fmt.name == "q8_0" and name in INSIDE_Q8_0) else None
 
 
-def _row_chunks(source: Source, piece: Piece, staging_bytes: int, dtype: torch.dtype) -> Iterator[tuple[int | Tensor, Tensor]]:
+def _row_chunks(source: Source, piece: Piece, staging_bytes: int, dtype: torch.dtype, *, ahead: bool = False) -> Iterator[tuple[int | Tensor, Tensor]]:
     """(where the rows go, the rows as floats) over a stored matrix. The rows are a view of a buffer that the next step overwrites."""
     if piece.transposed:
         yield from _transposed_chunks(source, piece, staging_bytes)
         return
-    for row, values_RC in iter_rows(source, piece.source, staging_bytes=staging_bytes, dtype=dtype):
+    for row, values_RC in iter_rows(source, piece.source, staging_bytes=staging_bytes, dtype=dtype, ahead=ahead):
         yield target_rows(piece, row, len(values_RC)), values_RC
 
 

@@ -21,6 +21,7 @@ from tradespace.spec.formats import WeightFormat, find_format
 
 # values that are encoded at once, and what an encoder takes beside them at most
 TILE_ELEMENTS = 2**17
+DEVICE_TILE_ELEMENTS = 2**21  # on a device, which starts some twenty kernels a tile
 ENCODE_BYTES_PER_ELEMENT = 80
 
 
@@ -86,14 +87,15 @@ def _magnitudes(values_RC: Tensor, name: str) -> Tensor:
 def fill_rtn(weight: Weight, rows: int | Tensor, values_RC: Tensor, *, name: str = "?") -> None:
     """Fills `weight` from dense `values_RC` (float, overwritten): from row `rows` on, or at the rows that an index tensor names.
 
-    Beside a few numbers per row it takes ENCODE_BYTES_PER_ELEMENT for each of TILE_ELEMENTS values (10 MiB), and nothing where floats are held as floats.
+    Beside a few numbers per row it takes ENCODE_BYTES_PER_ELEMENT for each of TILE_ELEMENTS values (10 MiB; on a device 160), and nothing where floats are
+    held as floats.
     Raises InputError (with `name`) for NaN, infinities, widths that the format cannot hold and values that 16 bits cannot, EngineError for rows that share
     a scale with rows which neither this call nor `observe` has seen.
     """
     if not values_RC.numel():
         return
     if isinstance(weight, CudaWeight):  # encoded where they are held
-        values_RC = values_RC.to(weight.packed.codes.device)
+        values_RC = values_RC.to(weight.packed.codes.device, non_blocking=True)  # what asks for the magnitudes waits for it
     magnitudes_R = _magnitudes(values_RC, name)
     target = slice(rows, rows + len(values_RC)) if isinstance(rows, int) else rows
     _refuse_overflow(weight.format_name, magnitudes_R, name)
@@ -104,11 +106,11 @@ def fill_rtn(weight: Weight, rows: int | Tensor, values_RC: Tensor, *, name: str
     if isinstance(weight, ScaledWeight) and weight.spans_rows and not weight.observed:
         _fill_whole(weight, target, values_RC, name)
         return
-    step = max(1, TILE_ELEMENTS // values_RC.shape[1])
+    step = max(1, (DEVICE_TILE_ELEMENTS if values_RC.is_cuda else TILE_ELEMENTS) // values_RC.shape[1])
     for start in range(0, len(values_RC), step):
         stop = min(start + step, len(values_RC))
         here = slice(target.start + start, target.start + stop) if isinstance(target, slice) else target[start:stop]
-        weight.set_rows(here, _encode(weight, here, values_RC[start:stop], name))
+        weight.set_rows(here, _encode(weight, here, values_RC[start:stop].float(), name))
 
 
 def _refuse_overflow(format_name: str, magnitudes_R: Tensor, name: str) -> None:
