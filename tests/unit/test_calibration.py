@@ -49,8 +49,9 @@ def test_every_constant_that_calls_itself_measured_has_a_figure(record):
 
 
 def test_the_gpu_s_decode_speeds_are_predicted():
-    """The shares of an H100's rates give back, within 15%, what was measured there (results/gpu_speed.json): of one sequence, and of 32 where weights are
-    floats. Coded weights of 32 sequences are predicted up to a third too fast: one share speaks for 2 rows and for 256, which run on other kernels.
+    """The shares of an H100's rates, and what a captured layer takes beside its reading, give back within 15% what was measured there (results/gpu_speed.json):
+    decode of one sequence, of 32, and of a 70B model. Figures that differ by more than that among themselves say nothing to it; one share speaks for 2 rows and
+    for 256, which run on other kernels, so that coded weights of 32 sequences are allowed more.
     """
     measured = read_record(RESULTS / "gpu_speed.json")
     model, device = find_model("llama-3-8b"), find_device("h100-80gb")
@@ -66,6 +67,22 @@ def test_the_gpu_s_decode_speeds_are_predicted():
             max_sequences=32, max_context=1024, step_tokens=512, kv_tokens=32768, device="h100-80gb",
         )  # fmt: skip
         predicted = sequences / decode_time(model, plan, device, work).seconds.require()
-        off[row["weights"], sequences] = round(predicted / row["value"] - 1, 3)
+        if row["spread"] < 0.15:
+            off[row["weights"], sequences] = round(predicted / row["value"] - 1, 3)
+    assert len(off) >= 5
     assert all(abs(share) < 0.15 for (name, sequences), share in off.items() if sequences == 1 or name == "bf16"), off
     assert all(abs(share) < 0.35 for share in off.values()), off
+
+
+def test_a_70b_model_on_one_gpu_is_predicted():
+    """By what was fitted to an 8B shape and this one: the record is no test of it, but of their being kept together."""
+    measured = read_record(RESULTS / "gpu_speed.json")
+    value = next(row["value"] for row in measured.rows if row["what"] == "llama-2-70b, decode of one sequence, context 128")
+    model, device = find_model("llama-2-70b"), find_device("h100-80gb")
+    weights = WeightPlan(default="int4-g128", exceptions={"embed": "bf16"}, layout="cuda")
+    plan = Plan(
+        model=model.name, weights=weights, kv=KVPlan(store="int8", block_size=32), attention="paged", linear="cuda",
+        max_sequences=4, max_context=1024, step_tokens=512, kv_tokens=4096, device="h100-80gb",
+    )  # fmt: skip
+    predicted = 1 / decode_time(model, plan, device, Workload(context_tokens=1024, prompt_tokens=128, output_tokens=136)).seconds.require()
+    assert predicted == pytest.approx(value, rel=0.15)

@@ -57,6 +57,9 @@ FP32_PRODUCT_BYTES = Constant(13 * MiB, "measured: growth of the process over 4 
 # ---------------------------------------------------------------------------------------------------------------- seconds
 
 LAYER_OPS = Constant(16, "assumed: eager operations of one layer outside of attention: norms, projections, rotation, activation, sums")
+PAGED_LAYER_OPS = Constant(
+    1.0, "fitted: 12 µs a layer of a captured step beside its reading, from int4 decode of the Llama-3-8B and Llama-2-70B shapes on an H100"
+)
 # what an operation of a layer costs, in starts of a tiny one: on a CPU its own few microseconds do not hide behind the next one's start
 OP_STARTS: dict[str, Constant] = {
     "cpu": Constant(14, "measured: 0.22 ms a layer of SmolLM2 beside its products, two cores"),
@@ -145,14 +148,14 @@ def _native_calibrations() -> dict[tuple[str, str, str], Calibration]:
 
 EFFICIENCY.update(_native_calibrations())
 
-# the CUDA step on an H100 80GB, Llama-3-8B shape: of the data sheet's bandwidth at one sequence (norms, rotation and attention included), of its dense matmul
+# the CUDA step on an H100 80GB, Llama-3-8B shape: of the data sheet's bandwidth at one sequence (beside PAGED_LAYER_OPS a layer), of its dense matmul
 # rate at 256 sequences and in prefill. Formats that were not measured have the shares of the one whose kernel is theirs but for how codes are unpacked.
 CUDA_STEP_MEASURED = {
-    "bf16": {"decode": 0.82, "few rows": 0.45, "prefill": 0.63},
-    "int8": {"decode": 0.74, "few rows": 0.45, "prefill": 0.55},
-    "fp8": {"decode": 0.73, "few rows": 0.45, "prefill": 0.55},
-    "fp8-a8": {"decode": 0.63, "few rows": 0.55, "prefill": 0.94},
-    "int4-g128": {"decode": 0.57, "few rows": 0.45, "prefill": 0.55},
+    "bf16": {"decode": 0.94, "few rows": 0.45, "prefill": 0.63},
+    "int8": {"decode": 0.88, "few rows": 0.45, "prefill": 0.55},
+    "fp8": {"decode": 0.86, "few rows": 0.45, "prefill": 0.55},
+    "fp8-a8": {"decode": 0.68, "few rows": 0.55, "prefill": 0.94},
+    "int4-g128": {"decode": 0.76, "few rows": 0.45, "prefill": 0.55},
 }
 
 

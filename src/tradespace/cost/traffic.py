@@ -101,8 +101,8 @@ def attention_ops(kernel: str, length: float) -> float:
 
 
 def layer_ops(kernel: str) -> float:
-    """Eager operations of one layer outside of attention: none where one call runs the whole step."""
-    return 0.0 if kernel in ("native", "paged") else calibration.LAYER_OPS.value
+    """Eager operations of one layer outside of attention: none where one call runs the whole step, and for captured kernels what they wait for each other."""
+    return {"native": 0.0, "paged": calibration.PAGED_LAYER_OPS.value}.get(kernel, calibration.LAYER_OPS.value)
 
 
 def peer_work(summary: Summary, tokens: float, e: int, degree: int) -> tuple[float, int]:

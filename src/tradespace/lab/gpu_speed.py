@@ -35,6 +35,7 @@ BLOCK = 32
 FORMATS = (("bf16", "bf16"), ("int8", "bf16"), ("fp8", "bf16"), ("int4-g128", "bf16"))
 ENGINES = (("bf16", "bf16"), ("fp8-a8", "fp8"))  # of the mixes: weights, cache
 MIXES = ((256, 64, 512, 128), (1024, 64, 1024, 256), (512, 128, 128, 128))  # requests, shortest and longest prompt, output
+DECODE_STEP = 8192  # tokens: all prompts of a decode are read in one step, else what reading them takes in pieces swings with how the pieces fall
 LONG_MIX = 1024  # requests of a mix that is not run untimed
 VLLM = {"bf16": {1: 154, 32: 4611, 256: 9608, 1024: 9073, 512: 14648, "prefill": 41754}}
 VLLM["fp8-a8"] = {1: 234, 32: 6574, 256: 12672, 1024: 11698, 512: 19111, "prefill": 61217}
@@ -140,13 +141,13 @@ def _beside(predicted: float, measured: float) -> dict[str, float]:
 def _decodes(spec: ModelSpec, device: DeviceSpec, say: Callable[[str], None]) -> list[dict[str, Any]]:
     rows = []
     for weights, store in FORMATS:
-        bench = Bench(spec, plan_for(spec, weights, store, sequences=32, context=1024, step=512, memory_bytes=40 * GiB))
+        bench = Bench(spec, plan_for(spec, weights, store, sequences=32, context=1024, step=DECODE_STEP, memory_bytes=40 * GiB))
         for sequences in (1, 32):
             row = _row("decode", f"decode, {sequences} at once, context 128", weights, bench.decode(sequences, 128), "tok/s")
             rows.append(row | _beside(predicted_decode(spec, bench.built.plan, device, sequences, 128, 136), row["value"]))
         rows.append(_row("decode", "start-up, random weights, kernels compiled on the way", weights, [bench.start_up_s], "s"))
         bench.close()
-        bench = Bench(spec, plan_for(spec, weights, store, sequences=32, context=1024, step=512, memory_bytes=40 * GiB))
+        bench = Bench(spec, plan_for(spec, weights, store, sequences=32, context=1024, step=DECODE_STEP, memory_bytes=40 * GiB))
         rows.append(_row("decode", "start-up, random weights, kernels compiled before", weights, [bench.start_up_s], "s"))
         bench.close()
         say(f"{weights}: " + ", ".join(f"{row['value']:.4g} {row['unit']}" for row in rows[-4:]))

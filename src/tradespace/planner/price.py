@@ -165,6 +165,8 @@ class Pricer:
             )
             feeding = once("feeding", (part.body, step_tokens, linear, rebuilds), lambda: workspace.feeding_bytes(summary, weights, shape))
             layers = max(mixing, feeding) + workspace.rope_rows_bytes(summary.rope_dims, workspace.passing(shape))
+        elif weights.layout == "cuda":
+            layers = cuda.whole_prompts_bytes(summary.model, shape.T)
         head = once("head", (part.number, step_tokens, linear, sequences), lambda: workspace.head_bytes(summary, weights, shape))
         return StepBytes(once("beside", (part.number, step_tokens, linear, sequences, cache.block if kernel == "paged" else 0), beside), layers, head)
 
