@@ -12,6 +12,8 @@ from triton.compiler import ASTSource
 
 from tradespace.kernels.attention.triton_paged_decode import decode_kernel
 from tradespace.kernels.linear.triton_rows_kernel import rows_kernel
+from tradespace.kernels.optimizer.triton_adamw import adamw_kernel
+from tradespace.kernels.optimizer.triton_adamw8 import adamw8_kernel
 
 CODES = {"bf16": "*bf16", "w8a8": "*i8", "f8a8": "*fp8e4nv"}  # of weights; the others come as pairs
 KINDS = ("bf16", "int8", "fp8", "int4", "nf4", "w8a8", "f8a8")
@@ -90,6 +92,15 @@ def decode(code: str) -> None:
     compile_for_h100(decode_kernel, types, constants, 2, 2)
 
 
+def steps_of_adamw(*, coded: bool) -> None:
+    """AdamW's step of a bf16 parameter with its master, moments in fp32 or in 8 bits."""
+    types = dict.fromkeys(("held", "m", "v", "m_scales", "v_scales", "m_levels", "m_edges", "v_levels", "v_edges"), "*fp32")
+    types |= {"parameter": "*bf16", "gradient": "*bf16", "m_codes": "*u8", "v_codes": "*u8"}
+    types |= dict.fromkeys(("lr", "beta1", "beta2", "eps", "decay", "bias1", "bias2"), "fp32")
+    constants = {"MASTER": True} | ({"BLOCKS": 4, "SIZE": 256} if coded else {"BLOCK": 2048})
+    compile_for_h100(adamw8_kernel if coded else adamw_kernel, types, constants, 4 if coded else 8, 2)
+
+
 if __name__ == "__main__":
     for kind, (whole, tokens) in itertools.product(KINDS, ((True, 64), (False, 8))):
         rows(kind, whole=whole, tokens=tokens)
@@ -97,3 +108,6 @@ if __name__ == "__main__":
     for code in ("plain", "int8", "fp8"):
         decode(code)
         print("decode", code, flush=True)
+    for coded in (False, True):
+        steps_of_adamw(coded=coded)
+        print("adamw", coded, flush=True)

@@ -151,6 +151,40 @@ def test_adamw_in_one_kernel_is_adamw(dtype, shape):
         torch.testing.assert_close(parameter.float(), master, rtol=2**-7, atol=0.0)  # the interpreter cuts where a device rounds
 
 
+@pytest.mark.parametrize(("dtype", "count"), [(torch.bfloat16, 5000), (torch.float32, 4096), (torch.float32, 1)])
+def test_adamw_with_8_bit_moments_in_one_kernel(dtype, count):
+    """Three steps beside the codes' own reading and writing around torch's fused step: codes, scales, master."""
+    from tradespace.kernels.optimizer.triton_adamw8 import adamw8
+    from tradespace.spec.training import BLOCK_8BIT
+    from tradespace.train.coded import Coded, edges
+
+    gen = torch.Generator().manual_seed(6)
+    parameter = torch.randn(count, generator=gen).to(dtype)
+    master = parameter.float() if dtype != torch.float32 else None
+    held = parameter.float()
+    blocks, cpu = -(-count // BLOCK_8BIT), torch.device("cpu")
+    states = [
+        [(torch.full((count,), Coded.zero(signed), dtype=torch.uint8), torch.zeros(blocks)) for signed in (True, False)] for _ in range(2)
+    ]  # fmt: skip
+    tables = (*edges(True, cpu), *edges(False, cpu))
+    for number in range(1, 4):
+        gradient = torch.randn(count, generator=gen).to(dtype)
+        adamw8(parameter, master, gradient, *states[0], tables, block=BLOCK_8BIT, lr=0.01, betas=(0.9, 0.95), eps=1e-8, decay=0.1, number=number)
+        coded = [Coded(*state, signed=signed) for state, signed in zip(states[1], (True, False), strict=True)]
+        m, v = (each.read() for each in coded)
+        torch._fused_adamw_(
+            [held], [gradient.float()], [m], [v], [], [torch.tensor(float(number))],
+            amsgrad=False, lr=0.01, beta1=0.9, beta2=0.95, weight_decay=0.1, eps=1e-8, maximize=False,
+        )  # fmt: skip
+        coded[0].write(m)
+        coded[1].write(v)
+        for (codes, scales), (want_codes, want_scales) in zip(*states, strict=True):
+            torch.testing.assert_close(scales, want_scales, rtol=1e-5, atol=0.0)
+            apart = (codes.int() - want_codes.int()).abs()
+            assert apart.max() <= 1 and (apart > 0).float().mean() < 0.01, "a number on an edge between two levels may fall either way"
+        torch.testing.assert_close(parameter if master is None else master, held, rtol=1e-3, atol=1e-4)
+
+
 def test_documents_of_equal_length_attend_together_and_learn_the_same():
     """The device's way, runs of equal documents at once, against the CPU's, one by one: output and gradients."""
     from tradespace.kernels.attention.packed import attend_packed, attend_runs

@@ -6,9 +6,11 @@ from dataclasses import replace
 from itertools import pairwise, product
 
 import pytest
+import torch
 
 from tradespace.build_training import build_model, prepare
 from tradespace.cost.training import PRODUCT_BYTES, activation_peak, fixed_lines, terms, train_ledger, with_segments
+from tradespace.cost.training_time import step_seconds
 from tradespace.errors import BudgetError, InputError
 from tradespace.lab.train_gpu_ours import draw
 from tradespace.measure.allocations import peak_allocated
@@ -18,6 +20,7 @@ from tradespace.spec.device_zoo import find_device
 from tradespace.spec.training import OPTIMIZERS, Segment, TrainPlan, every, parse_checkpointing, qlora_weights, trained
 from tradespace.spec.weights import WeightPlan
 from tradespace.spec.zoo import find_model
+from tradespace.train.checkpoints import latest
 from tradespace.train.data import Order
 from tradespace.train.loop import Limits, Trainer, next_token
 from tradespace.train.schedule import Schedule
@@ -54,6 +57,52 @@ def test_states_are_priced_to_the_byte(name, fmt):
     parameters = dict(model.named_parameters())
     held = Optimizer(name, parameters, Hyper()).nbytes
     assert held == sum(OPTIMIZERS[name].state_bytes(shape, dtype) for _, shape, dtype in trained(model.spec, plan))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("base", ["adamw", "adamw8bit"])
+@pytest.mark.parametrize("fmt", ["fp32", "bf16"])
+def test_paged_states_change_where_they_are_and_nothing_else(base, fmt, fused, tmp_path):
+    """Parameters after steps, and after going on from a checkpoint, bit for bit those of the optimizer whose states they are."""
+    outcomes = []
+    for name in (base, f"paged-{base}"):
+        trainer = small_trainer(name, spec=small_spec(D=128), fmt=fmt, fused=fused)
+        for _ in range(2):
+            trainer.advance()
+        trainer.save(tmp_path / name)
+        saved = latest(tmp_path / name)
+        assert saved is not None
+        trainer.advance()
+        first = [parameter.detach().clone() for parameter in trainer.parameters.values()]
+        trainer.restore(saved)
+        trainer.advance()
+        assert all(torch.equal(a, b) for a, b in zip(first, trainer.parameters.values(), strict=True))
+        outcomes.append(first)
+    assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
+
+
+def test_paged_states_are_the_hosts_bytes():
+    spec, device = find_model("llama-3.2-1b"), find_device("rtx-4090")
+    plans = [TrainPlan(model=spec.name, optimizer=name, fused=True, checkpointing=every(1, spec.L)) for name in ("adamw", "paged-adamw")]
+    held, paged = (train_ledger(spec, plan, device) for plan in plans)
+    states = held.line("optimizer").bytes.require()
+    expected = sum(OPTIMIZERS["adamw"].state_bytes(shape, dtype) for _, shape, dtype in trained(spec, plans[0]))
+    assert states == expected and paged.host_bytes == states and held.host_bytes == 0
+    assert paged.line("optimizer").bytes.require() == 12 * spec.V * spec.D, "the largest parameter's are on the device for its step"
+    assert held.total_bytes - paged.total_bytes == states - 12 * spec.V * spec.D
+    seconds = [step_seconds(spec, plan, device).require() for plan in plans]
+    assert seconds[1] - seconds[0] == pytest.approx(2 * states / device.host_link_bytes_per_s.require())
+
+
+def test_paging_is_for_devices_and_comes_before_fewer_bits():
+    spec, card = find_model("llama-3-8b"), find_device("rtx-4090")
+    cpu = replace(card, kind="cpu", host_link_bytes_per_s=None)
+    with pytest.raises(InputError, match=r"--optimizer paged-adamw moves states between a device and the host; on .* both are one\. Use adamw"):
+        training.candidates(training.Question(spec=spec, device=cpu, memory_bytes=64 << 30, context=512, optimizer="paged-adamw"))
+    asked = training.Question(spec=spec, device=card, memory_bytes=24 << 30, context=512, batch=1, method="qlora")
+    order = [(optimizer, tables) for _, _, optimizer, tables in training.rungs(asked)]
+    assert order == [("adamw", "bf16"), ("adamw", "int8"), ("paged-adamw", "int8"), ("adamw8bit", "int8")]
+    assert "paged-adamw" not in [optimizer for _, _, optimizer, _ in training.rungs(replace(asked, device=cpu))]
 
 
 def test_checkpointing_is_the_best_of_all():

@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from tradespace.cli import bench_serve, bench_tiles
 from tradespace.cli.evaluate import progress_bar
-from tradespace.cli.options import Json, Memory, Offline, console, print_json
+from tradespace.cli.options import Device, Json, Memory, Offline, console, print_json
 from tradespace.errors import InputError
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ def decode(
     weights: OurWeights = None,
     plan: Plan = None,
     memory: Memory = None,
+    device: Device = None,
     output: Output = None,
     offline: Offline = False,
     json: Json = False,
@@ -62,7 +63,7 @@ def decode(
 
     Example: tradespace bench decode smollm2-135m --file-format q4_0 --prompt 128 --prompt 2048 --against llama.cpp
     """
-    _run("decode", model, against, prompt or [128], tokens, 1, rounds, threads, file_format, weights, plan, memory, output, offline, json)
+    _run("decode", model, against, prompt or [128], tokens, 1, rounds, threads, file_format, weights, plan, memory, device, output, offline, json)
 
 
 @bench.command("prefill")
@@ -76,6 +77,7 @@ def prefill(
     weights: OurWeights = None,
     plan: Plan = None,
     memory: Memory = None,
+    device: Device = None,
     output: Output = None,
     offline: Offline = False,
     json: Json = False,
@@ -84,7 +86,7 @@ def prefill(
 
     Example: tradespace bench prefill smollm2-135m --prompt 512 --prompt 2048
     """
-    _run("prefill", model, against, prompt or [512], 0, 1, rounds, threads, file_format, weights, plan, memory, output, offline, json)
+    _run("prefill", model, against, prompt or [512], 0, 1, rounds, threads, file_format, weights, plan, memory, device, output, offline, json)
 
 
 @bench.command("batch")
@@ -100,6 +102,7 @@ def batch(
     weights: OurWeights = None,
     plan: Plan = None,
     memory: Memory = None,
+    device: Device = None,
     output: Output = None,
     offline: Offline = False,
     json: Json = False,
@@ -108,7 +111,7 @@ def batch(
 
     Example: tradespace bench batch smollm2-135m --sequences 16 --against llama.cpp
     """
-    _run("batch", model, against, prompt or [128], tokens, sequences, rounds, threads, file_format, weights, plan, memory, output, offline, json)
+    _run("batch", model, against, prompt or [128], tokens, sequences, rounds, threads, file_format, weights, plan, memory, device, output, offline, json)
 
 
 def _run(
@@ -124,6 +127,7 @@ def _run(
     weights: str | None,
     plan: str | None,
     memory: str | None,
+    device: str | None,
     output: Path | None,
     offline: bool,
     json: bool,
@@ -149,6 +153,7 @@ def _run(
             weights=weights,
             plan=plan,
             memory=memory,
+            device=device,
             offline=offline,
             on_progress=on_progress,
             say=(lambda line: None) if json else (lambda line: notes.print(escape(line), style="dim", soft_wrap=True)),

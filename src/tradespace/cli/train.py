@@ -158,6 +158,8 @@ def _show(found: Run, as_json: bool) -> None:
     )
     for line in found.ledger["lines"]:
         table.add_row(f"  {line['name']}", format_bytes(line["bytes"]))
+    if found.ledger.get("host_bytes"):
+        table.add_row("  in the host's memory", f"{format_bytes(found.ledger['host_bytes'])}, beside the budget: what is offloaded or paged")
     for number, each in enumerate(found.ranks):
         table.add_row(f"  rank {number}", f"{format_bytes(each['peak_bytes'])} at the peak, {format_bytes(each['predicted_bytes'])} predicted")
     table.add_row("time", format_seconds(found.seconds))

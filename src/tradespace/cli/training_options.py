@@ -27,7 +27,9 @@ def settings_of(
     warmup: Annotated[int, typer.Option("--warmup", min=0, help="Steps over which the rate rises.")] = 0,
     decay: Annotated[float, typer.Option("--weight-decay", min=0.0, help="Decoupled, of matrices alone.")] = 0.0,
     clip: Annotated[float, typer.Option("--clip", min=0.0, help="Most the gradients' norm may be; 0: anything. Needs gradients in memory.")] = 0.0,
-    optimizer: Annotated[str | None, typer.Option("--optimizer", help="adamw, adamw8bit, adafactor or sgd. Default: the planner's choice.")] = None,
+    optimizer: Annotated[
+        str | None, typer.Option("--optimizer", help="adamw, adamw8bit, adafactor, sgd; paged-adamw, paged-adamw8bit on a card. Default: the planner's choice.")
+    ] = None,
     weights: Annotated[
         str | None, typer.Option("--weights", help="How the base is held: fp32, bf16; with qlora nf4, int8, int4. Default: the planner's choice.")
     ] = None,

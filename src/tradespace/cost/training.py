@@ -210,7 +210,7 @@ class TrainLedger:
 
     lines: tuple[TrainLine, ...]
     pool: str
-    host_bytes: int = 0  # checkpoints that are offloaded
+    host_bytes: int = 0  # of a device's plan: checkpoints that are offloaded, and paged states of the optimizer
 
     @property
     def total_bytes(self) -> int:
@@ -255,8 +255,9 @@ def fixed_lines(
     if plan.method != "full":
         lines.append(TrainLine("adapters", Estimate(sizes, "exact"), "4 · rank · (rows + columns) a linear"))
     lines.append(TrainLine("gradients", Estimate(0 if plan.fused else sizes, "exact"), "0: the step is fused" if plan.fused else "as what learns"))
-    states = sum(optimizer.state_bytes(shape, dtype) for _, shape, dtype in learns)
-    lines.append(TrainLine("optimizer", Estimate(states, "exact"), optimizer.idea))
+    moved = [optimizer.state_bytes(shape, dtype) for _, shape, dtype in learns]
+    states, formula = (max(moved, default=0), f"the largest parameter's, on its way; {optimizer.idea}") if optimizer.pages else (sum(moved), optimizer.idea)
+    lines.append(TrainLine("optimizer", Estimate(states, "exact"), formula))
     shapes = [tensor.shape for tensor in model_tensors(spec) if plan.weights.format_of(tensor).name not in ("fp32", "bf16", "fp16")]
     if shapes:
         elements, rows = workspace_shape(shapes, tile_elements(plan.weights))
@@ -275,6 +276,12 @@ def fixed_lines(
     return tuple(lines)
 
 
+def paged_bytes(spec: ModelSpec, plan: TrainPlan) -> int:
+    """The optimizer's states in the host's memory; 0 where they are on the device."""
+    optimizer = OPTIMIZERS[plan.optimizer]
+    return sum(optimizer.state_bytes(shape, dtype) for _, shape, dtype in trained(spec, plan)) if optimizer.pages else 0
+
+
 def train_ledger(spec: ModelSpec, plan: TrainPlan, device: DeviceSpec | None = None, *, data_bytes: int = 0, here_bytes: int | None = None) -> TrainLedger:
     """Every line of `plan`. Without a device: of the tensors alone, as an allocator counts them."""
     kept, peak = activation_peak(spec, plan)
@@ -283,7 +290,7 @@ def train_ledger(spec: ModelSpec, plan: TrainPlan, device: DeviceSpec | None = N
     lines.append(TrainLine("step", Estimate(peak - kept, "modelled: the worst moment of loss and backward pass"), "recomputed, temporaries, a chunk of logits"))
     pool = "device" if device is not None and compute_pool(device) == "device" else "host"
     offloaded = plan.tokens * spec.D * element_bytes(plan) * sum(segment.kind == "offload" for segment in plan.checkpointing)
-    return TrainLedger(tuple(lines), pool, offloaded)
+    return TrainLedger(tuple(lines), pool, offloaded + paged_bytes(spec, plan))
 
 
 def with_segments(plan: TrainPlan, segments: Sequence[Segment]) -> TrainPlan:

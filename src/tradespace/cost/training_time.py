@@ -84,7 +84,10 @@ def step_seconds(spec: ModelSpec, plan: TrainPlan, device: DeviceSpec) -> Estima
         traffic += 2 * elements * 2.5
     states = sum(OPTIMIZERS[plan.optimizer].state_bytes(shape, dtype) for _, shape, dtype in trained(spec, plan))
     bandwidth = device.read_bytes_per_s.require()
+    paged = 0.0
+    if OPTIMIZERS[plan.optimizer].pages and device.host_link_bytes_per_s is not None:
+        paged = 2 * states / device.host_link_bytes_per_s.require()  # there and back
     calls = device.op_overhead_s.require() * CALLS_PER_LAYER * spec.L if device.op_overhead_s.known else 0.0
     again += sum_seconds(spec, plan, device)
     again += calls * (1 + 0.5 * sum(segment.kind != "none" for segment in plan.checkpointing) / max(1, len(plan.checkpointing)))
-    return Estimate(plan.accumulation * (compute + again + traffic / bandwidth) + 2.5 * states / bandwidth, "roofline")
+    return Estimate(plan.accumulation * (compute + again + traffic / bandwidth) + 2.5 * states / bandwidth + paged, "roofline")

@@ -259,7 +259,7 @@ class DeviceRunner:
     def needs_logits(request: Request) -> bool:
         """Whether a request's next token depends on what only the host has: then its steps are computed one after the other."""
         params = request.params
-        return SampleRow(request).is_adjusted or params.logprobs is not None or params.prompt_logprobs is not None
+        return params.logprobs is not None or params.prompt_logprobs is not None or SampleRow(request).is_adjusted
 
     @torch.inference_mode()
     def execute(self, step: Step) -> Tensor:

@@ -11,6 +11,7 @@ and everyone else's with them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 from tradespace.engine.engine import Engine
@@ -63,8 +64,10 @@ class OverlappedEngine(Engine):
 
     def step(self) -> list[Request]:
         """As `Engine.step`; the requests that it returns got tokens of the step before."""
-        # asked of the scheduler and not kept: beams and forks are queued there, past `add`
-        if any(map(self.runner.needs_logits, (*self.scheduler.running, *self.scheduler.waiting))):
+        # asked of the scheduler and not kept: beams and forks are queued there, past `add`; only the first of those who wait can be in the next step
+        running = self.scheduler.running
+        next_in = islice(self.scheduler.waiting, max(0, self.scheduler.max_sequences - len(running)))
+        if any(map(self.runner.needs_logits, chain(running, next_in))):
             changed = self._guarded(self._land)
             return self._joined(changed, super().step())
         return self._guarded(self._advance)

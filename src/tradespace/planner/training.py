@@ -37,6 +37,7 @@ LADDER = (
     ("lora", "bf16", "adamw", ""),
     ("qlora", "nf4", "adamw", "bf16"),
     ("qlora", "nf4", "adamw", "int8"),
+    ("qlora", "nf4", "paged-adamw", "int8"),
     ("qlora", "nf4", "adamw8bit", "int8"),
 )
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
@@ -46,7 +47,7 @@ def plan_checkpointing(spec: ModelSpec, plan: TrainPlan, device: DeviceSpec, roo
     """The segments of least recomputation whose peak stays within `room_bytes`; None where nothing does."""
     found = terms(spec, plan)
     L = spec.L
-    offload = compute_pool(device) == "device" and device.host_link_bytes_per_s is not None
+    offload = _can_page(device)
     longest = max(1, ceil(2 * best_k(L, found.kept[0]["full"], found.kept[0]["none"])))
     seconds = [{kind: again_seconds(spec, plan, device, index, kind) for kind in KINDS} for index in range(L)]
     room = room_bytes - found.after_loss
@@ -152,12 +153,19 @@ def rungs(question: Question) -> list[tuple[str, str, str, str]]:
             continue
         if fmt == "fp32" and question.weights is None and question.device.kind == "cuda":
             continue
+        if OPTIMIZERS[optimizer].pages and question.optimizer is None and not _can_page(question.device):
+            continue
         fmt, optimizer = question.weights or fmt, question.optimizer or optimizer
         if (method == "qlora") == (fmt in ("fp32", "bf16")) or not _over_ranks(question, method, optimizer):
             continue
         if (method, fmt, optimizer, tables) not in found:
             found.append((method, fmt, optimizer, tables))
     return found
+
+
+def _can_page(device: DeviceSpec) -> bool:
+    """Whether the host's memory is another than the device's, behind a link of known speed."""
+    return compute_pool(device) == "device" and device.host_link_bytes_per_s is not None
 
 
 def _over_ranks(question: Question, method: str, optimizer: str) -> bool:
@@ -173,6 +181,8 @@ def candidates(question: Question) -> list[TrainCandidate]:
     for what, name, known in (("method", question.method, METHODS), ("optimizer", question.optimizer, tuple(OPTIMIZERS))):
         if name is not None and name not in known:
             raise InputError(f"--{what} {name}: known are {', '.join(known)}")
+    if question.optimizer is not None and (pages := OPTIMIZERS[question.optimizer].pages) and not _can_page(question.device):
+        raise InputError(f"--optimizer {question.optimizer} moves states between a device and the host; on {question.device.name} both are one. Use {pages}")
     if question.weights is not None:
         find_format(question.weights)
     if (reason := refusal(question.spec)) is not None:

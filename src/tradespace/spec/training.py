@@ -34,6 +34,12 @@ class OptimizerSpec:
     moments: int = 0  # fp32 numbers a parameter
     coded: bool = False  # moments in 8 bits, a scale for each BLOCK_8BIT
     factored: bool = False  # a matrix's second moment as a row and a column
+    pages: str = ""  # the optimizer whose states these are, held in the host's memory and moved to the device one parameter at a time
+
+    @property
+    def arithmetic(self) -> str:
+        """The name of the optimizer whose steps these are."""
+        return self.pages or self.name
 
     def state_bytes(self, shape: tuple[int, ...], dtype: str) -> int:
         """Bytes of one parameter's state, its fp32 master copy where it is held in 16 bits included."""
@@ -54,6 +60,8 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
         OptimizerSpec(name="adamw8bit", moments=2, coded=True, runs_since="0.3", idea="moments in 8-bit dynamic codes, blocks of 256; arXiv:2110.02861"),
         OptimizerSpec(name="adafactor", factored=True, runs_since="0.3", idea="the second moment as an outer product of rows and columns; arXiv:1804.04235"),
         OptimizerSpec(name="sgd", runs_since="0.3", idea="no state"),
+        OptimizerSpec(name="paged-adamw", moments=2, pages="adamw", runs_since="0.3", idea="adamw's states in host memory; arXiv:2305.14314"),
+        OptimizerSpec(name="paged-adamw8bit", moments=2, coded=True, pages="adamw8bit", runs_since="0.3", idea="adamw8bit's states in host memory"),
     )
 }
 

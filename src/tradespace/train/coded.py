@@ -25,7 +25,8 @@ def unsigned_levels(device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=8)
-def _edges(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+def edges(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The 256 levels of a moment, ascending, and the 255 values between which they are the nearest."""
     levels = dynamic_levels(device) if signed else unsigned_levels(device)
     return levels, (levels[:-1] + levels[1:]) / 2
 
@@ -39,20 +40,20 @@ class Coded:
     @staticmethod
     def zero(signed: bool) -> int:
         """The code of 0."""
-        levels, _ = _edges(signed, torch.device("cpu"))
+        levels, _ = edges(signed, torch.device("cpu"))
         return int((levels == 0).nonzero()[0])
 
     def read(self) -> Tensor:
         """fp32 values."""
-        levels, _ = _edges(self.signed, self.codes_N.device)
+        levels, _ = edges(self.signed, self.codes_N.device)
         values = levels[self.codes_N.int()]
         return values.mul_(self.scales_B.repeat_interleave(BLOCK_8BIT)[: len(values)])
 
     def write(self, values_N: Tensor) -> None:
         """Rounded to the nearest code of their block's largest magnitude."""
-        _, edges = _edges(self.signed, self.codes_N.device)
+        _, between = edges(self.signed, self.codes_N.device)
         count = len(values_N)
         padded_BG = torch.nn.functional.pad(values_N, (0, -count % BLOCK_8BIT)).view(-1, BLOCK_8BIT)
         self.scales_B.copy_(padded_BG.abs().amax(dim=1))
         unit_BG = padded_BG / self.scales_B.clamp(min=1e-38)[:, None]
-        self.codes_N.copy_(torch.bucketize(unit_BG, edges, out_int32=True).flatten()[:count].to(torch.uint8))
+        self.codes_N.copy_(torch.bucketize(unit_BG, between, out_int32=True).flatten()[:count].to(torch.uint8))

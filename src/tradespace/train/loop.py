@@ -190,6 +190,7 @@ class Trainer:
     def save(self, run: Path) -> Path:
         """A checkpoint of now, of all ranks."""
         state = {"settings": dict(self.settings), "losses": self.losses}
+        self.optimizer.settle()
         return checkpoints.save(run, self.step, state, self.parameters, self.optimizer.states, self.ranks)
 
     @torch.no_grad()
@@ -201,6 +202,7 @@ class Trainer:
             shown = "; ".join(f"{key}: {theirs.get(key)} then, {ours.get(key)} now" for key in sorted(differs)[:3])
             raise InputError(f"--resume {checkpoint.folder}: the run was another one ({shown}). Give the same settings, or another --output")
         trained, states = checkpoint.tensors(self.ranks)
+        self.optimizer.settle()
         for key, parameter in self.parameters.items():
             parameter.data.copy_(trained[key])
             for name, tensor in self.optimizer.states[key].items():

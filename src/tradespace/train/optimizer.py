@@ -2,6 +2,8 @@
 
 A state is a dict of tensors beside its parameter: fp32 moments (AdamW, arXiv:1711.05101), 8-bit blockwise moments (arXiv:2110.02861), or a row and a column
 (Adafactor, arXiv:1804.04235). Where a parameter is held in 16 bits its fp32 master is part of the state. Bytes: `spec.training.OPTIMIZERS`.
+
+Paged optimizers (arXiv:2305.14314) hold their states in the host's memory, pinned, and move a parameter's to the device for its step and back.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tradespace.spec.training import BLOCK_8BIT, OPTIMIZERS, OptimizerSpec
-from tradespace.train.coded import Coded
+from tradespace.train.coded import Coded, edges
 
 State = dict[str, Tensor]
 
@@ -36,27 +38,45 @@ class Optimizer:
     def __init__(self, name: str, parameters: Mapping[str, Tensor], hyper: Hyper):
         self.spec: OptimizerSpec = OPTIMIZERS[name]
         self.hyper = hyper
-        self.update: Callable[[Tensor, Tensor, State, Hyper, float, int], None] = UPDATES[name]
+        arithmetic = self.spec.arithmetic
+        self.update: Callable[[Tensor, Tensor, State, Hyper, float, int], None] = UPDATES[arithmetic]
         self.states: dict[str, State] = {}
         for key, parameter in parameters.items():
-            state = START[name](parameter)
-            if parameter.dtype != torch.float32 and name not in ("sgd", "adafactor"):
-                state["master"] = parameter.detach().float()
+            state = START[arithmetic](torch.empty(parameter.shape, dtype=parameter.dtype) if self.spec.pages else parameter)
+            if parameter.dtype != torch.float32 and arithmetic not in ("sgd", "adafactor"):
+                master = parameter.detach()
+                state["master"] = (master.cpu() if self.spec.pages else master).float()
+            if self.spec.pages and parameter.is_cuda:
+                state = {part: tensor.pin_memory() for part, tensor in state.items()}
             self.states[key] = state
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all states, wherever they are."""
         return sum(tensor.nbytes for state in self.states.values() for tensor in state.values())
+
+    def settle(self) -> None:
+        """Waits until paged states are back in the host's memory: before anyone reads them there."""
+        if self.spec.pages and torch.cuda.is_available():
+            torch.cuda.synchronize()
 
     @torch.no_grad()
     def step(self, key: str, parameter: Tensor, gradient: Tensor, *, lr: float, number: int) -> None:
         """Updates one parameter. `number` counts steps from 1."""
-        state = self.states[key]
+        held = self.states[key]
+        state = {part: tensor.to(parameter.device, non_blocking=True) for part, tensor in held.items()} if self.spec.pages else held
+        self._step(parameter, gradient, state, lr, number)
+        if self.spec.pages:
+            for part, tensor in state.items():
+                if tensor is not held[part]:  # on a CPU it is the very same
+                    held[part].copy_(tensor, non_blocking=True)
+
+    def _step(self, parameter: Tensor, gradient: Tensor, state: State, lr: float, number: int) -> None:
         master = state.get("master")
         held = parameter.data if master is None else master
         hyper = self.hyper if parameter.dim() > 1 else Hyper(**{**vars(self.hyper), "decay": 0.0})
-        if parameter.is_cuda and master is not None and "m" in state:
-            _adamw_widened(parameter.data, gradient, state, hyper, lr, number)
+        if parameter.is_cuda and ("m_codes" in state or (master is not None and "m" in state)):
+            _adamw_in_one(parameter.data, gradient, state, hyper, lr, number)
             return
         self.update(held, gradient, state, hyper, lr, number)
         if master is not None:
@@ -101,12 +121,19 @@ def _adamw_all(held: list[Tensor], gradients: list[Tensor], states: list[State],
     )  # fmt: skip
 
 
-def _adamw_widened(parameter: Tensor, gradient: Tensor, state: State, hyper: Hyper, lr: float, number: int) -> None:
-    """A 16-bit parameter on a device, with fp32 moments and master, in one kernel."""
+def _adamw_in_one(parameter: Tensor, gradient: Tensor, state: State, hyper: Hyper, lr: float, number: int) -> None:
+    """On a device, in one kernel: a 16-bit parameter with fp32 moments and master, or any with 8-bit moments."""
     from tradespace.kernels.optimizer.triton_adamw import adamw
+    from tradespace.kernels.optimizer.triton_adamw8 import adamw8
 
-    betas = (hyper.beta1, hyper.beta2)
-    adamw(parameter, state["master"], gradient, state["m"], state["v"], lr=lr, betas=betas, eps=hyper.eps, decay=hyper.decay, number=number)
+    how = {"lr": lr, "betas": (hyper.beta1, hyper.beta2), "eps": hyper.eps, "decay": hyper.decay, "number": number}
+    master = state.get("master")
+    if "m" in state:
+        adamw(parameter, master, gradient, state["m"], state["v"], **how)
+        return
+    tables = (*edges(True, parameter.device), *edges(False, parameter.device))
+    m, v = ((state[f"{name}_codes"], state[f"{name}_scales"]) for name in ("m", "v"))
+    adamw8(parameter, master, gradient, m, v, tables, block=BLOCK_8BIT, **how)
 
 
 def _adamw8_state(parameter: Tensor) -> State:

@@ -13,6 +13,7 @@ from tradespace.lab.bench.rounds import Cell, Say, Tell, measure_cell
 from tradespace.lab.bench.tables import figures_of, rows_of
 from tradespace.lab.bench.task import Kind, Task
 from tradespace.lab.common import command_line
+from tradespace.llm_cuda import device_spec, find_place
 from tradespace.measure.machine import this_machine
 from tradespace.measure.record import Record, new_record
 from tradespace.spec.device import DeviceSpec
@@ -32,14 +33,15 @@ def run_bench(
     weights: str | None,
     plan: str | None,
     memory: str | None,
+    device: str | None,
     offline: bool,
     on_progress: Tell,
     say: Say,
 ) -> tuple[Record, list[Cell]]:
     """A cell for each length of prompt, and the record of them all. `against` None: every peer of the table; ["none"]: ours alone."""
-    names = check_peers(against)
+    names, place = check_peers(against), find_place(device)
     path = prepare(model, file_format=file_format, offline=offline, say=say)
-    device = ready_machine()
+    machine = ready_machine()
     cells = []
     for prompt in prompts:
         task = Task(
@@ -48,14 +50,15 @@ def run_bench(
             prompt=prompt,
             tokens=tokens,
             sequences=sequences,
-            threads=threads or device.cores or 1,
+            threads=threads or machine.cores or 1,
             memory=memory,
             weights=weights,
             plan=plan,
+            device="cpu" if place is None else f"cuda:{place}",
         )
         cells.append(measure_cell(task, names, rounds=rounds, tell=on_progress, say=say))
     shown = model if model.startswith(RANDOM) or not Path(model).exists() else Path(model).name
-    return record_of(cells, f"bench-{kind}", shown, file_format, device, rounds), cells
+    return record_of(cells, f"bench-{kind}", shown, file_format, machine if place is None else device_spec(place), rounds), cells
 
 
 def check_peers(names: Sequence[str] | None) -> list[str]:

@@ -14,6 +14,7 @@ class Task:
 
     path          the GGUF file or folder that the engines open
     memory, weights, plan   for our engine alone
+    device        "cpu", or "cuda:N" for all of them
     """
 
     kind: Kind
@@ -25,6 +26,7 @@ class Task:
     memory: str | None = None
     weights: str | None = None
     plan: str | None = None
+    device: str = "cpu"
 
     @property
     def num_timed(self) -> int:

@@ -51,7 +51,7 @@ def work_of(task: Task) -> Work:
         read = read_weights + task.sequences * cache_read_bytes(cache_token_bytes(summary, CACHE_STORE), length)
         tokens = task.sequences
         per_token = 2 * summary.active_parameters + attention_flops(summary, lambda window: min(length, window or length))
-    dtype = "bf16" if largest in FLOAT_TYPES else "int8"
+    dtype = "bf16" if largest in FLOAT_TYPES or task.device != "cpu" else "int8"  # a device decodes what it multiplies
     return Work(weight_bytes=weights, read_bytes=read, tokens_per_read=tokens, flops_per_token=per_token, dtype=dtype, vocabulary=spec.V)
 
 

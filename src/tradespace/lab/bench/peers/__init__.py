@@ -24,7 +24,8 @@ from tradespace.lab.bench.task import Task
 @dataclass(frozen=True, kw_only=True)
 class Peer:
     """module: beside this file. needs: the module that it imports, of `distribution`. reads: "any" as given, "gguf" such files alone, "floats" a folder of bf16
-    safetensors, which is made of a GGUF file. dtype: what its products are computed in; "": the file's."""
+    safetensors, which is made of a GGUF file. dtype: what its products are computed in; "": the file's. on_devices: whether it is driven on a CUDA device,
+    too."""
 
     name: str
     module: str
@@ -32,6 +33,7 @@ class Peer:
     distribution: str
     reads: Literal["any", "gguf", "floats"]
     dtype: str = ""
+    on_devices: bool = False
 
     @property
     def full_module(self) -> str:
@@ -48,6 +50,8 @@ class Peer:
         """Why it cannot take part, None: it can try."""
         if importlib.util.find_spec(self.needs) is None:
             return f"not installed (pip install {self.distribution})"
+        if task.device != "cpu" and not self.on_devices:
+            return "it is driven on the CPU alone here"
         if self.reads == "gguf" and not task.path.endswith(".gguf"):
             return "it reads GGUF files, and this is a folder of safetensors"
         return None
@@ -64,12 +68,12 @@ class Session(Protocol):
     def facts(self) -> dict[str, str | int]: ...
 
 
-OURS = Peer(name="tradespace", module="ours", needs="torch", distribution="tradespace", reads="any")
+OURS = Peer(name="tradespace", module="ours", needs="torch", distribution="tradespace", reads="any", on_devices=True)
 PEERS: dict[str, Peer] = {
     peer.name: peer
     for peer in (
-        Peer(name="llama.cpp", module="llama_cpp", needs="llama_cpp", distribution="llama-cpp-python", reads="gguf"),
+        Peer(name="llama.cpp", module="llama_cpp", needs="llama_cpp", distribution="llama-cpp-python", reads="gguf", on_devices=True),
         Peer(name="openvino", module="openvino", needs="openvino_genai", distribution="openvino-genai", reads="gguf"),
-        Peer(name="transformers", module="hugging_face", needs="transformers", distribution="transformers", reads="floats", dtype="bf16"),
+        Peer(name="transformers", module="hugging_face", needs="transformers", distribution="transformers", reads="floats", dtype="bf16", on_devices=True),
     )
 }

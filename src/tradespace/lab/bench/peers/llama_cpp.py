@@ -31,7 +31,9 @@ class Session:
         self._library, self._task = library, task
         library.llama_backend_init()
         model = library.llama_model_default_params()
-        model.n_gpu_layers = 0
+        if task.device != "cpu" and not library.llama_supports_gpu_offload():
+            raise RuntimeError("this llama.cpp was built without CUDA")
+        model.n_gpu_layers, model.main_gpu = (0, 0) if task.device == "cpu" else (999, int(task.device.partition(":")[2] or 0))
         self._model = library.llama_model_load_from_file(task.path.encode(), model)
         if not self._model:
             raise RuntimeError("llama.cpp does not open this file")

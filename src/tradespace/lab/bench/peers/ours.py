@@ -25,14 +25,14 @@ class Session:
         if task.plan is not None:
             plan = read_plan(task.plan)
         else:
-            device, files = api.find_machine(None), resolve(task.path, download=False)
+            device, files = _device(task), resolve(task.path, download=False)
             spec = api.spec_of_files(files)
             context = min(spec.max_context, task.prompt + task.tokens + SLACK)
             budget = min(api.budget_bytes(task.memory, device), device.free_bytes)
             goal = "throughput" if task.kind == "batch" else "latency"
             plan = choose_plan(spec, device, budget, context, task.sequences, goal, task.weights, None, stored=api.stored_weights(files, spec))
             plan = replace(plan, threads=task.threads)
-        self._llm = ts.open(task.path, plan=plan, memory=task.memory, offline=True)
+        self._llm = ts.open(task.path, plan=plan, memory=task.memory, device=task.device, offline=True)
         self._sampling = ts.SamplingParams
 
     def measure(self, prompts: list[list[int]], tokens: int) -> dict[str, float]:
@@ -43,7 +43,8 @@ class Session:
         start = time.perf_counter()
         requests = [engine.add(prompt, params) for prompt in prompts]
         try:
-            while not all(request.output_ids for request in requests):
+            # a device's engine notes a token before it knows it: its time says when it did
+            while any(request.timings.first_token_s is None for request in requests):
                 _check(engine.step())
             ready = time.perf_counter()
             held = sum(len(request.output_ids) for request in requests)
@@ -62,6 +63,14 @@ class Session:
         report, plan = self._llm.report(), self._llm.plan
         sizes = {name: round(report.line(name).measured or 0) for name in ("weights", "kv cache")}
         return {"plan": plan.describe(), "weight_bytes": sizes["weights"], "kv_bytes": sizes["kv cache"]}
+
+
+def _device(task: Task) -> Any:
+    from tradespace import api
+    from tradespace.llm_cuda import device_spec, find_place
+
+    place = find_place(task.device)
+    return api.find_machine(None) if place is None else device_spec(place)
 
 
 def _check(changed: list[Any]) -> None:
