@@ -49,7 +49,7 @@ class Session:
         size = PRODUCT_ROWS
         if dtype == "int8":
             a, b = (torch.ones(size, size, dtype=torch.int8, device=self._device) for _ in range(2))
-            return 2 * size**3 / self._seconds_there(lambda: torch._int_mm(a, b.t()))
+            return 2 * size**3 / self._seconds_there(lambda: torch._int_mm(a, b.t()))  # pyright: ignore[reportPrivateImportUsage]
         a, b = (torch.randn(size, size, device=self._device).to({"bf16": torch.bfloat16, "fp16": torch.float16}.get(dtype, torch.float32)) for _ in range(2))
         return 2 * size**3 / self._seconds_there(lambda: a @ b)
 

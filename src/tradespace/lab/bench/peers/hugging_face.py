@@ -19,7 +19,9 @@ class Session:
 
         torch.set_num_threads(task.threads)
         self._torch, self._device = torch, task.device
-        self._model = transformers.AutoModelForCausalLM.from_pretrained(task.path, dtype=torch.bfloat16, **settings).eval().to(task.device)
+        self._model = transformers.AutoModelForCausalLM.from_pretrained(task.path, dtype=torch.bfloat16, **settings).eval()
+        if task.device != "cpu":
+            self._model.to(torch.device(task.device))  # pyright: ignore[reportArgumentType]  # transformers wraps the method
 
     def measure(self, prompts: list[list[int]], tokens: int) -> dict[str, float]:
         torch = self._torch
