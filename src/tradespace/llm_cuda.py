@@ -24,6 +24,7 @@ from tradespace.measure.accelerators import Accelerator, find_accelerators
 from tradespace.measure.memory import MemoryMeter, peak_rss_bytes
 from tradespace.measure.report import Report, ReportLine
 from tradespace.progress import StepClock, loading_bar, steps_bar
+from tradespace.spec import cuda
 from tradespace.spec.attention_imposed import impose
 from tradespace.spec.device import DeviceSpec
 from tradespace.spec.estimate import Estimate
@@ -129,7 +130,7 @@ def tune(plan: Plan, spec: ModelSpec, index: int, say: Callable[[str], None], *,
     """On a card that no tile sizes ship for: measures those of this model's decode products, once, in a process that ends before the budget counts."""
     from tradespace import tile_search
 
-    if not tile_search.is_needed(index):
+    if not tile_search.is_needed(index) or cuda.refusal(spec, plan.kv):  # what is refused is said when it is built
         return
     say("measuring tile sizes of decode for this card and model, once (a few minutes; they are kept)")
     with steps_bar("measuring tiles", show=show) as tell:
@@ -139,8 +140,10 @@ def tune(plan: Plan, spec: ModelSpec, index: int, say: Callable[[str], None], *,
             say(f"note: {error}. Sizes of another card are taken; `tradespace bench tiles` tries again")
             return
     if found:
-        gain = sum(row["before_s"] for row in found) / sum(row["seconds"] for row in found)
-        say(f"tiles: {len(found)} products measured, {gain:.2f} times as fast as with another card's")
+        fit = [row for row in found if row["before_s"] is not None]
+        gain = sum(row["before_s"] for row in fit) / sum(row["seconds"] for row in fit) if fit else 1.0
+        unfit = f"; {len(found) - len(fit)} for which those do not fit" if len(fit) < len(found) else ""
+        say(f"tiles: {len(found)} products measured, {gain:.2f} times as fast as with another card's{unfit}")
 
 
 def open_on_device(

@@ -65,9 +65,12 @@ def search(
     """Measures what is not known yet of `plan`'s products, within a quarter of its bytes beside one layer. `tell` gets (product, candidates timed, of how
     many).
 
-    Returns a row for each product and number of tokens: name, rows, kind, size, seconds and before_s of one product, read_bytes, tiles and those before.
-    Raises EngineError with the reason where the process fails.
+    Returns a row for each product and number of tokens: name, rows, kind, size, seconds and before_s of one product (None: those did not fit),
+    read_bytes, tiles and those before.
+    Raises UnsupportedError for a model that the CUDA step does not compute, EngineError with the reason where the process fails.
     """
+    if reason := cuda.refusal(spec, plan.kv):
+        raise UnsupportedError(f"{spec.name}: {reason}")
     most_bytes = min(MOST_BYTES, plan.memory_bytes // 4) if plan.memory_bytes else MOST_BYTES
     request = Request(spec=spec, weights=plan.weights, rows=tuple(rows) or rows_of(plan.max_sequences), index=index, most_bytes=most_bytes, again=again)
     found: list[dict[str, Any]] = []
@@ -148,9 +151,12 @@ def answer(request: Request, say: Callable[[dict[str, Any]], None], seconds: Cal
                 continue
             what = f"{chain.name}, {chain.rows} tokens"
             known[chain.key] = search_tiles(chain, tell=lambda done, of, what=what: say({"what": what, "done": done, "of": of}), seconds=seconds)
+            if known[chain.key].seconds == float("inf"):
+                raise UnsupportedError(f"{what}: no tile size of {chain.key[0]} fits this card")
             keep_measured(path, {chain.key: known[chain.key].tiles})
         found, nbytes = known[chain.key], chain.nbytes / len(chain.weights)
-        row = {"name": chain.name, "rows": chain.rows, "kind": kind, "size": size, "seconds": found.seconds, "before_s": found.before_s}
+        row = {"name": chain.name, "rows": chain.rows, "kind": kind, "size": size, "seconds": found.seconds}
+        row["before_s"] = found.before_s if found.before_s < float("inf") else None
         say({"found": row | {"read_bytes": nbytes, "tiles": asdict(found.tiles), "before": asdict(found.before)}})
 
 

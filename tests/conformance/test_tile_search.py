@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 torch = pytest.importorskip("torch")
 
 from tradespace import tile_search  # noqa: E402
+from tradespace.errors import UnsupportedError  # noqa: E402
 from tradespace.kernels.attention.triton_interpreter import interprets  # noqa: E402
 from tradespace.kernels.linear import triton_rows_search as searching  # noqa: E402
 from tradespace.kernels.linear.triton_rows_tiles import (  # noqa: E402
@@ -131,3 +132,18 @@ def test_the_process_reports_what_it_measures_and_why_it_failed(tmp_path, monkey
     broken = replace(request.spec, layers=())
     with pytest.raises(tile_search.EngineError, match="the search for tile sizes ended with 1: "):
         tile_search.search(plan, broken, index=0, tell=lambda *line: None)
+
+
+def test_a_model_that_the_step_does_not_compute_is_refused_before_any_process_begins():
+    spec = find_model("mixtral-8x7b")
+    plan = Plan(model=spec.name, weights=WeightPlan(layout="cuda"), linear="cuda", attention="paged")
+    with pytest.raises(UnsupportedError, match=r"mixtral-8x7b: "):
+        tile_search.search(plan, spec, index=0, tell=lambda *line: None)
+
+
+@pytest.mark.skipif(not interprets(), reason="needs TRITON_INTERPRET=1")
+def test_sizes_that_no_card_holds_are_not_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRADESPACE_HOME", str(tmp_path))
+    with pytest.raises(UnsupportedError, match="qkv, 1 tokens: no tile size of int4-64 fits this card"):
+        tile_search.answer(asked(), lambda line: None, seconds=lambda tiles: float("inf"))
+    assert not list(tmp_path.rglob("*.json"))

@@ -51,5 +51,6 @@ def tiles(
     for row in found:
         sizes = " ".join(f"{name} {value}" for name, value in row["tiles"].items())
         speed = row["read_bytes"] / row["seconds"] / 1e9
-        table.add_row(row["name"], str(row["rows"]), f"{row['seconds'] * 1e6:.1f}", f"{row['before_s'] * 1e6:.1f}", f"{speed:,.0f}", sizes)
+        before = "did not fit" if row["before_s"] is None else f"{row['before_s'] * 1e6:.1f}"
+        table.add_row(row["name"], str(row["rows"]), f"{row['seconds'] * 1e6:.1f}", before, f"{speed:,.0f}", sizes)
     console().print(table)

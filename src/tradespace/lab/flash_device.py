@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -31,6 +30,7 @@ from tradespace.kernels.attention.triton_flash import attend, flash
 from tradespace.kernels.attention.triton_flash_layout import lay_out
 from tradespace.kernels.attention.triton_flash_tiles import Tiles
 from tradespace.kernels.view import PackedView, StepBatch
+from tradespace.lab.timing import device_seconds
 from tradespace.spec.attention_pattern import BlockSparse, Documents, Prefix, Selected, Sliding
 from tradespace.spec.mixers import Attention
 
@@ -113,21 +113,6 @@ def shaped(H: int, length: int) -> tuple[Attention, tuple[int, ...]]:
     return Attention(N=WIDTH // H, K=WIDTH // H, H=H), (length,) * (TOKENS // length)
 
 
-def seconds(run: Callable[[], object], repeats: int = 12) -> float:
-    """Median by CUDA events, after three calls that warm up."""
-    for _ in range(3):
-        run()
-    taken = []
-    for _ in range(repeats):
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        run()
-        stop.record()
-        stop.synchronize()
-        taken.append(start.elapsed_time(stop) / 1000)
-    return statistics.median(taken)
-
-
 def runners(mixer: Attention, lengths: tuple[int, ...], tiles: dict[str, Tiles] | None = None) -> tuple[Callable[[], Tensor], Callable[[], object]]:
     """Forward and backward of our kernels on packed sequences, the layout made beforehand, as an engine's step shares it among layers."""
     (q, k, v), weight = drawn(mixer, lengths, torch.bfloat16)
@@ -160,7 +145,7 @@ def speed_rows(H: int, length: int, tiles: dict[str, Tiles] | None) -> list[dict
         try:
             backend = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "FlashAttention-2": SDPBackend.FLASH_ATTENTION}.get(name)
             forward, backward = runners(mixer, lengths, tiles) if backend is None else peers(mixer, lengths, backend)
-            forward_s, backward_s = seconds(forward), seconds(backward)
+            forward_s, backward_s = device_seconds(forward), device_seconds(backward)
         except RuntimeError as error:
             rows.append({"kind": "speed", "kernel": name, "head": H, "length": length, "error": str(error).splitlines()[0][:160]})
             continue
@@ -220,7 +205,7 @@ def search_rows(pool: ProcessPoolExecutor) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"kind": "search", "phase": phase, "head": H, **asdict(tiles)}
         if error is None:
             forward, backward = runners(*shaped(H, 16_384), {phase: tiles})
-            row["seconds"] = seconds(forward if phase == "forward" else backward, 6)
+            row["seconds"] = device_seconds(forward if phase == "forward" else backward, 6)
         else:
             row["error"] = error
         rows.append(row)

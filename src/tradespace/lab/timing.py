@@ -1,23 +1,47 @@
-"""Commands as a user types them, timed from outside."""
+"""Clocks: commands as a user types them, timed from outside, and a device's work by its own events."""
 
 from __future__ import annotations
 
+import statistics
 import subprocess
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from tradespace.errors import EngineError
+
+WARM_UPS = 3
 
 
 def first_byte_s(command: Sequence[str], environment: Mapping[str, str] | None = None) -> float:
     """Seconds from starting the command to the first byte on its standard output. Raises EngineError, with the last it said, where there is none."""
     start = time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0, env=environment) as process:
-        assert process.stdout is not None and process.stderr is not None
+    # errors go to a file, not a pipe: nobody reads while it runs, and a full pipe would stop it
+    with tempfile.TemporaryFile() as errors, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, bufsize=0, env=environment) as process:
+        assert process.stdout is not None
         first = process.stdout.read(1)
         took = time.perf_counter() - start
         process.stdout.read()
-        said = process.stderr.read().decode(errors="replace").strip().splitlines()
+        status = process.wait()
+        errors.seek(0)
+        said = errors.read().decode(errors="replace").strip().splitlines()
     if not first:
-        raise EngineError(f"{' '.join(command[2:4])} printed nothing and ended with {process.returncode}: {said[-1] if said else 'no reason given'}")
+        raise EngineError(f"{' '.join(command[2:4])} printed nothing and ended with {status}: {said[-1] if said else 'no reason given'}")
     return took
+
+
+def device_seconds(run: Callable[[], object], repeats: int = 12) -> float:
+    """Median by CUDA events on the current device, after calls that warm up."""
+    import torch
+
+    for _ in range(WARM_UPS):
+        run()
+    taken = []
+    for _ in range(repeats):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        taken.append(begin.elapsed_time(end) / 1e3)
+    return statistics.median(taken)

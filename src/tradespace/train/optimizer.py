@@ -72,6 +72,7 @@ class Optimizer:
                     held[part].copy_(tensor, non_blocking=True)
 
     def _step(self, parameter: Tensor, gradient: Tensor, state: State, lr: float, number: int) -> None:
+        """The same with its state beside it."""
         master = state.get("master")
         held = parameter.data if master is None else master
         hyper = self.hyper if parameter.dim() > 1 else Hyper(**{**vars(self.hyper), "decay": 0.0})

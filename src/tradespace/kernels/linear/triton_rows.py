@@ -24,7 +24,8 @@ from tradespace.kernels.linear.triton_rows_tiles import RowTiles, find_tiles
 from tradespace.kernels.triton_launch import ceil_div, launch, padded, present
 from tradespace.spec.cuda import FEW_ROWS, squares_tiles
 
-SHARED_BYTES = 208 * 1024  # that the tiles of a program may take while they come, of 227 KiB
+SHARED_SHARE = 208 / 227  # of a program's shared memory that its tiles may take while they come
+H100_SHARED_BYTES = 227 * 1024  # of a program
 TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
@@ -35,6 +36,15 @@ class NextNorm:
     weight_R: Tensor
     x_TR: Tensor
     squares_TS: Tensor
+
+
+@lru_cache(maxsize=8)
+def shared_bytes(device: torch.device) -> int:
+    """What the tiles of a program may take on this device; under the interpreter as on an H100."""
+    found = H100_SHARED_BYTES
+    if device.type == "cuda":
+        found = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", H100_SHARED_BYTES)
+    return round(found * SHARED_SHARE)
 
 
 @lru_cache(maxsize=8)
@@ -135,5 +145,5 @@ def _tiling(weight: PackedWeight, T: int, *, gated: bool, tiles: RowTiles | None
     tiles = tiles or find_tiles(layout.kind, layout.group or 0, M, R, C, gated=gated, device=weight.codes.device)
     K = tiles.K if layout.plain else layout.columns
     bytes_of_step = K * (tiles.N * layout.bits // 8 * (2 if gated else 1) + M * (1 if layout.kind in ("w8a8", "f8a8") else 2))
-    stages = max(1, min(tiles.stages, SHARED_BYTES // bytes_of_step))
+    stages = max(1, min(tiles.stages, shared_bytes(weight.codes.device) // bytes_of_step))
     return replace(tiles, stages=stages), K, tiles.split_for(R, C, K, M, gated=gated)

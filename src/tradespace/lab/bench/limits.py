@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 from typing import Any
 
 from tradespace.lab.bench.task import Task
+from tradespace.lab.timing import device_seconds
 
 READ_BUDGET_S = 0.25
 PRODUCT_ROWS = 8192  # of the square products that a device's rate is taken from
-REPEATS = 12
 
 
 class Session:
@@ -54,19 +53,10 @@ class Session:
         return 2 * size**3 / self._seconds_there(lambda: a @ b)
 
     def _seconds_there(self, run: Callable[[], Any]) -> float:
-        """The median of a few runs by the device's own clock."""
         import torch
 
-        times = []
         with torch.cuda.device(self._device):
-            for _ in range(REPEATS):
-                begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                begin.record()
-                run()
-                end.record()
-                end.synchronize()
-                times.append(begin.elapsed_time(end) / 1e3)
-        return statistics.median(times[2:])
+            return device_seconds(run)
 
     def facts(self) -> dict[str, str | int]:
         return {}
