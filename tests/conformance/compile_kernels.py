@@ -10,7 +10,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tradespace.kernels.attention.triton_paged_decode import decode_kernel
+from tradespace.kernels.attention.triton_paged_decode import decode_kernel, gather_kernel
 from tradespace.kernels.linear.triton_rows_kernel import rows_kernel
 from tradespace.kernels.optimizer.triton_adamw import adamw_kernel
 from tradespace.kernels.optimizer.triton_adamw8 import adamw8_kernel
@@ -56,13 +56,14 @@ def rows(kind: str, *, whole: bool, tokens: int) -> None:
         "FAST": True,
         "TYPE": tl.bfloat16,
         "STAGES": 2,
+        "AHEAD": 0 if kind in CODES else 2,
         "PDL": True,
     }
     compile_for_h100(rows_kernel, types, constants, 4, 2)
 
 
-def decode(code: str) -> None:
-    """Attention of one query a sequence over a store of this code, split, with sinks and a window."""
+def decode(code: str, *, gather: bool) -> None:
+    """Attention of one query a sequence over a store of this code, split, with sinks and a window; gather: combined by a kernel of its own."""
     held = "*bf16" if code == "plain" else "*i16"
     types = {"q": "*bf16", "out": "*bf16", "sinks": "*bf16", "keys": held, "values": held, "partial": "*fp32", "scale": "fp32", "cap": "fp32"}
     types |= dict.fromkeys(WORDS, "*i32") | {"sums": "*fp32"}
@@ -80,6 +81,7 @@ def decode(code: str) -> None:
         "CODE": code,
         "PAIRED": code == "int8",
         "SPLIT": 8,
+        "GATHER": gather,
         "GROUP": 4,
         "WINDOW": 1,
         "SOFTCAP": False,
@@ -90,6 +92,10 @@ def decode(code: str) -> None:
         "PDL": True,
     }
     compile_for_h100(decode_kernel, types, constants, 2, 2)
+    if gather:
+        kept = ("HV", "N", "LEAST", "SPLIT", "WINDOW", "SINKS", "PDL")
+        pointers = {"partial": "*fp32", "sums": "*fp32", "sinks": "*bf16", "lengths": "*i32", "out": "*bf16"}
+        compile_for_h100(gather_kernel, pointers, {name: constants[name] for name in kept} | {"C": 32}, 2, 2)
 
 
 def steps_of_adamw(*, coded: bool) -> None:
@@ -106,7 +112,7 @@ if __name__ == "__main__":
         rows(kind, whole=whole, tokens=tokens)
         print("rows", kind, whole, tokens, flush=True)
     for code in ("plain", "int8", "fp8"):
-        decode(code)
+        decode(code, gather=code != "fp8")
         print("decode", code, flush=True)
     for coded in (False, True):
         steps_of_adamw(coded=coded)

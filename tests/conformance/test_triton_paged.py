@@ -24,7 +24,7 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter (conftest.py sets TRITON_INTERPRET=1)")
 torch.set_num_threads(1)
 
-from tradespace.kernels.attention.paged import DecodeScratch, Planes, paged_decode, paged_prefill, refusal  # noqa: E402
+from tradespace.kernels.attention.paged import DecodeScratch, PagedTiles, Planes, paged_decode, paged_prefill, refusal  # noqa: E402
 
 P = 16
 
@@ -107,16 +107,20 @@ def test_ragged_steps(mixer, held, seed):
     close(out, reference.attend(q.float(), Widened(cache.view(0)), batch, mixer, sinks), dtype)  # pyright: ignore[reportArgumentType]
 
 
-@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
-@given(mixer=mixers(), held=STORES, splits=st.sampled_from([1, 2, 5]), seed=st.integers(0, 10**6))
-def test_decode(mixer, held, splits, seed):
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    mixer=mixers(), held=STORES, splits=st.sampled_from([1, 2, 5]), least=st.sampled_from([16, 32, 512]), gather=st.booleans(), seed=st.integers(0, 10**6)
+)
+def test_decode(mixer, held, splits, least, gather, seed):
+    """A split's least number of keys is small in most of the draws: sequences of one split and of several lie beside each other."""
     store, dtype = held
+    tiles = PagedTiles(N=16, stages=1, least=least, gather=gather)
     q, cache, batch, sinks = filled(mixer, [(40, 1), (0, 1), (70, 1)], store, dtype, seed)
     scratch = DecodeScratch("cpu", 3, mixer.N, mixer.Hv, 5)
     found = []
     for _ in range(2):
         out = torch.full((len(q), mixer.N, mixer.Hv), float("nan"), dtype=dtype)
-        paged_decode(q, planes_of(cache, store), batch.block_tables_BM, batch.lengths_B, mixer, scratch, out, splits=splits, sinks_N=sinks)
+        paged_decode(q, planes_of(cache, store), batch.block_tables_BM, batch.lengths_B, mixer, scratch, out, splits=splits, sinks_N=sinks, tiles=tiles)
         found.append(out)
     assert torch.equal(*found) and int(scratch.counters.sum()) == 0
     close(found[0], reference.attend(q.float(), Widened(cache.view(0)), batch, mixer, sinks), dtype)  # pyright: ignore[reportArgumentType]

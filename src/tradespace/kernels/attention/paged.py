@@ -13,15 +13,16 @@ from torch import Tensor
 
 from tradespace.errors import UnsupportedError
 from tradespace.kernels.attention.triton_interpreter import interprets
-from tradespace.kernels.attention.triton_paged_decode import decode_kernel
+from tradespace.kernels.attention.triton_paged_decode import decode_kernel, gather_kernel
 from tradespace.kernels.attention.triton_paged_kernel import ragged_kernel
-from tradespace.kernels.triton_launch import launch, padded, present
+from tradespace.kernels.triton_launch import ceil_div, launch, padded, present
 from tradespace.spec.attention_pattern import Prefix, Sliding
 from tradespace.spec.cuda import COUNTERS
 from tradespace.spec.mixers import Attention
 from tradespace.spec.paged import mixer_refusal
 
 SHORT_CONTEXT = 8192  # tokens of the longest sequence that tables have room for
+GATHERED_CHANNELS = 32  # of a head that a program combines
 STORES = ("fp32", "bf16", "fp16", "fp8", "int8")
 
 
@@ -63,13 +64,16 @@ class DecodeScratch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PagedTiles:
-    """N keys at a time, warps and stages. M: rows of queries (ragged only); least: keys of a split (decode only)."""
+    """N keys at a time, warps and stages. M: rows of queries (ragged only); least: keys of a split, gather: splits are combined by a kernel of its own (decode
+    only).
+    """
 
     N: int
     warps: int = 4
     stages: int = 3
     M: int = 0
     least: int = 512
+    gather: bool = False
 
 
 def refusal(mixer: Attention, store: str) -> str | None:
@@ -107,11 +111,19 @@ def paged_decode(
         "LEAST": tiles.least,
         "STAGES": tiles.stages,
     }
+    gather = tiles.gather and splits > 1
     launch(
         decode_kernel, (B * mixer.K, splits), q_BNH,
         q_BNH, *_pointers(planes), tables_BM, lengths_B, present(sinks_N, q_BNH), out_BNHv, scratch.partial, scratch.sums, scratch.counters,
-        *numbers, splits, mixer.K, *strides, **flags, num_warps=tiles.warps, num_stages=tiles.stages, pdl=pdl,
+        *numbers, splits, mixer.K, *strides, **flags, GATHER=gather, num_warps=tiles.warps, num_stages=tiles.stages, pdl=pdl,
     )  # fmt: skip
+    if gather:
+        shared = {name: flags[name] for name in ("HV", "N", "LEAST", "SPLIT", "WINDOW", "SINKS")}
+        launch(
+            gather_kernel, (B * mixer.N, ceil_div(mixer.Hv, GATHERED_CHANNELS)), q_BNH,
+            scratch.partial, scratch.sums, present(sinks_N, q_BNH), lengths_B, out_BNHv, numbers[2], splits, mixer.N, out_BNHv.stride(0), out_BNHv.stride(1),
+            **shared, C=GATHERED_CHANNELS, num_warps=2, pdl=pdl,
+        )  # fmt: skip
     return out_BNHv
 
 
@@ -196,10 +208,10 @@ def _decode_tiles(planes: Planes, mixer: Attention, device: torch.device, *, spl
         return PagedTiles(N=16, stages=1)
     if max(mixer.H, mixer.Hv) > 128 or planes.store == "fp32":
         return PagedTiles(N=32, warps=4, stages=2)
-    # measured on an H100: a context that may be long is split over programs of one warp, many to a processor (coded keys take more stages to come through
-    # their table); a short one takes few programs, whose warps share a tile: their code is short, and most of what a step of one sequence waits for is that
+    # measured on an H100: a context that may be long is split over many programs and combined by a kernel of its own (a last split of one warp takes 5 to 9 us
+    # to do that); a short one takes few programs, whose warps share a tile: their code is short, and most of what a step of one sequence waits for is that
     if splits > 1 and context > SHORT_CONTEXT:
-        return PagedTiles(N=32, warps=1, stages=4 if planes.code == "plain" else 8)
+        return PagedTiles(N=32, warps=1, stages=4, gather=True) if planes.code == "plain" else PagedTiles(N=128, warps=4, stages=2, gather=True)
     if planes.code == "plain":
         return PagedTiles(N=64, warps=4, stages=2) if splits > 1 else PagedTiles(N=64, warps=2, stages=3)
     return PagedTiles(N=64, warps=2, stages=4) if splits > 1 else PagedTiles(N=32, warps=1, stages=4)

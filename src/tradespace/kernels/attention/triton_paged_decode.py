@@ -1,7 +1,7 @@
 """One query a sequence over a paged cache: the G query heads of a key-value head meet its keys, which may be split over programs.
 
-A short context takes one program, whose result is the answer. The last of a longer one's splits to finish combines their results in a fixed order
-(arXiv:2311.01282), so that results are the same bits every time. What is older than the kernel before this one (lengths, tables, all keys but the newest) is
+A short context takes one program, whose result is the answer. Results of a longer one's splits are combined in a fixed order (arXiv:2311.01282), so that they
+are the same bits every time: by the last split to finish, or, where there may be many, by a kernel of its own that many programs share. What is older than the kernel before this one (lengths, tables, all keys but the newest) is
 read or asked for before that has ended.
 """
 
@@ -15,16 +15,32 @@ from tradespace.kernels.triton_launch import after, release
 from tradespace.kernels.triton_prefetch import ask
 
 
+@triton.jit
+def shares(length, window, splits, N: tl.constexpr, LEAST: tl.constexpr, WINDOW: tl.constexpr):
+    """(first tile, tiles, tiles of a split, splits that have any) of a sequence. A short one takes fewer splits than there are programs: each has LEAST keys at
+    least, and who has none does nothing at all."""
+    low = 0
+    if WINDOW == 1:
+        low = tl.maximum(length - window, 0)
+    if WINDOW == 2:
+        low = tl.maximum(length - 1, 0) // window * window
+    first = low // N
+    tiles = (length + N - 1) // N
+    each = tl.maximum((tiles - first + splits - 1) // splits, (LEAST + N - 1) // N)
+    return first, tiles, each, tl.maximum((tiles - first + each - 1) // each, 1)
+
+
 @triton.jit(do_not_specialize=["window", "prefix", "splits"])
 def decode_kernel(
     q, keys, values, key_scales, value_scales, tables, lengths, sinks, out, partial, sums, counters,
     scale, cap, window, prefix, splits, num_kv, q_stride, q_head, k_slot, k_head, v_slot, v_head, s_slot, s_head, table_stride, out_stride, out_head,
     G: tl.constexpr, GP: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, HP: tl.constexpr, HVP: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
     CODE: tl.constexpr, PAIRED: tl.constexpr,
-    LEAST: tl.constexpr, SPLIT: tl.constexpr, GROUP: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, FAST: tl.constexpr,
+    LEAST: tl.constexpr, SPLIT: tl.constexpr, GATHER: tl.constexpr, GROUP: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, FAST: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program per sequence, key-value head and split. GP: G padded to what the tensor cores take; GROUP: to a power of two; SPLIT: splits, likewise."""
+    """One program per sequence, key-value head and split. GP: G padded to what the tensor cores take; GROUP: to a power of two; SPLIT: splits, likewise;
+    GATHER: `gather_kernel` follows."""
     pair = tl.program_id(0)
     split = tl.program_id(1)
     sequence = pair // num_kv
@@ -32,16 +48,8 @@ def decode_kernel(
     half = head % 2
     scale_head = head // 2 if PAIRED else head * s_head
     length = tl.load(lengths + sequence)
-    low = 0
-    if WINDOW == 1:
-        low = tl.maximum(length - window, 0)
-    if WINDOW == 2:
-        low = tl.maximum(length - 1, 0) // window * window
-    tiles = (length + N - 1) // N
-    # a short sequence takes fewer splits than there are programs: each has LEAST keys at least, and who has none does nothing at all
-    each = tl.maximum((tiles - low // N + splits - 1) // splits, (LEAST + N - 1) // N)
-    active = tl.maximum((tiles - low // N + each - 1) // each, 1)
-    begin = low // N + split * each
+    first, tiles, each, active = shares(length, window, splits, N, LEAST, WINDOW)
+    begin = first + split * each
     end = tl.minimum(begin + each, tiles)
     lane = tl.arange(0, N)
     if FAST:
@@ -85,11 +93,12 @@ def decode_kernel(
         own = ((sequence * num_kv + head) * G + g) * splits + split
         put(partial, acc / some[:, None], more / some[:, None], own * HV, there & (begin < end), CODE, HV, HVP)
         tl.store(sums + own, peak + tl.math.log2(some), mask=there)
-        tl.debug_barrier()
-        if tl.atomic_add(counters + pair, 1, sem="acq_rel") == active - 1:
-            combine(partial, sums, sinks + head * G, out + sequence.to(tl.int64) * out_stride + head * G * out_head, pair * G, splits, active, out_head,
-                    G, GROUP, HV, SPLIT, SINKS)  # fmt: skip
-            tl.store(counters + pair, 0)
+        if not GATHER:
+            tl.debug_barrier()
+            if tl.atomic_add(counters + pair, 1, sem="acq_rel") == active - 1:
+                combine(partial, sums, sinks + head * G, out + sequence.to(tl.int64) * out_stride + head * G * out_head, pair * G, splits, active, out_head,
+                        G, GROUP, HV, SPLIT, SINKS)  # fmt: skip
+                tl.store(counters + pair, 0)
 
 
 @triton.jit
@@ -121,3 +130,36 @@ def combine(partial, sums, sinks, out, first, splits, active, out_head, G: tl.co
         acc += tl.sum(found * share[:, :, None], 0)
     some = tl.where(total == 0.0, 1.0, total)
     tl.store(out + g[:, None] * out_head + channel[None, :], (acc / some[:, None]).to(out.dtype.element_ty), mask=(g < G)[:, None] & (channel < HV)[None, :])
+
+
+@triton.jit(do_not_specialize=["window", "splits"])
+def gather_kernel(
+    partial, sums, sinks, lengths, out, window, splits, num_q, out_stride, out_head,
+    HV: tl.constexpr, C: tl.constexpr, N: tl.constexpr, LEAST: tl.constexpr, SPLIT: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """The softmax over a query head's splits, from each one's own result and log-sum: one program per sequence and head, and C of its channels. A sequence that
+    took one split is left alone."""
+    row = tl.program_id(0)
+    sequence = row // num_q
+    head = row % num_q
+    channel = tl.program_id(1) * C + tl.arange(0, C)
+    _, _, _, active = shares(tl.load(lengths + sequence), window, splits, N, LEAST, WINDOW)
+    index = tl.arange(0, SPLIT)
+    known = (index < active) & (active > 1)
+    after(PDL)
+    weight = tl.load(sums + row * splits + index, mask=known, other=float("-inf"))
+    used = (weight > float("-inf"))[:, None] & (channel < HV)[None, :]
+    found = tl.load(partial + (row * splits + index)[:, None] * HV + channel[None, :], mask=used, other=0.0)
+    release(PDL)
+    peak = tl.max(weight, 0)
+    if SINKS:
+        sink = tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
+        peak = tl.maximum(peak, sink)
+    ground = tl.where(peak == float("-inf"), 0.0, peak)
+    share = tl.math.exp2(weight - ground)
+    total = tl.sum(share, 0)
+    if SINKS:
+        total += tl.math.exp2(sink - ground)
+    acc = tl.sum(found * share[:, None], 0) / tl.where(total == 0.0, 1.0, total)
+    tl.store(out + sequence.to(tl.int64) * out_stride + head * out_head + channel, acc.to(out.dtype.element_ty), mask=(channel < HV) & (active > 1))

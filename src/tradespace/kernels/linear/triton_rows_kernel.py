@@ -12,6 +12,7 @@ import triton.language as tl
 from tradespace.kernels.activation.triton_functions import activation
 from tradespace.kernels.linear.triton_decode import e4m3, four, two
 from tradespace.kernels.triton_launch import after, release
+from tradespace.kernels.triton_prefetch import ask
 
 
 @triton.jit
@@ -144,6 +145,15 @@ def product(acc, up, x, codes, scale, zero, nested, table, offset, begin, end, r
     return acc, up
 
 
+@triton.jit
+def ask_chunks(codes, first, end_row, begin, end, row_stride, KIND: tl.constexpr, N: tl.constexpr, K: tl.constexpr, AHEAD: tl.constexpr):
+    """Asks for the first AHEAD chunks of a program's rows: weights are all that is known while the kernel before this one still runs."""
+    per_row: tl.constexpr = K // 2 if (KIND == "int8" or KIND == "fp8") else K // 4
+    row = tl.minimum(first + 32 * tl.arange(0, N // 32), end_row - 1)
+    line = begin * (32 * per_row) + 64 * tl.arange(0, AHEAD * per_row // 2)  # of 128 bytes
+    ask(codes, (row // 32).to(tl.int64)[:, None] * row_stride + tl.minimum(line, end * (32 * per_row) - 64)[None, :])
+
+
 @triton.jit(do_not_specialize=["num_tokens", "first_row", "splits"])
 def rows_kernel(
     x, x_scale, codes, scale, zero, nested, table, offset, bias, residual, squares, out, next_weight, next_x, next_squares, partial, counters,
@@ -152,12 +162,12 @@ def rows_kernel(
     KIND: tl.constexpr, BYTES: tl.constexpr, NESTED: tl.constexpr, ZERO: tl.constexpr, GROUPS: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, SPLIT: tl.constexpr,
     GATED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SQUARES: tl.constexpr, NEXT: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
-    TYPE: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    TYPE: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program per tile of N rows of the result (gated: of both its halves) and split of the columns. SQUARES, NEXT: partial sums of a token, padded."""
+    """One program per tile of N rows of the result (gated: of both its halves) and split of the columns. SQUARES, NEXT: partial sums of a token, padded.
+    AHEAD: chunks that are asked for before the kernel before this one has ended."""
     tile = tl.program_id(0)
     split = tl.program_id(1)
-    after(PDL)
     n = tile * N + tl.arange(0, N)
     rows = tl.minimum(n, num_rows - 1)
     t = tl.arange(0, M)
@@ -165,6 +175,11 @@ def rows_kernel(
     each = (steps + splits - 1) // splits
     begin = tl.minimum(split * each, steps)
     end = tl.minimum(begin + each, steps)
+    if AHEAD > 0:
+        ask_chunks(codes, tile * N, num_rows, begin, end, row_stride, KIND, N, K, AHEAD)
+        if GATED != "none":
+            ask_chunks(codes, tile * N + gate_rows, gate_rows + num_rows, begin, end, row_stride, KIND, N, K, AHEAD)
+    after(PDL)
     inside = (n < num_rows)[:, None] & (t < num_tokens)[None, :]
     if SQUARES > 0:  # what the end needs is on its way before the loop
         entries = tl.arange(0, SQUARES)
