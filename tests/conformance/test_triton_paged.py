@@ -108,9 +108,7 @@ def test_ragged_steps(mixer, held, seed):
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
-@given(
-    mixer=mixers(), held=STORES, splits=st.sampled_from([1, 2, 5]), least=st.sampled_from([16, 32, 512]), gather=st.booleans(), seed=st.integers(0, 10**6)
-)
+@given(mixer=mixers(), held=STORES, splits=st.sampled_from([1, 2, 5]), least=st.sampled_from([16, 32, 512]), gather=st.booleans(), seed=st.integers(0, 10**6))
 def test_decode(mixer, held, splits, least, gather, seed):
     """A split's least number of keys is small in most of the draws: sequences of one split and of several lie beside each other."""
     store, dtype = held

@@ -63,21 +63,26 @@ def layer_kept(layer: LayerSpec, D: int, tokens: int, e: int, kind: Kind = "none
     return tokens * (e * (streams * D + heads + wide + activated) + 4 * attn.N)
 
 
-def layer_transient(layer: LayerSpec, D: int, tokens: int, e: int, largest_gradient: int, kind: Kind = "none") -> int:
+def layer_transient(
+    layer: LayerSpec, D: int, tokens: int, e: int, largest_gradient: int, kind: Kind = "none", *, fused: bool = False, fused_norm: bool = False
+) -> int:
     """The worst moment within a layer's backward pass, beside all that the layer keeps (for "selective": beside what that keeps): of the activation, whose own
-    result is gone by then; of a product with its weight's gradient; of attention, whose inputs "selective" computes again; of a norm in fp32."""
+    result is gone by then (`fused`, one kernel: and in its place lies the gradient by it); of a product with its weight's gradient; of attention, whose inputs
+    "selective" computes again; of a norm in fp32 (`fused_norm`: of its input's gradient alone)."""
     attn, ffn = parts_of(layer)
     wide = (2 if ffn.gated else 1) * ffn.F
     stream = tokens * D * e
-    activation = stream + tokens * e * (2 * ffn.F + wide)
-    product = stream + tokens * e * (wide + D) + largest_gradient
+    in_between = 0 if fused and ffn.gated and ffn.activation == "silu" else 2 * ffn.F
+    activation = stream + tokens * e * (in_between + wide)
+    # by the wide product's turn its result and the activation are gone: what is left is less than before the product behind them
+    product = stream + tokens * e * (wide + D if kind == "selective" else max(ffn.F, D)) + largest_gradient
     heads = tokens * e * (attn.N * attn.Hv + 2 * attn.N * attn.H + 3 * attn.N * attn.Hv + (attn.N + 2 * attn.K) * attn.H)
     if kind == "selective":
         activation += tokens * e * ffn.F  # what was computed again lives as long as its section
         heads += tokens * (e * ((attn.N + attn.K) * attn.H + attn.K * attn.Hv + attn.N * attn.Hv) + 4 * attn.N)
     if kind == "norms":  # the norm's result is there again for the product that takes it
         product += stream
-    norm = 2 * stream + 4 * 4 * tokens * D + (tokens * D * 4 if e < 4 else 0)
+    norm = 3 * stream if fused_norm else 2 * stream + 4 * 4 * tokens * D + (tokens * D * 4 if e < 4 else 0)
     return max(activation, product, stream + heads, norm)
 
 
@@ -147,7 +152,10 @@ def terms(spec: ModelSpec, plan: TrainPlan) -> Terms:
     e, T, D = element_bytes(plan), plan.tokens, spec.D
     kept = tuple({kind: layer_kept(layer, D, T, e, kind) for kind in KINDS} for layer in spec.layers)
     grad, gathered = _largest_gradient(spec, plan), layer_gathered(spec, plan)
-    transient = tuple({kind: layer_transient(layer, D, T, e, grad, kind) + gathered[index] for kind in BY_LAYER} for index, layer in enumerate(spec.layers))
+    fused = {"fused": plan.fused_kernels, "fused_norm": plan.fused_kernels and spec.norm == "rms"}
+    transient = tuple(
+        {kind: layer_transient(layer, D, T, e, grad, kind, **fused) + gathered[index] for kind in BY_LAYER} for index, layer in enumerate(spec.layers)
+    )
     # the head's gradient stays where the embedding's is added to it, or where both wait for the end of the backward pass
     head = spec.V * D * e if plan.method == "full" and (spec.tied or plan.data_parallel > 1) else 0
     last = whole_bytes(spec, plan, spec.L - 1)  # as it was gathered

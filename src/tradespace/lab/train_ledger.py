@@ -95,19 +95,24 @@ def run(*, quick: bool, say: Callable[[str], None], device: str | None = None, t
     return new_record("train-ledger", command=command_line(), device=described, repeats=1, figures=figures, rows=rows, notes=notes)
 
 
+def plan_of(way: Way, spec: ModelSpec, *, context: int, micro_batch: int, policy: str, on_device: bool) -> TrainPlan:
+    """The plan of one row: `micro_batch` sequences of `context` tokens under a checkpointing policy."""
+    weights = WeightPlan(default=way.weights)
+    if way.method == "qlora":
+        weights = qlora_weights(way.weights, "bf16", TRAINING_LAYOUT if on_device else "stored")
+    return TrainPlan(
+        model=spec.name, method=way.method, weights=weights, optimizer=way.optimizer, fused=way.fused, context=context, micro_batch=micro_batch,
+        loss_tokens=way.loss_tokens, logit_bytes=2 if on_device else 8, fused_kernels=on_device, checkpointing=parse_checkpointing(policy, spec.L),
+    )  # fmt: skip
+
+
 def _way(way: Way, place: torch.device, clock: Clock, say: Callable[[str], None]) -> list[dict[str, Any]]:
     """One model, built once; every length and policy on it."""
     longest = max(context for context, _ in way.tokens)
     spec = shaped(way.spec) if "=" in way.spec else replace(find_model(way.spec), max_context=longest)
     on_device = place.type == "cuda"
-    weights = WeightPlan(default=way.weights)
-    if way.method == "qlora":
-        weights = qlora_weights(way.weights, "bf16", TRAINING_LAYOUT if on_device else "stored")
-    base = TrainPlan(
-        model=spec.name, method=way.method, weights=weights, optimizer=way.optimizer, fused=way.fused, context=longest, loss_tokens=way.loss_tokens,
-        logit_bytes=2 if on_device else 8, checkpointing=parse_checkpointing("none", spec.L),
-    )  # fmt: skip
-    model = build_model(spec, weights, context=longest, device=place)
+    base = plan_of(way, spec, context=longest, micro_batch=1, policy="none", on_device=on_device)
+    model = build_model(spec, base.weights, context=longest, device=place)
     draw(model)
     parameters = prepare(model, base, 0)
     optimizer = Optimizer(way.optimizer, parameters, Hyper(lr=1e-6))
@@ -125,9 +130,8 @@ def _way(way: Way, place: torch.device, clock: Clock, say: Callable[[str], None]
             "dequantizing": 0 if model.workspace is None else model.workspace.nbytes,
         }  # fmt: skip
         for policy in POLICIES + (("offload",) if on_device else ()):
-            segments = parse_checkpointing(policy, spec.L)
-            plan = replace(base, context=context, micro_batch=micro, checkpointing=segments)
-            recompute(model, segments)
+            plan = plan_of(way, spec, context=context, micro_batch=micro, policy=policy, on_device=on_device)
+            recompute(model, plan.checkpointing)
             measured = _measured(trainer, place) | fixed
             found.append(_row(way, spec, plan, policy, measured))
             say(_shown(found[-1], clock))

@@ -211,7 +211,8 @@ def candidates(question: Question) -> list[TrainCandidate]:
                 model=question.spec.name, method=method, weights=weights, rank=question.rank, alpha=question.alpha, optimizer=optimizer, context=question.context,  # noqa: E501
                 micro_batch=micro, accumulation=accumulation, fused=fused, attention=question.attention, device=question.device.name,
                 memory_bytes=question.memory_bytes, loss_tokens=_loss_tokens(question.spec, question.context * micro, question.device),
-                logit_bytes=_logit_bytes(question), data_parallel=question.data_parallel, tensor_parallel=question.tensor_parallel,
+                logit_bytes=_logit_bytes(question), fused_kernels=question.device.kind == "cuda", data_parallel=question.data_parallel,
+                tensor_parallel=question.tensor_parallel,
             )  # fmt: skip
             found.append((number, _candidate(question, plan)))
     found.sort(key=lambda each: (not each[1].fits, each[0], each[1].seconds.value or 0.0))

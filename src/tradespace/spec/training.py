@@ -153,6 +153,7 @@ class TrainPlan:
     context       tokens of a packed sequence; micro_batch sequences are computed at once, accumulation of them make a step
     fused         each parameter is updated as soon as its gradient is there, and the gradient forgotten: no gradients are held; needs accumulation 1
     data_parallel, tensor_parallel  ranks (`spec.parallel`): micro_batch and accumulation are each rank's, memory_bytes too
+    fused_kernels  backward passes of RMS norms and gated SiLUs are one kernel each that keeps nothing in between, as on a CUDA device
     loss_tokens   tokens whose logits exist at once, each logit in logit_bytes (two fp32 copies; on a device one in bf16; beside a teacher's more)
     """
 
@@ -168,6 +169,7 @@ class TrainPlan:
     accumulation: int = 1
     checkpointing: tuple[Segment, ...] = ()
     fused: bool = False
+    fused_kernels: bool = False
     loss_tokens: int = 512
     logit_bytes: int = 8
     attention: str = "sdpa"

@@ -1,8 +1,8 @@
 """One query a sequence over a paged cache: the G query heads of a key-value head meet its keys, which may be split over programs.
 
 A short context takes one program, whose result is the answer. Results of a longer one's splits are combined in a fixed order (arXiv:2311.01282), so that they
-are the same bits every time: by the last split to finish, or, where there may be many, by a kernel of its own that many programs share. What is older than the kernel before this one (lengths, tables, all keys but the newest) is
-read or asked for before that has ended.
+are the same bits every time: by the last split to finish, or, where there may be many, by a kernel of its own that many programs share. What is older than the
+kernel before this one (lengths, tables, all keys but the newest) is read or asked for before that has ended.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ def decode_kernel(
     scale, cap, window, prefix, splits, num_kv, q_stride, q_head, k_slot, k_head, v_slot, v_head, s_slot, s_head, table_stride, out_stride, out_head,
     G: tl.constexpr, GP: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, HP: tl.constexpr, HVP: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
     CODE: tl.constexpr, PAIRED: tl.constexpr,
-    LEAST: tl.constexpr, SPLIT: tl.constexpr, GATHER: tl.constexpr, GROUP: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, FAST: tl.constexpr,
+    LEAST: tl.constexpr, SPLIT: tl.constexpr, GATHER: tl.constexpr, GROUP: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
+    FAST: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program per sequence, key-value head and split. GP: G padded to what the tensor cores take; GROUP: to a power of two; SPLIT: splits, likewise;
@@ -48,7 +49,7 @@ def decode_kernel(
     half = head % 2
     scale_head = head // 2 if PAIRED else head * s_head
     length = tl.load(lengths + sequence)
-    first, tiles, each, active = shares(length, window, splits, N, LEAST, WINDOW)
+    first, tiles, each, active = shares(length, window, splits, N, LEAST, WINDOW)  # pyright: ignore[reportGeneralTypeIssues]
     begin = first + split * each
     end = tl.minimum(begin + each, tiles)
     lane = tl.arange(0, N)
@@ -144,7 +145,7 @@ def gather_kernel(
     sequence = row // num_q
     head = row % num_q
     channel = tl.program_id(1) * C + tl.arange(0, C)
-    _, _, _, active = shares(tl.load(lengths + sequence), window, splits, N, LEAST, WINDOW)
+    _, _, _, active = shares(tl.load(lengths + sequence), window, splits, N, LEAST, WINDOW)  # pyright: ignore[reportGeneralTypeIssues]
     index = tl.arange(0, SPLIT)
     known = (index < active) & (active > 1)
     after(PDL)
