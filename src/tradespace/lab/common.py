@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tradespace.errors import EngineError, InputError
 
@@ -95,3 +96,14 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left
     """A Markdown table; the first `left` columns are text, the others figures."""
     marks = [":--" if column < left else "--:" for column in range(len(header))]
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, marks, *rows])
+
+
+def commits_of(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A sentence on where the parts of a record were measured, if not all at one commit."""
+    parts: dict[str, list[str]] = {}
+    for row in rows:
+        if "commit" in row and row["part"] not in (named := parts.setdefault(row["commit"][:10], [])):
+            named.append(row["part"])
+    if len(parts) < 2:
+        return ""
+    return "Measured at different commits: " + "; ".join(f"{', '.join(named)} at {commit}" for commit, named in parts.items()) + "."

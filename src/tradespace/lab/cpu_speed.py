@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from tradespace.lab.bench.rounds import Cell, measure_cell
 from tradespace.lab.bench.tables import figures_of, rows_of, spread
 from tradespace.lab.bench.task import Task
 from tradespace.lab.bench.work import work_of
-from tradespace.lab.common import command_line, markdown_table
+from tradespace.lab.common import command_line, commits_of, markdown_table
 from tradespace.lab.timing import first_byte_s
 from tradespace.measure.record import Figure, Record, commit_of, new_record
 from tradespace.units import MiB
@@ -234,7 +233,5 @@ def _circumstances(record: Record) -> Iterator[str]:
             peers.setdefault(f"{row['engine']} {row['version']}", set()).add(row["settings"])
     if peers:
         yield "Peers: " + "; ".join(f"{name} ({', '.join(sorted(settings))})" for name, settings in peers.items()) + "."
-    with suppress(KeyError):
-        commits = {row["commit"][:10]: row["part"] for row in record.rows}
-        if len(commits) > 1:
-            yield "Parts were measured at different commits: " + ", ".join(f"{part} and before at {commit}" for commit, part in commits.items()) + "."
+    if commits := commits_of(record.rows):
+        yield commits

@@ -69,9 +69,10 @@ class Experiment:
         return run(quick=quick, say=say, **given)
 
     def joined(self, before: Record, now: Record, only: Sequence[str]) -> Record:
-        """`now`, a run of the parts `only`, with the other parts of an earlier record."""
+        """`now`, a run of the parts `only`, with the other parts of an earlier record. Each row then says at which commit and when it was measured."""
         kept = [part for part in self.parts if part not in only]
-        rows = [row for row in before.rows if row.get("part") in kept] + list(now.rows)
+        rows = [{"commit": before.commit, "date": before.date[:10]} | dict(row) for row in before.rows if row.get("part") in kept]
+        rows += [{"commit": now.commit, "date": now.date[:10]} | dict(row) for row in now.rows]
         figures = {name: figure for name, figure in before.figures.items() if name.split(":")[0] in kept}
         rows.sort(key=lambda row: self.parts.index(row["part"]))
         return replace(now, rows=tuple(rows), figures=figures | dict(now.figures))

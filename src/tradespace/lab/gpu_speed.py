@@ -19,7 +19,7 @@ from tradespace.cost.memory import ledger
 from tradespace.cost.time import decode_time, prefill_time
 from tradespace.engine.request import SamplingParams
 from tradespace.errors import TradespaceError, UnsupportedError
-from tradespace.lab.common import command_line, markdown_table
+from tradespace.lab.common import command_line, commits_of, markdown_table
 from tradespace.measure.record import Figure, Record, new_record
 from tradespace.spec.device import DeviceSpec
 from tradespace.spec.kv import KVPlan
@@ -211,13 +211,14 @@ def _predictions(spec: ModelSpec, device: DeviceSpec, say: Callable[[str], None]
             what = f"{sequences} at once, prompts of {prompt:,}"
             expected = predicted_decode(spec, plan, device, sequences, prompt, 1 + PREDICTED_TOKENS)
             rows.append(_row("predictions", f"decode, {what}", weights, [decoded], "tok/s") | _beside(expected, decoded))
+            said = f"{weights}, {what}: {decoded:,.0f} tok/s ({rows[-1]['off']:+.0%})"
             if sequences == 1:
                 speeds = [prompt / seconds for seconds in first[1:]]
                 row = _row("predictions", f"prefill, {what}", weights, speeds, "tok/s")
                 rows.append(row | _beside(predicted_prefill(spec, plan, device, prompt), row["value"]))
+                said += f", prefill {row['value']:,.0f} ({rows[-1]['off']:+.0%})"
+            say(said)
         bench.close()
-        worst = max((row for row in rows if row["weights"] == weights), key=lambda row: abs(row["off"]))
-        say(f"{weights}: {worst['what']}: {worst['value']:,.0f} tok/s, {worst['predicted']:,.0f} predicted ({worst['off']:+.0%}) is the farthest off")
     return rows
 
 
@@ -285,4 +286,6 @@ def markdown(record: Record) -> str:
         if "budget" in row:
             beside += f", budget {'kept' if row['kept'] else 'EXCEEDED'}"
         rows.append((row["what"], row["weights"], f"{row['value']:,.4g} {row['unit']}", f"{row['spread']:.1%}", row.get("error") or beside))
-    return markdown_table(("what", "weights", "measured", "spread", "beside"), rows)
+    table = markdown_table(("what", "weights", "measured", "spread", "beside"), rows)
+    commits = commits_of(record.rows)
+    return f"{table}\n\n{commits}" if commits else table
