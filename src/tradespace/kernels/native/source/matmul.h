@@ -33,4 +33,11 @@ TS_INLINE void put_result(const Product& p, int64_t token, int64_t panel, vf val
   store(y, value);
 }
 
+// A hint for a line of weights on its way from memory. A step of one token reads each line once: it passes by the larger caches, which then keep what the
+// engine and the next layers need.
+template <int TOKENS>
+TS_INLINE void ask_for_weights(const void* line) {
+  __builtin_prefetch(line, 0, TOKENS == 1 ? 0 : 3);
+}
+
 }  // namespace ts

@@ -103,7 +103,7 @@ TS_UNROLL(2)
     for (int q = 0; q < PANELS; q++) {
       const uint8_t* at = p.weight.panel(index + q) + k * 64;
       w[q] = load_bytes(at);
-      if (token == 0) __builtin_prefetch(at + 1024);  // from memory once, in the pass of the first tokens
+      if (token == 0) ask_for_weights<TOKENS>(at + 1024);  // from memory once, in the pass of the first tokens
     }
 TS_UNROLL(16)
     for (int i = 0; i < TOKENS; i++) {

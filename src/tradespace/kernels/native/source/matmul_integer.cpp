@@ -28,7 +28,7 @@ TS_INLINE void section(const uint8_t* p, const GroupHead<KIND>& head, const Oper
   constexpr KindInfo INFO = KINDS[KIND];
   const uint8_t* codes = p + section_head_bytes(INFO.meta);
   if constexpr (FIRST)
-    for (int line = 0; line < section_bytes(INFO.bits) + group_bytes(INFO.meta); line += 64) __builtin_prefetch(codes + PREFETCH_BYTES + line);
+    for (int line = 0; line < section_bytes(INFO.bits) + group_bytes(INFO.meta); line += 64) ask_for_weights<TOKENS>(codes + PREFETCH_BYTES + line);
   // two partial sums where few tokens leave the multiplier waiting for itself
   constexpr int PARTS = INFO.meta == META_K6 || TOKENS <= 4 ? 2 : 1;
   vi whole[TOKENS][PARTS];
