@@ -41,17 +41,21 @@ def inputs(spans: list[Span], tokens: list[int], rows: list[int], singles: int =
 
 
 @pytest.mark.parametrize(
-    ("spec", "weights", "store", "tolerance"),
+    ("spec", "weights", "store", "tolerance", "coded_rows"),
     [
-        (model(), "bf16", "bf16", 0.02),
-        (model(qk_norm="head"), "int8", "int8", 0.03),
-        (model("sandwich"), "int4-g32", "fp8", 0.08),
-        (model(gated=False), "fp8-a8", "bf16", 0.08),
+        (model(), "bf16", "bf16", 0.02, 128),
+        (model(qk_norm="head"), "int8", "int8", 0.03, 128),
+        (model(qk_norm="head"), "int8", "int8", 0.03, 64),
+        (model("sandwich"), "int4-g32", "fp8", 0.08, 128),
+        (model("sandwich"), "int4-g32", "fp8", 0.08, 64),
+        (model(gated=False), "fp8-a8", "bf16", 0.08, 128),
     ],
-    ids=["plain bf16", "head norms int8", "sandwich int4", "ungated fp8 activations"],
+    ids=["plain bf16", "head norms int8", "int8 decoded", "sandwich int4", "int4 decoded", "ungated fp8 activations"],
 )
-def test_logits_are_those_of_the_reference(spec, weights, store, tolerance):
-    """A chunk of many tokens, one of few beside another sequence's decode, then a decode step: as far off as bf16 and the cache's codes are."""
+def test_logits_are_those_of_the_reference(spec, weights, store, tolerance, coded_rows, monkeypatch):
+    """A chunk of many tokens (codes: in two passes, or decoded), one of few beside another sequence's decode, then a decode step: as far off as bf16 and the
+    cache's codes are."""
+    monkeypatch.setattr(cuda, "CODED_ROWS", coded_rows)
     plan = WeightPlan(default=weights, exceptions={"embed": "bf16"}, layout="cuda")
     transformer = Transformer(spec, plan, attention="paged", linear="cuda", max_context=CONTEXT)
     fill_random(transformer, seed=1)

@@ -1,7 +1,8 @@
 """A model's step for the CUDA kernels: fused Triton kernels over buffers that are allocated here once, ready to be captured as graphs.
 
 Few tokens (up to 64) meet packed weights in registers, with norms, residuals and gated activations inside the products (`kernels/linear/triton_rows.py`):
-five kernels a layer beside attention. Many tokens go to tensor cores through torch's own products, norms and activations being kernels of their own.
+five kernels a layer beside attention. Many tokens go to tensor cores through torch's own products, norms and activations being kernels of their own; up to
+twice as many meet codes in registers, too, in two passes.
 Offers nothing of its own about scheduling: `engine/device_runner.py` fills the inputs.
 """
 
@@ -297,8 +298,10 @@ class DeviceStep:
         )
 
     def _product(self, weight: CudaWeight, x_TC: Tensor, out_TR: Tensor) -> None:
-        if len(x_TC) <= cuda.FEW_ROWS:
-            self._few_product(weight, x_TC, out_TR)
+        if len(x_TC) <= (cuda.FEW_ROWS if weight.packed.layout.plain else cuda.CODED_ROWS):
+            for start in range(0, len(x_TC), cuda.FEW_ROWS):
+                part = slice(start, start + cuda.FEW_ROWS)
+                self._few_product(weight, x_TC[part], out_TR[part])
             return
         codes_TC, scale_T = self._coded(weight.packed, x_TC)
         if scale_T is None:
