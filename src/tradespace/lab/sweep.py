@@ -147,7 +147,12 @@ def markdown(record: Record) -> str:
     """The points by size, as the documentation shows them."""
     header = ("nothing smaller loses less", "format", "method", "weights", "bits", "mean KL, nats", "99%", "same top token", "perplexity")
     rows = [("yes" if row["pareto"] else "", *point_cells(row)) for row in record.rows]
-    return "\n\n".join((markdown_table(header, rows, left=3), record.notes.split("; left out")[0] + "."))
+    circumstances, *left_out = record.notes.split("; left out ")
+    pairs: dict[str, list[str]] = {}
+    for pair, _, reason in (each.partition(": ") for each in left_out):
+        pairs.setdefault(reason, []).append(pair)
+    said = "".join(f" Left out: {', '.join(names)} ({reason})." for reason, names in pairs.items())
+    return "\n\n".join((markdown_table(header, rows, left=3), f"{circumstances}.{said}"))
 
 
 def choose_pairs(formats: Sequence[str] | None, methods: Sequence[str] | None, dtype: str, *, calibrate: Path | None = None) -> list[tuple[str, str]]:

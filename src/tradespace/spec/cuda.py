@@ -20,7 +20,7 @@ from tradespace.spec.paged import mixer_refusal
 
 CHUNK_ROWS = 32
 FEW_ROWS = 64  # rows of activations up to which weights are decoded in registers
-CODED_ROWS = 128  # up to which that happens FEW_ROWS at a time: two passes over codes are sooner done than decoding them into memory (38 against 209 us each)
+CODED_ROWS = 128  # up to which that happens FEW_ROWS at a time: two passes over codes take less than decoding them into memory
 SQUARES_COLUMNS = 32  # columns of the residual stream that share a partial sum of squares
 PARTIALS = 2**21  # fp32 numbers that products split along their columns leave for each other
 UNPACK_ELEMENTS = 2**26  # of a coded matrix that are decoded at once for a product of many rows

@@ -208,8 +208,8 @@ def _decode_tiles(planes: Planes, mixer: Attention, device: torch.device, *, spl
         return PagedTiles(N=16, stages=1)
     if max(mixer.H, mixer.Hv) > 128 or planes.store == "fp32":
         return PagedTiles(N=32, warps=4, stages=2)
-    # measured on an H100: a context that may be long is split over many programs and combined by a kernel of its own (a last split of one warp takes 5 to 9 us
-    # to do that); a short one takes few programs, whose warps share a tile: their code is short, and most of what a step of one sequence waits for is that
+    # measured on an H100: a context that may be long is split over many programs and combined by a kernel of its own (a last split of one warp takes 5 us to do
+    # that); a short one takes few programs, whose warps share a tile: their code is short, and most of what a step of one sequence waits for is that
     if splits > 1 and context > SHORT_CONTEXT:
         return PagedTiles(N=32, warps=1, stages=4, gather=True) if planes.code == "plain" else PagedTiles(N=128, warps=4, stages=2, gather=True)
     if planes.code == "plain":
