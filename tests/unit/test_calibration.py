@@ -50,8 +50,7 @@ def test_every_constant_that_calls_itself_measured_has_a_figure(record):
 
 def test_the_gpu_s_decode_speeds_are_predicted():
     """The shares of an H100's rates, and what a captured layer takes beside its reading, give back within 15% what was measured there (results/gpu_speed.json):
-    decode of one sequence, of 32, and of a 70B model. Figures that differ by more than that among themselves say nothing to it; one share speaks for 2 rows and
-    for 256, which run on other kernels, so that coded weights of 32 sequences are allowed more.
+    decode of one sequence, of 32, and of a 70B model. Figures that differ by more than that among themselves say nothing to it.
     """
     measured = read_record(RESULTS / "gpu_speed.json")
     model, device = find_model("llama-3-8b"), find_device("h100-80gb")
@@ -70,8 +69,7 @@ def test_the_gpu_s_decode_speeds_are_predicted():
         if row["spread"] < 0.15:
             off[row["weights"], sequences] = round(predicted / row["value"] - 1, 3)
     assert len(off) >= 5
-    assert all(abs(share) < 0.15 for (name, sequences), share in off.items() if sequences == 1 or name == "bf16"), off
-    assert all(abs(share) < 0.4 for share in off.values()), off  # int4 at 32: +38%, to be fitted when all cells of `predictions` are measured
+    assert all(abs(share) < 0.15 for share in off.values()), off
 
 
 def test_a_70b_model_on_one_gpu_is_predicted():

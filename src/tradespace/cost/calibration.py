@@ -148,14 +148,14 @@ def _native_calibrations() -> dict[tuple[str, str, str], Calibration]:
 
 EFFICIENCY.update(_native_calibrations())
 
-# the CUDA step on an H100 80GB, Llama-3-8B shape: of the data sheet's bandwidth at one sequence (beside PAGED_LAYER_OPS a layer), of its dense matmul
-# rate at 256 sequences and in prefill. Formats that were not measured have the shares of the one whose kernel is theirs but for how codes are unpacked.
+# the CUDA step on an H100 80GB, Llama-3-8B shape: of the data sheet's bandwidth at one sequence (beside PAGED_LAYER_OPS a layer) and, "several", at 32 where
+# codes meet that many rows in registers; of its dense matmul rate at 256 sequences and in prefill. Formats that were not measured have the shares of the one whose kernel is theirs but for how codes are unpacked.
 CUDA_STEP_MEASURED = {
     "bf16": {"decode": 0.94, "few rows": 0.45, "prefill": 0.63},
-    "int8": {"decode": 0.88, "few rows": 0.45, "prefill": 0.55},
-    "fp8": {"decode": 0.86, "few rows": 0.45, "prefill": 0.55},
+    "int8": {"decode": 0.88, "several": 0.68, "few rows": 0.45, "prefill": 0.55},
+    "fp8": {"decode": 0.86, "several": 0.64, "few rows": 0.45, "prefill": 0.55},
     "fp8-a8": {"decode": 0.68, "few rows": 0.55, "prefill": 0.94},
-    "int4-g128": {"decode": 0.76, "few rows": 0.45, "prefill": 0.55},
+    "int4-g128": {"decode": 0.76, "several": 0.49, "few rows": 0.45, "prefill": 0.55},
 }
 
 
@@ -164,7 +164,8 @@ def _cuda_step_calibrations() -> dict[tuple[str, str, str], Calibration]:
     for name, layout in CUDA_FORMATS.items():
         like = name if name in CUDA_STEP_MEASURED else {"w8a8": "int8", "int8": "int8", "fp8": "fp8"}.get(layout.kind, "int4-g128")
         source = "measured on an H100" if like == name else f"as {like}, measured on an H100"
-        found |= {("cuda step", name, phase): Calibration(share, source, "2026-11-27") for phase, share in CUDA_STEP_MEASURED[like].items()}
+        shares = {"several": CUDA_STEP_MEASURED[like]["decode"]} | CUDA_STEP_MEASURED[like]
+        found |= {("cuda step", name, phase): Calibration(share, source, "2026-11-27") for phase, share in shares.items()}
     return found
 
 
@@ -172,7 +173,7 @@ EFFICIENCY.update(_cuda_step_calibrations())
 
 
 def find_calibration(kind: str, format_name: str, phase: str) -> Calibration:
-    """The efficiency of `format_name` on devices of `kind` in "decode" (bandwidth), "few rows" or "prefill" (matmul rate); InputError for an unknown kind."""
+    """The efficiency of `format_name` on devices of `kind` in "decode" or, for the CUDA step, "several" (bandwidth), "few rows" or "prefill" (matmul rate); InputError for an unknown kind."""
     found = EFFICIENCY.get((kind, format_name, phase))
     if found is None:
         known = ", ".join(sorted({key[0] for key in EFFICIENCY}))

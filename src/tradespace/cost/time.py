@@ -14,7 +14,7 @@ from operator import itemgetter
 from tradespace.cost import calibration
 from tradespace.cost.summary import summarize, weight_share
 from tradespace.cost.traffic import Axes, StepWork, cache_share, decode_work, prefill_work, sequences_in_step
-from tradespace.spec import native
+from tradespace.spec import cuda, native
 from tradespace.spec.device import DeviceSpec
 from tradespace.spec.estimate import Estimate
 from tradespace.spec.formats import FORMATS
@@ -77,13 +77,19 @@ def _native_rate(device: DeviceSpec, dtype: str) -> tuple[Estimate, str]:
     return rate, note
 
 
+def decode_phase(weights: WeightPlan, sequences: float) -> str:
+    """The phase whose rates a decode step of so many sequences has: "several" where codes meet more rows in registers than the smallest product takes."""
+    coded = weights.layout == "cuda" and not cuda.FORMATS[weights.default].plain
+    return "several" if coded and cuda.LEAST_ROWS < sequences <= cuda.CODED_ROWS else "decode"
+
+
 def rates_for(device: DeviceSpec, weights: WeightPlan, phase: str, activations: str = "auto") -> Rates:
-    """The device's rates for products with `weights`' default format in "decode" or "prefill"."""
+    """The device's rates for products with `weights`' default format in "decode", "several" (`decode_phase`) or "prefill"."""
     is_native, name = weights.layout == "native", weights.default
     kind = {"native": "native", "cuda": "cuda step"}.get(weights.layout, device.kind)
     efficiency = calibration.find_calibration(kind, name, phase)
-    bandwidth = calibration.find_calibration(kind, name, "decode")  # how well a format streams, whatever the phase
-    compute = calibration.find_calibration(kind, name, "few rows" if phase == "decode" else "prefill")
+    bandwidth = efficiency if phase == "several" else calibration.find_calibration(kind, name, "decode")  # how well a format streams
+    compute = calibration.find_calibration(kind, name, "prefill" if phase == "prefill" else "few rows")
     rate, note = _native_rate(device, native.activation_form(name, activations)) if is_native else _matmul_rate(device, FORMATS[name].compute)
     host, peer, disk = device.host_link_bytes_per_s, device.peer_link_bytes_per_s, device.disk_bytes_per_s
     figures = {
@@ -137,8 +143,9 @@ def decode_time(model: ModelSpec, plan: Plan, device: DeviceSpec, workload: Work
     """One decode step: a token for each sequence that is in it, at the workload's mean length."""
     summary = summarize(model)
     share = weight_share(summary, plan.weights, plan.tensor_parallel)
-    work = decode_work(summary, share, cache_share(summary, plan), Axes.of(plan), sequences_in_step(plan, workload), workload.mean_length)
-    return step_time(work, rates_for(device, plan.weights, "decode", plan.activations))
+    sequences = sequences_in_step(plan, workload)
+    work = decode_work(summary, share, cache_share(summary, plan), Axes.of(plan), sequences, workload.mean_length)
+    return step_time(work, rates_for(device, plan.weights, decode_phase(plan.weights, sequences), plan.activations))
 
 
 def prefill_time(model: ModelSpec, plan: Plan, device: DeviceSpec, workload: Workload) -> StepTime:

@@ -19,6 +19,7 @@ from tradespace.spec.model import DenseFFN, ModelSpec
 from tradespace.spec.paged import mixer_refusal
 
 CHUNK_ROWS = 32
+LEAST_ROWS = 8  # that the products of few rows take: fewer are padded
 FEW_ROWS = 64  # rows of activations up to which weights are decoded in registers
 CODED_ROWS = 128  # up to which that happens FEW_ROWS at a time: two passes over codes take less than decoding them into memory
 SQUARES_COLUMNS = 32  # columns of the residual stream that share a partial sum of squares
