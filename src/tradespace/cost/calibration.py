@@ -148,8 +148,9 @@ def _native_calibrations() -> dict[tuple[str, str, str], Calibration]:
 
 EFFICIENCY.update(_native_calibrations())
 
-# the CUDA step on an H100 80GB, Llama-3-8B shape: of the data sheet's bandwidth at one sequence (beside PAGED_LAYER_OPS a layer) and, "several", at 32 where
-# codes meet that many rows in registers; of its dense matmul rate at 256 sequences and in prefill. Formats that were not measured have the shares of the one whose kernel is theirs but for how codes are unpacked.
+# the CUDA step on an H100 80GB, Llama-3-8B shape: of the data sheet's bandwidth at one sequence (beside PAGED_LAYER_OPS a layer) and, "several", at 32, where
+# codes meet that many rows in registers; of its dense matmul rate at 256 sequences and in prefill. Formats that were not measured have the shares of the one
+# whose kernel is theirs but for how codes are unpacked.
 CUDA_STEP_MEASURED = {
     "bf16": {"decode": 0.94, "few rows": 0.45, "prefill": 0.63},
     "int8": {"decode": 0.88, "several": 0.68, "few rows": 0.45, "prefill": 0.55},
@@ -173,7 +174,10 @@ EFFICIENCY.update(_cuda_step_calibrations())
 
 
 def find_calibration(kind: str, format_name: str, phase: str) -> Calibration:
-    """The efficiency of `format_name` on devices of `kind` in "decode" or, for the CUDA step, "several" (bandwidth), "few rows" or "prefill" (matmul rate); InputError for an unknown kind."""
+    """The efficiency of `format_name` on devices of `kind` in "decode" or, for the CUDA step, "several" (bandwidth), "few rows" or "prefill" (matmul rate).
+
+    Raises InputError for what is not known.
+    """
     found = EFFICIENCY.get((kind, format_name, phase))
     if found is None:
         known = ", ".join(sorted({key[0] for key in EFFICIENCY}))
