@@ -17,6 +17,8 @@ from tradespace.errors import EngineError, UnsupportedError
 from tradespace.formats.cuda import CudaWeight
 from tradespace.kernels.activation import ACTIVATIONS, SOFTCAPS
 from tradespace.kernels.activation.triton_gated import gated
+from tradespace.kernels.attention.one_query import one_query
+from tradespace.kernels.attention.one_query import takes as one_query_takes
 from tradespace.kernels.attention.paged import DecodeScratch, Planes, paged_decode, paged_prefill
 from tradespace.kernels.attention.whole_prompts import fused_prefill, prefill
 from tradespace.kernels.linear.large import large_linear, quantized_linear
@@ -34,6 +36,7 @@ from tradespace.spec import cuda
 from tradespace.spec.mixers import Attention
 from tradespace.spec.model import DenseFFN
 
+ONE = True
 EIGHT_BIT = ("w8a8", "f8a8")  # kinds whose products take 8-bit activations
 
 
@@ -233,6 +236,11 @@ class DeviceStep:
         if attn.q_norm is not None and attn.k_norm is not None:
             norms = {"q_norm_H": attn.q_norm.weight, "k_norm_H": attn.k_norm.weight, "eps": attn.q_norm.eps}
         planes = self.planes[index]
+        if ONE and decodes and T == 1 and self.pdl and self.dtype == torch.bfloat16 and one_query_takes(a, planes, self.max_context, norms=bool(norms), sinks=attn.sinks is not None):
+            one_query(
+                qkv_TR, table, inputs.positions_T, inputs.slots_T, planes, inputs.tables_BM, inputs.lengths_B, a, out_TNH, context=self.max_context, pdl=self.pdl
+            )
+            return out_TNH.view(T, a.N * a.Hv)
         whole = self.device.type == "cuda" and fused_prefill(a, inputs.fresh, attn.sinks)
         k_TKH = self.k_TKH[: T * a.K * a.H].view(T, a.K, a.H) if whole else None
         rope_write(qkv_TR, table, inputs.positions_T, inputs.slots_T, planes, q_TNH, a, k_out_TKH=k_TKH, **norms, pdl=self.pdl)

@@ -1,6 +1,6 @@
 """Products of few rows (1 … 64) with packed weights: y = x @ W.T, and what surrounds it in a layer: bias, residual, gated activation, RMS norm.
 
-An RMS norm needs no kernel of its own. Who writes the residual stream also writes it times the next norm's weight, and sums of squares of each 32 columns;
+An RMS norm needs no kernel of its own. Who writes the residual stream also writes it times the next norm's weight, and sums of squares of each 16 columns;
 who reads that multiplies its product by 1 / rms.
 """
 
@@ -19,11 +19,13 @@ from tradespace.kernels.attention.triton_interpreter import interprets
 from tradespace.kernels.linear.levels import LEVELS
 from tradespace.kernels.linear.packed import PackedWeight
 from tradespace.kernels.linear.scratch import Scratch
+from tradespace.kernels.linear.stream_row import stream_row, takes
 from tradespace.kernels.linear.triton_rows_kernel import rows_kernel
 from tradespace.kernels.linear.triton_rows_tiles import RowTiles, find_tiles
 from tradespace.kernels.triton_launch import ceil_div, launch, padded, present
 from tradespace.spec.cuda import FEW_ROWS, squares_tiles
 
+STREAM = True
 AHEAD = 2  # chunks of coded weights that are asked for early: 1.4% of an int8 decode step on an H100; rows that lie as they are gain nothing
 SHARED_SHARE = 208 / 227  # of a program's shared memory that its tiles may take while they come
 H100_SHARED_BYTES = 227 * 1024  # of a program
@@ -96,6 +98,10 @@ def rows_linear(
     out = torch.empty((T, R), dtype=torch.bfloat16 if x_scale_T is not None else x_TC.dtype, device=x_TC.device) if out_TR is None else out_TR
     if T == 0:
         return out
+    if STREAM and pdl and tiles is None and out.dtype in (torch.bfloat16, torch.float32) and takes(weight, x_TC, gated=gated):
+        return stream_row(
+            x_TC, weight, scratch, out, bias_R=bias_R, residual_1R=residual_TR, gated=gated, squares_1S=squares_TS, eps=eps, next_norm=next_norm, pdl=pdl
+        )
     layout = weight.layout
     grouped = layout.group is not None and layout.group > 0
     M = max(8, padded(T))

@@ -183,7 +183,7 @@ def rows_kernel(
     inside = (n < num_rows)[:, None] & (t < num_tokens)[None, :]
     if SQUARES > 0:  # what the end needs is on its way before the loop
         entries = tl.arange(0, SQUARES)
-        tiles = (num_columns + 31) // 32
+        tiles = (num_columns + 15) // 16
         parts = tl.load(squares + t[:, None] * tiles + entries[None, :], mask=(t < num_tokens)[:, None] & (entries < tiles)[None, :], other=0.0)
     if RESIDUAL:
         added = tl.load(residual + t[None, :] * residual_stride + n[:, None], mask=inside, other=0.0)
@@ -240,9 +240,9 @@ def rows_kernel(
             held = tl.where(inside, rounded.to(tl.float32), 0.0)
             weighted = held * next_norm.to(tl.float32)[:, None]
             tl.store(next_x + t[None, :] * next_stride + n[:, None], weighted.to(next_x.dtype.element_ty), mask=inside)
-            entries = (num_rows + 31) // 32
-            first = tile * (N // 32)
-            here = tl.arange(0, N // 32)
+            blocks = (num_rows + 15) // 16
+            first = tile * (N // 16)
+            here = tl.arange(0, N // 16)
             spread = tl.where(here == 0, 1.0, 0.0)[:, None] * tl.sum(held * held, 0)[None, :]
-            known = (first + here < entries)[:, None] & (t < num_tokens)[None, :]
-            tl.store(next_squares + t[None, :] * entries + (first + here)[:, None], spread, mask=known)
+            known = (first + here < blocks)[:, None] & (t < num_tokens)[None, :]
+            tl.store(next_squares + t[None, :] * blocks + (first + here)[:, None], spread, mask=known)

@@ -1,0 +1,240 @@
+// One token of one sequence: queries and its key rotated, its key and value into the paged cache, and attention over all that the cache holds.
+//
+// A cluster of eight blocks of threads for each key-value head: each takes every eighth tile of 16 keys, and what they found is put together through each
+// other's shared memory. All that is older than the kernel before this one (lengths, tables, the rotation's table, keys and values but the newest) is read or
+// asked for before that has ended, so what remains is one trip for the token's own numbers, the products and two barriers.
+//
+// Needs compute capability 9.0 (clusters, programmatic dependent launch). Reference: kernels/attention/reference.py.
+
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+struct Query {
+    const u16* qkv;          // bf16: G · K query heads, K key heads, K value heads
+    const float* table;      // (positions, H / 2, 2): cosine and sine; 0: nothing rotates
+    const u64* position;     // of the token
+    const long long* slot;   // where its key and value go; -1: nowhere
+    const int* length;       // of the sequence with the token
+    const int* blocks;       // its table of blocks
+    u16* keys;               // bf16 (slots, K, H) by these strides
+    u16* values;
+    u16* out;                // bf16 (G · K · H)
+    u64 key_slot, key_head, value_slot, value_head;
+    float scale, cap;        // cap 0: none
+    int window;              // 0: none
+    int block_size;
+    int num_kv;
+    int most;                // keys of a block of threads that there is room for
+};
+
+#define NOTHING __int_as_float(0xff800000)  // minus infinity
+constexpr int RANKS = 8, THREADS = 128, TILE = 16;
+
+__device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }
+__device__ __forceinline__ float high(u32 pair) { return __uint_as_float(pair & 0xffff0000); }
+__device__ __forceinline__ u32 packed(float a, float b) {
+    u32 pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(b), "f"(a));
+    return pair;
+}
+__device__ __forceinline__ float exp2_of(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ __forceinline__ float of_rank(const float* place, int rank) {
+    u32 there;
+    float x;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"((u32)__cvta_generic_to_shared(place)), "r"(rank));
+    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(x) : "r"(there) : "memory");
+    return x;
+}
+__device__ __forceinline__ void meet_cluster() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+template <int G, int H>
+__device__ __forceinline__ void one_query(const Query& a) {
+    constexpr int LANES = H / 16, AT_ONCE = THREADS / LANES;  // lanes that share a key, keys that the block meets at once
+    constexpr int PAIRS = H / 2, PARTS = THREADS / PAIRS;     // of the values: threads side by side, and keys at once
+    constexpr int EACH = TILE / PARTS;
+    static_assert(AT_ONCE >= TILE && PARTS >= 1, "a tile is met at once");
+    extern __shared__ __align__(16) float shared[];
+    float* queries = shared;                  // (G, H)
+    float* fresh_key = queries + G * H;       // (H), as the cache holds it
+    float* fresh_value = fresh_key + H;       // (H)
+    float* found = fresh_value + H;           // (G, H)
+    float* peaks = found + G * H;             // (G)
+    float* totals = peaks + G;                // (G)
+    float* scores = totals + G;               // (G, most)
+    const int rank = blockIdx.x, head = blockIdx.y, thread = threadIdx.x, warp = thread >> 5, lane = thread & 31;
+    asm volatile("griddepcontrol.launch_dependents;");
+
+    // ---------------------------------------------------------------- before the kernel before this one has ended
+    const int length = *a.length, newest = length - 1;
+    const int low_key = a.window > 0 && length > a.window ? length - a.window : 0;
+    const int first_tile = low_key / TILE, tiles = (length + TILE - 1) / TILE - first_tile;
+    const int own_tiles = tiles > rank ? (tiles - rank + RANKS - 1) / RANKS : 0;
+    const auto tile_start = [&](int index) { return (first_tile + rank + RANKS * index) * TILE; };
+    const auto slot_of = [&](int position) { return (u64)a.blocks[position / a.block_size] * a.block_size + position % a.block_size; };
+    const int key_lane = thread % LANES, key_of = thread / LANES;  // keys: 16 channels a lane
+    const int pair = thread % PAIRS, part = thread / PAIRS;        // values: two channels a thread
+    const auto key_at = [&](int position) { return (const uint4*)(a.keys + slot_of(position) * a.key_slot + head * a.key_head + key_lane * 16); };
+    const auto value_at = [&](int position) { return (const u32*)(a.values + slot_of(position) * a.value_slot + head * a.value_head + pair * 2); };
+    uint4 k0 = make_uint4(0, 0, 0, 0), k1 = k0;
+    u32 v[EACH] = {};
+    if (own_tiles > 0) {
+        const int position = tile_start(0) + key_of;
+        if (key_of < TILE && position < newest) k0 = key_at(position)[0], k1 = key_at(position)[1];
+#pragma unroll
+        for (int i = 0; i < EACH; ++i)
+            if (tile_start(0) + i * PARTS + part < newest) v[i] = *value_at(tile_start(0) + i * PARTS + part);
+    }
+    for (int i = thread; i < (own_tiles - 1) * TILE; i += THREADS) {
+        const int position = tile_start(1 + i / TILE) + i % TILE;
+        if (position < newest) {
+            const u16 *key = a.keys + slot_of(position) * a.key_slot + head * a.key_head, *value = a.values + slot_of(position) * a.value_slot + head * a.value_head;
+            for (int line = 0; line < H; line += 64) asm volatile("prefetch.global.L2 [%0];\nprefetch.global.L2 [%1];" ::"l"(key + line), "l"(value + line));
+        }
+    }
+    const u64 place = *a.position;
+    const long long slot = *a.slot;
+    constexpr int QUADS = H / 4;  // of a head: channels d, d + 1 and d + H / 2, d + H / 2 + 1, which turn together
+    float4 turn = make_float4(1.0f, 0.0f, 1.0f, 0.0f);
+    const int quad = thread % QUADS;
+    if (a.table) turn = *(const float4*)(a.table + (place * PAIRS + quad * 2) * 2);
+
+    // ---------------------------------------------------------------- after it: the token's own numbers
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    const u16* own_key = a.qkv + (u64)a.num_kv * G * H + (u64)head * H;
+    const u16* own_value = a.qkv + (u64)a.num_kv * (G + 1) * H + (u64)head * H;
+#pragma unroll
+    for (int g = thread / QUADS; g < G + 2; g += THREADS / QUADS) {
+        const u16* from = g < G ? a.qkv + (u64)(head * G + g) * H : g == G ? own_key : own_value;
+        float* to = g < G ? queries + g * H : g == G ? fresh_key : fresh_value;
+        const u32 x = *(const u32*)(from + quad * 2), y = *(const u32*)(from + PAIRS + quad * 2);
+        u32 first = x, second = y;
+        if (g <= G && a.table) {
+            first = packed(low(x) * turn.x - low(y) * turn.y, high(x) * turn.z - high(y) * turn.w);
+            second = packed(low(y) * turn.x + low(x) * turn.y, high(y) * turn.z + high(x) * turn.w);
+        }
+        to[quad * 2] = low(first), to[quad * 2 + 1] = high(first);
+        to[PAIRS + quad * 2] = low(second), to[PAIRS + quad * 2 + 1] = high(second);
+        if (g >= G && rank == 0 && slot >= 0) {
+            u16* kept = g == G ? a.keys + slot * a.key_slot + head * a.key_head : a.values + slot * a.value_slot + head * a.value_head;
+            *(u32*)(kept + quad * 2) = first;
+            *(u32*)(kept + PAIRS + quad * 2) = second;
+        }
+    }
+    __syncthreads();
+
+    // ---------------------------------------------------------------- scores, in units of log 2
+    for (int index = 0; index < own_tiles; ++index) {
+        const int position = tile_start(index) + key_of;
+        const bool there = key_of < TILE && position < length && position >= low_key;
+        if (index > 0 && there && position != newest) k0 = key_at(position)[0], k1 = key_at(position)[1];
+        float k[16];
+        const u32 words[8] = {k0.x, k0.y, k0.z, k0.w, k1.x, k1.y, k1.z, k1.w};
+#pragma unroll
+        for (int i = 0; i < 8; ++i) k[2 * i] = low(words[i]), k[2 * i + 1] = high(words[i]);
+        if (position == newest)
+#pragma unroll
+            for (int i = 0; i < 16; ++i) k[i] = fresh_key[key_lane * 16 + i];
+#pragma unroll
+        for (int g = 0; g < G; ++g) {
+            const float4* q = (const float4*)(queries + g * H + key_lane * 16);
+            float sum = 0.0f;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const float4 some = q[i];
+                sum += some.x * k[4 * i] + some.y * k[4 * i + 1] + some.z * k[4 * i + 2] + some.w * k[4 * i + 3];
+            }
+#pragma unroll
+            for (int step = LANES / 2; step > 0; step >>= 1) sum += __shfl_xor_sync(0xffffffff, sum, step);
+            sum *= a.scale;
+            if (a.cap > 0.0f) sum = a.cap * (1.0f - 2.0f / (1.0f + __expf(2.0f * sum / a.cap)));
+            if (key_lane == 0 && key_of < TILE) scores[g * a.most + index * TILE + key_of] = there ? sum * 1.4426950408889634f : NOTHING;
+        }
+    }
+    __syncthreads();
+    for (int g = warp; g < G; g += THREADS / 32) {
+        float peak = NOTHING, total = 0.0f;
+        for (int i = lane; i < own_tiles * TILE; i += 32) peak = fmaxf(peak, scores[g * a.most + i]);
+        for (int step = 16; step > 0; step >>= 1) peak = fmaxf(peak, __shfl_xor_sync(0xffffffff, peak, step));
+        const float ground = peak == NOTHING ? 0.0f : peak;
+        for (int i = lane; i < own_tiles * TILE; i += 32) {
+            const float share = exp2_of(scores[g * a.most + i] - ground);
+            scores[g * a.most + i] = share;
+            total += share;
+        }
+        for (int step = 16; step > 0; step >>= 1) total += __shfl_xor_sync(0xffffffff, total, step);
+        if (lane == 0) peaks[g] = peak, totals[g] = total;
+    }
+    __syncthreads();
+
+    // ---------------------------------------------------------------- values
+    float acc[G][2] = {};
+    for (int index = 0; index < own_tiles; ++index) {
+        if (index > 0)
+#pragma unroll
+            for (int i = 0; i < EACH; ++i) {
+                const int position = tile_start(index) + i * PARTS + part;
+                v[i] = position < newest && position >= low_key ? *value_at(position) : 0;
+            }
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) {
+            const int local = i * PARTS + part;
+            float x = low(v[i]), y = high(v[i]);
+            if (tile_start(index) + local == newest) x = fresh_value[pair * 2], y = fresh_value[pair * 2 + 1];
+#pragma unroll
+            for (int g = 0; g < G; ++g) {
+                const float share = scores[g * a.most + index * TILE + local];
+                acc[g][0] += share * x, acc[g][1] += share * y;
+            }
+        }
+    }
+    for (int turns = 0; turns < PARTS; ++turns) {
+        if (part == turns)
+#pragma unroll
+            for (int g = 0; g < G; ++g) {
+                float* to = found + g * H + pair * 2;
+                to[0] = turns ? to[0] + acc[g][0] : acc[g][0];
+                to[1] = turns ? to[1] + acc[g][1] : acc[g][1];
+            }
+        __syncthreads();
+    }
+
+    // ---------------------------------------------------------------- the softmax over all eight
+    meet_cluster();
+    for (int i = thread; i < G * H / RANKS; i += THREADS) {
+        const int index = rank * (G * H / RANKS) + i, g = index / H;
+        float peak[RANKS], top = NOTHING, sum = 0.0f, total = 0.0f;
+#pragma unroll
+        for (int r = 0; r < RANKS; ++r) peak[r] = of_rank(peaks + g, r), top = fmaxf(top, peak[r]);
+        const float ground = top == NOTHING ? 0.0f : top;
+#pragma unroll
+        for (int r = 0; r < RANKS; ++r) {
+            const float share = exp2_of(peak[r] - ground);
+            sum += share * of_rank(found + index, r);
+            total += share * of_rank(totals + g, r);
+        }
+        const float y = total > 0.0f ? sum / total : 0.0f;
+        a.out[(u64)head * G * H + index] = (u16)(packed(y, 0.0f) & 0xffff);
+    }
+    meet_cluster();
+}
+
+#define KERNEL(G, H) \
+    extern "C" __global__ void __cluster_dims__(RANKS, 1, 1) __launch_bounds__(THREADS) one_query_##G##_##H(const Query a) { one_query<G, H>(a); }
+KERNEL(1, 64)
+KERNEL(2, 64)
+KERNEL(3, 64)
+KERNEL(4, 64)
+KERNEL(8, 64)
+KERNEL(1, 128)
+KERNEL(2, 128)
+KERNEL(4, 128)
+KERNEL(5, 128)
+KERNEL(7, 128)
+KERNEL(8, 128)

@@ -1,0 +1,395 @@
+// One row of activations times a packed matrix, as a stream of weights: y = W x, and what surrounds it in a layer.
+//
+// A block of threads per multiprocessor; each takes an equal part of the matrix's units (2 KiB of codes: 16 rows of 128 or 256 columns), row by row. Every warp
+// brings its own units into its own ring of shared memory, every lane what it reads itself, so nothing in the loop waits for another lane. Weights depend on nothing: the ring is
+// filled before the kernel before this one has ended, and the next kernel fills its own while this one runs: with two blocks' rings to a multiprocessor the
+// memory hardly rests between kernels. That filling keeps `pace` units of a warp under way and no more: what the kernel before still reads would otherwise queue
+// behind it.
+//
+// Parts are whole rows where that is nearly even; else rows whose units lie in several blocks are summed by the last of these to finish, in the order of their
+// columns. Either way results are the same bits every time.
+//
+// The weights are the left operand of the tensor cores' product (16 rows by 16 columns), decoded in registers; the activations are one column of the right one.
+// Which columns of the chunk a lane holds is free as long as both sides agree: a lane takes what lies in 16 bytes.
+//
+// Needs compute capability 9.0 (programmatic dependent launch, bulk copies). Layouts: kernels/linear/packed.py.
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+struct Product {
+    const u8* codes;          // (blocks of 32 rows, chunks, 32, bytes of a chunk's row)
+    const u32* scale;         // fp32 a row; int4: words of two fp16, (words, rows)
+    const u16* x;             // bf16 (columns)
+    const float* squares;     // sums of squares of x's columns, 16 each; 0: x needs no norm
+    const u16* bias;          // bf16 (rows), 0: none
+    const u16* residual;      // bf16 (rows), 0: none
+    const u16* next_weight;   // bf16 (rows), the weight of the norm that follows; 0: none
+    void* out;                // bf16 (rows), or fp32 where `wide`
+    u16* next_x;              // bf16 (rows)
+    float* next_squares;      // (rows / 16)
+    float* partial;           // 2 · 32 numbers a block
+    int* counters;            // one a group of rows, zero between kernels
+    u64 block_bytes;          // from one block of rows to the next
+    u64 scale_words;          // from one word of a row's scales to the next
+    int columns;
+    int groups;               // of 16 rows of the result
+    int whole;                // whether parts are whole rows
+    int gated;                // 0: no; 1 …: the activation of the first half, which meets the second
+    int wide;
+    int window;               // groups whose sums are held at once
+    float eps;
+};
+
+constexpr int WARPS = 8, UNIT = 2048, ROWS = 16, PACE = 2;
+enum { INT8, FP8, INT4 };
+
+template <int KIND>
+struct Shape {
+    static constexpr int columns = KIND == INT4 ? 256 : 128;            // of a unit
+    static constexpr int slot = UNIT + (KIND == INT4 ? 256 : 0);        // bytes: int4 brings its scales along
+};
+
+__device__ __forceinline__ u32 shared_address(const void* pointer) { return (u32)__cvta_generic_to_shared(pointer); }
+__device__ __forceinline__ float from_bf16(u32 bits) { return __uint_as_float(bits << 16); }
+__device__ __forceinline__ u16 to_bf16(float x) {
+    u16 bits;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+    return bits;
+}
+__device__ __forceinline__ float from_half(u32 bits) {
+    float x;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"((u16)bits));
+    return x;
+}
+
+__device__ __forceinline__ void wait_for(u32 barrier, u32 parity) {
+    asm volatile(
+        "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}\n" ::"r"(barrier), "r"(parity)
+        : "memory");
+}
+
+__device__ __forceinline__ void copy16(u32 to, const void* from, u64 policy) {
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "l"(policy) : "memory");
+}
+__device__ __forceinline__ void copy4(u32 to, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
+}
+__device__ __forceinline__ void close_unit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int LEFT>
+__device__ __forceinline__ void wait_units() {  // until at most LEFT are under way
+    asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
+}
+
+__device__ __forceinline__ u32 merge(u32 word, u32 mask, u32 magic) {
+    u32 found;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(found) : "r"(word), "r"(mask), "r"(magic));
+    return found;
+}
+__device__ __forceinline__ u32 minus(u32 a, u32 b) {
+    u32 found;
+    asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(found) : "r"(a), "r"(b));
+    return found;
+}
+__device__ __forceinline__ u32 times(u32 a, u32 b) {
+    u32 found;
+    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(found) : "r"(a), "r"(b));
+    return found;
+}
+
+// Two bytes of each 16 bits → two pairs of bf16: the low ones, the high ones. The tricks are those of triton_decode.py.
+template <int KIND>
+__device__ __forceinline__ void two(u32 word, u32& low, u32& high) {
+    if (KIND == INT8) {
+        u32 above = word >> 8;
+        low = minus(merge(word, 0x007f007f, 0x43004300), merge(word, 0x00800080, 0x43004300));
+        high = minus(merge(above, 0x007f007f, 0x43004300), merge(above, 0x00800080, 0x43004300));
+    } else {
+        u32 up = word << 8;
+        low = times(merge(up, 0x80008000, (up >> 4) & 0x07f007f0), 0x7b807b80);
+        high = times(merge(word, 0x80008000, (word >> 4) & 0x07f007f0), 0x7b807b80);
+    }
+}
+
+__device__ __forceinline__ u32 nibbles(u32 word) { return minus(merge(word, 0x000f000f, 0x43004300), 0x43084308); }
+
+// c += a b: a 16 x 16 (rows g and g + 8 of a quad's group), b 16 x 8
+__device__ __forceinline__ void multiply(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+// eight columns in a row of lanes: two steps of the tensor cores
+__device__ __forceinline__ void multiply_run(float (&c)[4], const u32 (&p)[4], const u32 (&q)[4], uint4 x) {
+    multiply(c, p[0], q[0], p[1], q[1], x.x, x.y);
+    multiply(c, p[2], q[2], p[3], q[3], x.z, x.w);
+}
+
+__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + __expf(-x)); }
+__device__ __forceinline__ float activated(float x, int name) {
+    if (name == 1) return x * sigmoid(x);                                                                           // silu
+    if (name == 2) return 0.5f * x * (1.0f + erff(x * 0.7071067811865476f));                                        // gelu
+    if (name == 3) return 0.5f * x * (2.0f * sigmoid(2.0f * 0.7978845608028654f * (x + 0.044715f * x * x * x)));    // gelu_tanh
+    float y = fmaxf(x, 0.0f);
+    return name == 4 ? y : y * y;                                                                                   // relu, relu2
+}
+
+// One unit: acc += 16 rows of weights times x's columns, chains of sums side by side. chunks: of int4, that are there
+template <int KIND>
+__device__ __forceinline__ void meet(float (&acc)[4][4], const u8* slot, const u16* x, int chunks, int lane) {
+    const int g = lane >> 2, t = lane & 3;
+    const uint4* own = (const uint4*)slot + lane;
+    const bool first = g == 0;  // the lanes that hold the right operand's first column
+    const uint4 none = make_uint4(0, 0, 0, 0);
+    if (KIND == INT4) {
+        const u32 scale = *((const u32*)(slot + UNIT) + lane), scale_below = *((const u32*)(slot + UNIT) + 32 + lane);
+#pragma unroll
+        for (int chunk = 0; chunk < 2; ++chunk) {
+            if (chunk >= chunks) break;
+            const uint4 above = own[chunk * 64], below = own[chunk * 64 + 32];
+            const u32 w[4] = {above.x, above.y, above.z, above.w}, v[4] = {below.x, below.y, below.z, below.w};
+            float part[4][4] = {};
+#pragma unroll
+            for (int r = 0; r < 4; ++r) {
+                const uint4 run = first ? *(const uint4*)(x + chunk * 128 + r * 32 + t * 8) : none;
+                u32 p[4], q[4];
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    p[i] = nibbles(w[i] >> (4 * r));
+                    q[i] = nibbles(v[i] >> (4 * r));
+                }
+                multiply_run(part[r], p, q, run);
+            }
+            acc[chunk][0] += ((part[0][0] + part[1][0]) + (part[2][0] + part[3][0])) * from_half(scale >> (chunk * 16));
+            acc[chunk][2] += ((part[0][2] + part[1][2]) + (part[2][2] + part[3][2])) * from_half(scale_below >> (chunk * 16));
+        }
+    } else {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const uint4 low = first ? *(const uint4*)(x + half * 32 + t * 8) : none, high = first ? *(const uint4*)(x + 64 + half * 32 + t * 8) : none;
+            const uint4 above = own[half * 64], below = own[half * 64 + 32];
+            const u32 w[4] = {above.x, above.y, above.z, above.w}, v[4] = {below.x, below.y, below.z, below.w};
+            u32 p[4], q[4], r[4], s[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                two<KIND>(w[i], p[i], r[i]);
+                two<KIND>(v[i], q[i], s[i]);
+            }
+            multiply_run(acc[half * 2], p, q, low);
+            multiply_run(acc[half * 2 + 1], r, s, high);
+        }
+    }
+}
+
+template <int KIND, int SLOTS>
+__device__ __forceinline__ void stream_row(const Product& a) {
+    extern __shared__ __align__(128) u8 shared[];
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, pieces = a.gated ? 2 : 1;
+    const int units_of_tile = (a.columns + Shape<KIND>::columns - 1) / Shape<KIND>::columns;
+    const int units_of_group = units_of_tile * pieces, grain = a.whole ? units_of_group : 1;  // units that stay together
+    const long long grains = (long long)units_of_group / grain * a.groups, count = gridDim.x, own = blockIdx.x;
+    const int begin = (int)(own * grains / count) * grain, end = (int)((own + 1) * grains / count) * grain;
+    const int first_tile = begin / units_of_tile, held_tiles = end > begin ? (end - 1) / units_of_tile - first_tile + 1 : 0;
+    const int first_group = begin / units_of_group, held_groups = end > begin ? (end - 1) / units_of_group - first_group + 1 : 0;
+    const int padded = units_of_tile * Shape<KIND>::columns;  // columns of x with those that pad
+    const int half_rows = a.groups * ROWS;                    // gated: the first row of the second piece
+    const auto row_of = [&](int tile) { return a.gated ? (tile >> 1) * ROWS + (tile & 1) * half_rows : tile * ROWS; };
+
+    const u32 x_here = shared_address(shared);  // a barrier
+    float* root = (float*)(shared + 8);
+    u8* at = shared + 128;
+    u8* ring = at + warp * SLOTS * Shape<KIND>::slot;
+    at += WARPS * SLOTS * Shape<KIND>::slot;
+    u16* x = (u16*)at;
+    at += padded * 2;
+    float* sums = (float*)at;  // (tiles of a window, WARPS, ROWS)
+    at += a.window * pieces * WARPS * ROWS * 4;
+    float* factors = (float*)at;  // (held_tiles, ROWS)
+    at += held_tiles * ROWS * 4;
+    float* added = (float*)at;  // (held_groups, ROWS)
+    at += held_groups * ROWS * 4;
+    float* weights = (float*)at;  // likewise
+
+    asm volatile("griddepcontrol.launch_dependents;");
+
+    // ------------------------------------------------------------------------------------ weights: before the kernel before this one has ended
+    u64 policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    int coming = begin + warp, coming_tile = coming / units_of_tile, coming_unit = coming % units_of_tile;  // the next unit to ask for
+    const u8* source = 0;
+    const u32* source_scale = 0;
+    const u32 target = shared_address(ring) + lane * 16, target_scale = shared_address(ring) + UNIT + lane * 4;
+    const auto find = [&] {  // this lane's 16 bytes of the unit's first eight rows, and the first of its scales
+        const int row = row_of(coming_tile), g = lane >> 2, t = lane & 3;
+        source = a.codes + (u64)(row >> 5) * a.block_bytes + (u64)coming_unit * (2 * UNIT) + (row >> 4 & 1) * (KIND == INT4 ? 1024 : UNIT) +
+                 g * (KIND == INT4 ? 64 : 128) + t * 16;
+        if (KIND == INT4) source_scale = a.scale + (u64)coming_unit * a.scale_words + row + g;
+    };
+    find();
+    const auto ask = [&](int slot) {
+        if (coming < end) {
+            const u32 to = target + slot * Shape<KIND>::slot;
+            if (KIND == INT4) {
+                copy16(to, source, policy);
+                copy16(to + 512, source + 512, policy);
+                if (coming_unit * 256 + 128 < a.columns) {
+                    copy16(to + 1024, source + 2048, policy);
+                    copy16(to + 1536, source + 2560, policy);
+                }
+                copy4(target_scale + slot * Shape<KIND>::slot, source_scale);
+                copy4(target_scale + slot * Shape<KIND>::slot + 128, source_scale + 8);
+            } else {
+                copy16(to, source, policy);
+                copy16(to + 512, source + 1024, policy);
+                copy16(to + 1024, source + 64, policy);
+                copy16(to + 1536, source + 1088, policy);
+            }
+        }
+        close_unit();
+        coming += WARPS;
+        coming_unit += WARPS;
+        if (coming_unit < units_of_tile) {
+            source += WARPS * 2 * UNIT;
+            if (KIND == INT4) source_scale += WARPS * a.scale_words;
+        } else {
+            while (coming_unit >= units_of_tile) coming_unit -= units_of_tile, ++coming_tile;
+            find();
+        }
+    };
+    if (threadIdx.x == 0) {
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(x_here) : "memory");
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+#pragma unroll
+    for (int slot = 0; slot < SLOTS; ++slot) {
+        if (slot >= PACE) wait_units<PACE - 1>();
+        ask(slot);
+    }
+    for (int i = threadIdx.x; i < a.window * pieces * WARPS * ROWS; i += WARPS * 32) sums[i] = 0.0f;
+    for (int i = threadIdx.x; i < held_tiles * ROWS; i += WARPS * 32)
+        factors[i] = KIND == INT4 ? 1.0f : __uint_as_float(a.scale[row_of(first_tile + i / ROWS) + i % ROWS]);
+    if (a.next_weight)
+        for (int i = threadIdx.x; i < held_groups * ROWS; i += WARPS * 32) weights[i] = from_bf16(a.next_weight[first_group * ROWS + i]);
+    for (int i = a.columns + threadIdx.x; i < padded; i += WARPS * 32) x[i] = 0;
+    __syncthreads();
+
+    // ------------------------------------------------------------------------------------ activations: after it
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    if (threadIdx.x == 0) {
+        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(x_here), "r"(a.columns * 2) : "memory");
+        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(x)), "l"(a.x),
+                     "r"(a.columns * 2), "r"(x_here)
+                     : "memory");
+    }
+    if (a.residual)
+        for (int i = threadIdx.x; i < held_groups * ROWS; i += WARPS * 32) added[i] = from_bf16(a.residual[first_group * ROWS + i]);
+    if (a.squares && warp == WARPS - 1) {
+        float total = 0.0f;
+        for (int i = lane; i < (a.columns + 15) / 16; i += 32) total += a.squares[i];
+        for (int step = 16; step > 0; step >>= 1) total += __shfl_xor_sync(0xffffffff, total, step);
+        if (lane == 0) *root = rsqrtf(total / a.columns + a.eps);
+    }
+    wait_for(x_here, 0);
+
+    // ------------------------------------------------------------------------------------ the products
+    float acc[4][4] = {};
+    const auto put = [&](int tile) {
+        if ((lane & 3) == 0) {
+            float* to = sums + (tile * WARPS + warp) * ROWS + (lane >> 2);
+            to[0] = (acc[0][0] + acc[1][0]) + (acc[2][0] + acc[3][0]);
+            to[8] = (acc[0][2] + acc[1][2]) + (acc[2][2] + acc[3][2]);
+        }
+#pragma unroll
+        for (int m = 0; m < 4; ++m)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) acc[m][i] = 0.0f;
+    };
+    int slot = 0, tile = (begin + warp) / units_of_tile, unit = (begin + warp) % units_of_tile, index = begin + warp;
+    for (int done = 0; done < held_groups; done += a.window) {
+        const int opening = first_group + done, closing = opening + a.window < first_group + held_groups ? opening + a.window : first_group + held_groups;
+        const int first = opening * pieces, until = closing * units_of_group < end ? closing * units_of_group : end;  // the window's first tile, and its end
+        int last = tile;
+        const bool any = index < until;
+        for (; index < until; index += WARPS) {
+            if (tile != last) put(last - first), last = tile;
+            wait_units<SLOTS - 1>();
+            const int left = KIND == INT4 && unit * 256 + 128 >= a.columns ? 1 : 2;
+            meet<KIND>(acc, ring + slot * Shape<KIND>::slot, x + unit * Shape<KIND>::columns, left, lane);
+            ask(slot);
+            if (++slot == SLOTS) slot = 0;
+            unit += WARPS;
+            while (unit >= units_of_tile) unit -= units_of_tile, ++tile;
+        }
+        if (any) put(last - first);
+        __syncthreads();
+
+        // -------------------------------------------------------------------------------- sums of a group's rows, and what surrounds the product
+        const int piece = lane >> 4, row = lane & 15;  // of a product that is not gated the upper lanes idle
+        for (int i = done + warp; i < closing - first_group; i += WARPS) {
+            const int group = first_group + i, from = group * units_of_group, to = from + units_of_group, local = group * pieces + piece - first_tile;
+            const int held = group * pieces + piece - first;  // in the window
+            const bool here = piece < pieces && local >= 0 && local < held_tiles;
+            float value = 0.0f;
+            if (here)
+    #pragma unroll
+                for (int w = 0; w < WARPS; ++w) {
+                    float* found = sums + (held * WARPS + w) * ROWS + row;
+                    value += *found;
+                    *found = 0.0f;
+                }
+            if (from < begin || to > end) {  // other blocks have the rest
+                const int low = (int)(((from + 1) * count - 1) / grains), high = (int)((to * count - 1) / grains);
+                a.partial[((size_t)own * 2 + (i > 0)) * 32 + lane] = value;
+                __threadfence();
+                __syncwarp();
+                int before = 0;
+                if (lane == 0) before = atomicAdd(a.counters + group, 1);
+                if (__shfl_sync(0xffffffff, before, 0) != high - low) continue;
+                __threadfence();
+                value = 0.0f;
+                for (int other = low; other <= high; ++other) {
+                    const int other_first = (int)(other * grains / count) / units_of_group;
+                    value += __ldcg(a.partial + ((size_t)other * 2 + (group > other_first)) * 32 + lane);
+                }
+                if (lane == 0) a.counters[group] = 0;
+            }
+            if (piece < pieces) {
+                const int place = group * ROWS + row + piece * half_rows;
+                if (KIND != INT4) value *= here ? factors[local * ROWS + row] : __uint_as_float(a.scale[place]);
+                if (a.squares) value *= *root;
+                if (a.bias) value += from_bf16(a.bias[place]);
+            }
+            const float second = __shfl_down_sync(0xffffffff, value, 16);
+            float y = a.gated ? activated(value, a.gated) * second : value;
+            if (piece > 0) y = 0.0f;
+            else {
+                if (a.residual) y += added[i * ROWS + row];
+                if (a.wide) {
+                    ((float*)a.out)[group * ROWS + row] = y;
+                } else {
+                    const u16 rounded = to_bf16(y);
+                    ((u16*)a.out)[group * ROWS + row] = rounded;
+                    y = from_bf16(rounded);
+                }
+                if (a.next_weight) a.next_x[group * ROWS + row] = to_bf16(y * weights[i * ROWS + row]);
+            }
+            if (a.next_weight) {
+                float total = y * y;
+                for (int step = 8; step > 0; step >>= 1) total += __shfl_xor_sync(0xffffffff, total, step);
+                if (lane == 0) a.next_squares[group] = total;
+            }
+        }
+        if (closing < first_group + held_groups) __syncthreads();
+    }
+}
+
+#define KERNEL(name, kind, slots) \
+    extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) name##_##slots(const Product a) { stream_row<kind, slots>(a); }
+#define KERNELS(slots) KERNEL(row_int8, INT8, slots) KERNEL(row_fp8, FP8, slots) KERNEL(row_int4, INT4, slots)
+KERNELS(2)
+KERNELS(3)
+KERNELS(4)
+KERNELS(5)
+KERNELS(6)

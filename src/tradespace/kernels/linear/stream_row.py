@@ -1,0 +1,144 @@
+"""One row of activations times packed weights on Hopper cards and later ones: `stream_row.cu`, which says how. Same meaning as `triton_rows.rows_linear`."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tradespace.errors import UnsupportedError
+from tradespace.kernels.cuda_module import RESERVED_SHARED, Function, load
+from tradespace.kernels.linear.packed import PackedWeight
+from tradespace.kernels.linear.scratch import Scratch
+from tradespace.spec.cuda import COUNTERS, squares_tiles
+
+if TYPE_CHECKING:
+    from tradespace.kernels.linear.triton_rows import NextNorm
+
+SOURCE = Path(__file__).with_name("stream_row.cu")
+NAMES = {"int8": "row_int8", "fp8": "row_fp8", "int4": "row_int4"}  # kinds of codes → kernels
+COLUMNS = {"int8": 128, "fp8": 128, "int4": 256}  # of a unit
+ROWS, UNIT_BYTES, SCALE_BYTES, WARPS = 16, 2048, 256, 8  # as in the source
+SLOTS = (2, 3, 4, 5, 6)  # of a warp's ring, that there are kernels for
+BESIDE_BYTES = 16 * 1024  # of a multiprocessor's shared memory that are left to attention (`attention/one_query.py`)
+WINDOW_TILES = 16  # tiles whose sums are held at once
+SPLIT_BYTES = 48 * 1024  # of weights that a multiprocessor reads while sums of split rows are put together: parts of whole rows may be so much uneven
+ACTIVATIONS = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4, "relu2": 5}
+
+
+class _Product(ctypes.Structure):
+    """`Product` of the source."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("codes", "scale", "x", "squares", "bias", "residual", "next_weight")),
+        *((name, ctypes.c_void_p) for name in ("out", "next_x", "next_squares", "partial", "counters")),
+        *((name, ctypes.c_uint64) for name in ("block_bytes", "scale_words")),
+        *((name, ctypes.c_int) for name in ("columns", "groups", "whole", "gated", "wide", "window")),
+        ("eps", ctypes.c_float),
+    )
+
+
+@lru_cache(maxsize=8)
+def kernels(device: torch.device) -> dict[str, Function] | None:
+    """The kernels on this device; None where it or its software cannot run them."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+        return None
+    try:
+        return load(SOURCE, tuple(f"{name}_{slots}" for name in NAMES.values() for slots in SLOTS), device)
+    except UnsupportedError:
+        return None
+
+
+@lru_cache(maxsize=8)
+def room(device: torch.device) -> tuple[int, int]:
+    """(multiprocessors, bytes of shared memory of which two blocks find room on one)."""
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, (properties.shared_memory_per_multiprocessor - BESIDE_BYTES) // 2 - RESERVED_SHARED
+
+
+def takes(weight: PackedWeight, x_TC: Tensor, *, gated: str | None) -> bool:
+    """Whether this kernel computes such a product: one row of bf16, int8 or fp8 of scales a row or int4 of groups of 128, whole blocks of rows."""
+    layout, groups = weight.layout, weight.rows // ROWS // (2 if gated else 1)
+    if len(x_TC) != 1 or x_TC.dtype != torch.bfloat16 or layout.kind not in NAMES or gated not in ACTIVATIONS:
+        return False
+    if weight.zero is not None or (layout.kind == "int4" and layout.group != 128) or weight.rows % (ROWS * (2 if gated else 1)):
+        return False
+    if x_TC.data_ptr() % 16 or weight.columns % 8 or kernels(x_TC.device) is None:
+        return False
+    shape = _shape(weight, gated is not None)
+    return shape.slots >= 2 and (shape.whole or groups <= COUNTERS)
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Blocks of threads, whether each takes whole rows, slots of a warp's ring, groups of rows whose sums are held at once, bytes of shared memory."""
+
+    blocks: int
+    whole: bool
+    slots: int
+    window: int
+    shared_bytes: int
+
+
+def _shape(weight: PackedWeight, gated: bool) -> Shape:
+    return shape_of(weight.layout.kind, weight.rows, weight.columns, gated, *room(weight.codes.device))
+
+
+@lru_cache(maxsize=256)
+def shape_of(kind: str, rows: int, columns: int, gated: bool, multiprocessors: int, most: int) -> Shape:
+    """For a matrix of these rows (gated: of both halves) on so many multiprocessors, `most` bytes of shared memory to a block."""
+    units_of_tile, groups = -(-columns // COLUMNS[kind]), rows // ROWS // (2 if gated else 1)
+    units_of_group = units_of_tile * (2 if gated else 1)
+    blocks = min(multiprocessors, groups)
+    uneven = (-(-groups // blocks) - groups / multiprocessors) * units_of_group * UNIT_BYTES
+    whole = uneven <= SPLIT_BYTES
+    if not whole:
+        blocks = min(multiprocessors, groups * units_of_group)
+    each = -(-groups // blocks) * units_of_group if whole else -(-groups * units_of_group // blocks)
+    tiles = -(-each // units_of_tile) + (0 if whole else 1)  # that a block may have parts of
+    held = -(-each // units_of_group) + (0 if whole else 1)
+    window = min(held, max(1, WINDOW_TILES // (2 if gated else 1)))
+    fixed = 128 + 2 * units_of_tile * COLUMNS[kind] + 4 * ROWS * (tiles + window * (2 if gated else 1) * WARPS + 2 * held)
+    slot = UNIT_BYTES + (SCALE_BYTES if kind == "int4" else 0)
+    slots = max(0, min(SLOTS[-1], (most - fixed) // (WARPS * slot)))
+    return Shape(blocks, whole, slots, window, fixed + WARPS * slots * slot)
+
+
+def stream_row(
+    x_1C: Tensor,
+    weight: PackedWeight,
+    scratch: Scratch,
+    out_1R: Tensor,
+    *,
+    bias_R: Tensor | None = None,
+    residual_1R: Tensor | None = None,
+    gated: str | None = None,
+    squares_1S: Tensor | None = None,
+    eps: float = 0.0,
+    next_norm: NextNorm | None = None,
+    pdl: bool = False,
+) -> Tensor:
+    """`rows_linear` of one row; `takes` comes first."""
+    found = kernels(x_1C.device)
+    assert found is not None and weight.scale is not None, "takes() comes first"
+    shape = _shape(weight, gated is not None)
+
+    def address(part: Tensor | None) -> int | None:
+        return None if part is None else part.data_ptr()
+
+    parameters = _Product(
+        weight.codes.data_ptr(), weight.scale.data_ptr(), x_1C.data_ptr(), address(squares_1S), address(bias_R), address(residual_1R),
+        None if next_norm is None else next_norm.weight_R.data_ptr(), out_1R.data_ptr(), None if next_norm is None else next_norm.x_TR.data_ptr(),
+        None if next_norm is None else next_norm.squares_TS.data_ptr(), scratch.partial.data_ptr(), scratch.counters.data_ptr(),
+        weight.codes.stride(0), weight.scale.stride(0) // 2 if weight.layout.kind == "int4" else 0,
+        weight.columns, weight.rows // ROWS // (2 if gated else 1), int(shape.whole), ACTIVATIONS[gated], int(out_1R.dtype == torch.float32), shape.window, eps,
+    )  # fmt: skip
+    assert squares_1S is None or squares_1S.shape[1] == squares_tiles(weight.columns), "sums of squares of other columns"
+    stream = torch.cuda.current_stream(x_1C.device).cuda_stream
+    found[f"{NAMES[weight.layout.kind]}_{shape.slots}"]((shape.blocks, 1), WARPS * 32, shape.shared_bytes, parameters, stream, pdl=pdl)
+    return out_1R
