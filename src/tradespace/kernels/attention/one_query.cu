@@ -59,15 +59,16 @@ __device__ __forceinline__ void one_query(const Query& a) {
     constexpr int LANES = H / 16, AT_ONCE = THREADS / LANES;  // lanes that share a key, keys that the block meets at once
     constexpr int PAIRS = H / 2, PARTS = THREADS / PAIRS;     // of the values: threads side by side, and keys at once
     constexpr int EACH = TILE / PARTS;
+    constexpr int WORDS = G == 1 ? 1 : G == 2 ? 2 : 4, W = (G + WORDS - 1) / WORDS * WORDS;  // a key's scores of all heads, as they are read
     static_assert(AT_ONCE >= TILE && PARTS >= 1, "a tile is met at once");
     extern __shared__ __align__(16) float shared[];
     float* queries = shared;                  // (G, H)
-    float* fresh_key = queries + G * H;       // (H), as the cache holds it
-    float* fresh_value = fresh_key + H;       // (H)
-    float* found = fresh_value + H;           // (G, H)
+    u32* fresh_key = (u32*)(queries + G * H);  // (H / 2), as the cache holds it
+    u32* fresh_value = fresh_key + PAIRS;      // (H / 2)
+    float* found = (float*)(fresh_value + PAIRS);  // (G, H)
     float* peaks = found + G * H;             // (G)
     float* totals = peaks + G;                // (G)
-    float* scores = totals + G;               // (G, most)
+    float* scores = totals + G + 2 * G % 4;   // (most, W)
     const int rank = blockIdx.x, head = blockIdx.y, thread = threadIdx.x, warp = thread >> 5, lane = thread & 31;
     asm volatile("griddepcontrol.launch_dependents;");
 
@@ -109,39 +110,42 @@ __device__ __forceinline__ void one_query(const Query& a) {
     asm volatile("griddepcontrol.wait;" ::: "memory");
     const u16* own_key = a.qkv + (u64)a.num_kv * G * H + (u64)head * H;
     const u16* own_value = a.qkv + (u64)a.num_kv * (G + 1) * H + (u64)head * H;
-#pragma unroll
+#pragma unroll 1
     for (int g = thread / QUADS; g < G + 2; g += THREADS / QUADS) {
         const u16* from = g < G ? a.qkv + (u64)(head * G + g) * H : g == G ? own_key : own_value;
-        float* to = g < G ? queries + g * H : g == G ? fresh_key : fresh_value;
         const u32 x = *(const u32*)(from + quad * 2), y = *(const u32*)(from + PAIRS + quad * 2);
         u32 first = x, second = y;
         if (g <= G && a.table) {
             first = packed(low(x) * turn.x - low(y) * turn.y, high(x) * turn.z - high(y) * turn.w);
             second = packed(low(y) * turn.x + low(x) * turn.y, high(y) * turn.z + high(x) * turn.w);
         }
-        to[quad * 2] = low(first), to[quad * 2 + 1] = high(first);
-        to[PAIRS + quad * 2] = low(second), to[PAIRS + quad * 2 + 1] = high(second);
-        if (g >= G && rank == 0 && slot >= 0) {
-            u16* kept = g == G ? a.keys + slot * a.key_slot + head * a.key_head : a.values + slot * a.value_slot + head * a.value_head;
-            *(u32*)(kept + quad * 2) = first;
-            *(u32*)(kept + PAIRS + quad * 2) = second;
+        if (g < G) {
+            *(float2*)(queries + g * H + quad * 2) = make_float2(low(first), high(first));
+            *(float2*)(queries + g * H + PAIRS + quad * 2) = make_float2(low(second), high(second));
+        } else {
+            u32* to = g == G ? fresh_key : fresh_value;
+            to[quad] = first, to[QUADS + quad] = second;
+            if (rank == 0 && slot >= 0) {
+                u16* kept = g == G ? a.keys + slot * a.key_slot + head * a.key_head : a.values + slot * a.value_slot + head * a.value_head;
+                *(u32*)(kept + quad * 2) = first;
+                *(u32*)(kept + PAIRS + quad * 2) = second;
+            }
         }
     }
     __syncthreads();
 
     // ---------------------------------------------------------------- scores, in units of log 2
+#pragma unroll 1
     for (int index = 0; index < own_tiles; ++index) {
         const int position = tile_start(index) + key_of;
         const bool there = key_of < TILE && position < length && position >= low_key;
         if (index > 0 && there && position != newest) k0 = key_at(position)[0], k1 = key_at(position)[1];
-        float k[16];
+        if (position == newest) k0 = ((const uint4*)fresh_key)[key_lane * 2], k1 = ((const uint4*)fresh_key)[key_lane * 2 + 1];
         const u32 words[8] = {k0.x, k0.y, k0.z, k0.w, k1.x, k1.y, k1.z, k1.w};
+        float k[16];
 #pragma unroll
         for (int i = 0; i < 8; ++i) k[2 * i] = low(words[i]), k[2 * i + 1] = high(words[i]);
-        if (position == newest)
-#pragma unroll
-            for (int i = 0; i < 16; ++i) k[i] = fresh_key[key_lane * 16 + i];
-#pragma unroll
+#pragma unroll 1
         for (int g = 0; g < G; ++g) {
             const float4* q = (const float4*)(queries + g * H + key_lane * 16);
             float sum = 0.0f;
@@ -154,20 +158,26 @@ __device__ __forceinline__ void one_query(const Query& a) {
             for (int step = LANES / 2; step > 0; step >>= 1) sum += __shfl_xor_sync(0xffffffff, sum, step);
             sum *= a.scale;
             if (a.cap > 0.0f) sum = a.cap * (1.0f - 2.0f / (1.0f + __expf(2.0f * sum / a.cap)));
-            if (key_lane == 0 && key_of < TILE) scores[g * a.most + index * TILE + key_of] = there ? sum * 1.4426950408889634f : NOTHING;
+            if (key_lane == 0 && key_of < TILE) scores[(index * TILE + key_of) * W + g] = there ? sum * 1.4426950408889634f : NOTHING;
         }
     }
     __syncthreads();
+    const int keys = own_tiles * TILE;
+#pragma unroll 1
     for (int g = warp; g < G; g += THREADS / 32) {
         float peak = NOTHING, total = 0.0f;
-        for (int i = lane; i < own_tiles * TILE; i += 32) peak = fmaxf(peak, scores[g * a.most + i]);
+#pragma unroll 1
+        for (int i = lane; i < keys; i += 32) peak = fmaxf(peak, scores[i * W + g]);
+#pragma unroll
         for (int step = 16; step > 0; step >>= 1) peak = fmaxf(peak, __shfl_xor_sync(0xffffffff, peak, step));
         const float ground = peak == NOTHING ? 0.0f : peak;
-        for (int i = lane; i < own_tiles * TILE; i += 32) {
-            const float share = exp2_of(scores[g * a.most + i] - ground);
-            scores[g * a.most + i] = share;
+#pragma unroll 1
+        for (int i = lane; i < keys; i += 32) {
+            const float share = exp2_of(scores[i * W + g] - ground);
+            scores[i * W + g] = share;
             total += share;
         }
+#pragma unroll
         for (int step = 16; step > 0; step >>= 1) total += __shfl_xor_sync(0xffffffff, total, step);
         if (lane == 0) peaks[g] = peak, totals[g] = total;
     }
@@ -175,6 +185,7 @@ __device__ __forceinline__ void one_query(const Query& a) {
 
     // ---------------------------------------------------------------- values
     float acc[G][2] = {};
+#pragma unroll 1
     for (int index = 0; index < own_tiles; ++index) {
         if (index > 0)
 #pragma unroll
@@ -185,22 +196,26 @@ __device__ __forceinline__ void one_query(const Query& a) {
 #pragma unroll
         for (int i = 0; i < EACH; ++i) {
             const int local = i * PARTS + part;
-            float x = low(v[i]), y = high(v[i]);
-            if (tile_start(index) + local == newest) x = fresh_value[pair * 2], y = fresh_value[pair * 2 + 1];
+            if (tile_start(index) + local == newest) v[i] = fresh_value[pair];
+            const float x = low(v[i]), y = high(v[i]);
+            float share[W];
 #pragma unroll
-            for (int g = 0; g < G; ++g) {
-                const float share = scores[g * a.most + index * TILE + local];
-                acc[g][0] += share * x, acc[g][1] += share * y;
-            }
+            for (int g = 0; g < W; g += WORDS)
+                if (WORDS == 4) *(float4*)(share + g) = *(const float4*)(scores + (index * TILE + local) * W + g);
+                else if (WORDS == 2) *(float2*)(share + g) = *(const float2*)(scores + (index * TILE + local) * W + g);
+                else share[g] = scores[(index * TILE + local) * W + g];
+#pragma unroll
+            for (int g = 0; g < G; ++g) acc[g][0] += share[g] * x, acc[g][1] += share[g] * y;
         }
     }
+#pragma unroll 1
     for (int turns = 0; turns < PARTS; ++turns) {
         if (part == turns)
 #pragma unroll
             for (int g = 0; g < G; ++g) {
-                float* to = found + g * H + pair * 2;
-                to[0] = turns ? to[0] + acc[g][0] : acc[g][0];
-                to[1] = turns ? to[1] + acc[g][1] : acc[g][1];
+                float2* to = (float2*)(found + g * H + pair * 2);
+                const float2 before = turns ? *to : make_float2(0.0f, 0.0f);
+                *to = make_float2(before.x + acc[g][0], before.y + acc[g][1]);
             }
         __syncthreads();
     }

@@ -53,6 +53,11 @@ def most_keys(context: int) -> int:
     return -(-(-(-context // TILE)) // RANKS) * TILE
 
 
+def padded_heads(G: int) -> int:
+    """Scores of a key, as they lie in shared memory."""
+    return G if G < 3 else -(-G // 4) * 4
+
+
 def takes(mixer: Attention, planes: Planes, context: int, *, norms: bool, sinks: bool) -> bool:
     """Whether the kernel computes such a layer for sequences of up to `context` tokens: a causal or sliding layer over a bf16 cache, rotated whole or not."""
     rope, pattern = mixer.rope, mixer.pattern
@@ -61,7 +66,7 @@ def takes(mixer: Attention, planes: Planes, context: int, *, norms: bool, sinks:
         return False
     if rope is not None and (rope.dims != mixer.H or rope.interleaved):
         return False
-    if context > LONGEST_CONTEXT or 4 * mixer.G * most_keys(context) > SCORE_BYTES:
+    if context > LONGEST_CONTEXT or 4 * padded_heads(mixer.G) * most_keys(context) > SCORE_BYTES:
         return False
     whole = all(plane.dtype == torch.bfloat16 and plane.stride(0) % 8 == plane.stride(1) % 8 == 0 for plane in (planes.keys, planes.values))
     return whole and kernels(planes.keys.device) is not None
@@ -92,7 +97,7 @@ def one_query(
         planes.keys.stride(0), planes.keys.stride(1), planes.values.stride(0), planes.values.stride(1),
         mixer.softmax_scale, mixer.logit_softcap or 0.0, min(windows, default=0), planes.block_size, mixer.K, most,
     )  # fmt: skip
-    shared_bytes = 4 * (2 * G * H + 2 * H + 2 * G + G * most)
+    shared_bytes = 4 * (2 * G * H + H + 2 * G + 2 + padded_heads(G) * most)
     stream = torch.cuda.current_stream(qkv_1X.device).cuda_stream
     found[f"one_query_{G}_{H}"]((RANKS, mixer.K), THREADS, shared_bytes, parameters, stream, pdl=pdl)
     return out_1NH

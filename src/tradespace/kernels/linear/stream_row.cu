@@ -9,8 +9,11 @@
 // Parts are whole rows where that is nearly even; else rows whose units lie in several blocks are summed by the last of these to finish, in the order of their
 // columns. Either way results are the same bits every time.
 //
-// The weights are the left operand of the tensor cores' product (16 rows by 16 columns), decoded in registers; the activations are one column of the right one.
-// Which columns of the chunk a lane holds is free as long as both sides agree: a lane takes what lies in 16 bytes.
+// The weights are the left operand of the tensor cores' product, the activations one or two columns of the right one. Which columns of the chunk a lane holds is
+// free as long as both sides agree: a lane takes what lies in 16 bytes.
+// Integer codes meet integers: activations of each 128 columns become 16-bit ones of one scale (the largest is 32,512 of them), as two 8-bit digits, a column of
+// the right operand each. int8 then needs no decoding at all and int4 three instructions for eight weights; sums are exact, and what rounding the activations
+// loses, 2^-17 of the largest of 128, is far below what rounding the result to bf16 does. fp8 is decoded to bf16 and meets the activations as they are.
 //
 // Needs compute capability 9.0 (programmatic dependent launch, bulk copies). Layouts: kernels/linear/packed.py.
 
@@ -88,32 +91,18 @@ __device__ __forceinline__ u32 merge(u32 word, u32 mask, u32 magic) {
     asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(found) : "r"(word), "r"(mask), "r"(magic));
     return found;
 }
-__device__ __forceinline__ u32 minus(u32 a, u32 b) {
-    u32 found;
-    asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(found) : "r"(a), "r"(b));
-    return found;
-}
 __device__ __forceinline__ u32 times(u32 a, u32 b) {
     u32 found;
     asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(found) : "r"(a), "r"(b));
     return found;
 }
 
-// Two bytes of each 16 bits → two pairs of bf16: the low ones, the high ones. The tricks are those of triton_decode.py.
-template <int KIND>
+// Two e4m3 of each 16 bits → two pairs of bf16: the low ones, the high ones. The trick is that of triton_decode.py.
 __device__ __forceinline__ void two(u32 word, u32& low, u32& high) {
-    if (KIND == INT8) {
-        u32 above = word >> 8;
-        low = minus(merge(word, 0x007f007f, 0x43004300), merge(word, 0x00800080, 0x43004300));
-        high = minus(merge(above, 0x007f007f, 0x43004300), merge(above, 0x00800080, 0x43004300));
-    } else {
-        u32 up = word << 8;
-        low = times(merge(up, 0x80008000, (up >> 4) & 0x07f007f0), 0x7b807b80);
-        high = times(merge(word, 0x80008000, (word >> 4) & 0x07f007f0), 0x7b807b80);
-    }
+    const u32 up = word << 8;
+    low = times(merge(up, 0x80008000, (up >> 4) & 0x07f007f0), 0x7b807b80);
+    high = times(merge(word, 0x80008000, (word >> 4) & 0x07f007f0), 0x7b807b80);
 }
-
-__device__ __forceinline__ u32 nibbles(u32 word) { return minus(merge(word, 0x000f000f, 0x43004300), 0x43084308); }
 
 // c += a b: a 16 x 16 (rows g and g + 8 of a quad's group), b 16 x 8
 __device__ __forceinline__ void multiply(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
@@ -127,6 +116,41 @@ __device__ __forceinline__ void multiply_run(float (&c)[4], const u32 (&p)[4], c
     multiply(c, p[2], q[2], p[3], q[3], x.z, x.w);
 }
 
+// c += a b in integers: a 16 x 32 (signed or not), b 32 x 8 signed
+template <int KIND>
+__device__ __forceinline__ void multiply_integers(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    if (KIND == INT4)
+        asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+            : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+            : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+    else
+        asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+            : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+            : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// 128 activations in place, by one warp: bf16 in order → two digits of 16-bit integers, each as the lanes of a product read it: (digit, t, j, half), words of the
+// columns c, c + 64, c + 1, c + 65 with c = 32 half + 8 t + 2 j. Their scale and their sum.
+__device__ __forceinline__ void to_integers(u32* x, float* scale, int* sum, int lane) {
+    const int half = lane & 1, j = lane >> 1 & 3, t = lane >> 3, pair = 16 * half + 4 * t + j;
+    const u32 a = x[pair], b = x[pair + 32];
+    u32 most = max(max(a & 0x7fff, a >> 16 & 0x7fff), max(b & 0x7fff, b >> 16 & 0x7fff));
+    most = __reduce_max_sync(0xffffffff, most);
+    const float largest = from_bf16(most), inverse = most ? 32512.0f / largest : 0.0f;
+    const int v[4] = {__float2int_rn(from_bf16(a & 0xffff) * inverse), __float2int_rn(from_bf16(b & 0xffff) * inverse),
+                      __float2int_rn(__uint_as_float(a & 0xffff0000) * inverse), __float2int_rn(__uint_as_float(b & 0xffff0000) * inverse)};
+    u32 above = 0, below = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        above |= (u32)((v[i] + 128) >> 8 & 255) << (8 * i);
+        below |= (u32)(v[i] & 255) << (8 * i);
+    }
+    const int total = __reduce_add_sync(0xffffffff, v[0] + v[1] + v[2] + v[3]);
+    const int place = t * 8 + j * 2 + half;
+    x[place] = above, x[32 + place] = below;
+    if (lane == 0) *scale = largest / 32512.0f, *sum = total;
+}
+
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + __expf(-x)); }
 __device__ __forceinline__ float activated(float x, int name) {
     if (name == 1) return x * sigmoid(x);                                                                           // silu
@@ -136,51 +160,54 @@ __device__ __forceinline__ float activated(float x, int name) {
     return name == 4 ? y : y * y;                                                                                   // relu, relu2
 }
 
-// One unit: acc += 16 rows of weights times x's columns, chains of sums side by side. chunks: of int4, that are there
-template <int KIND>
-__device__ __forceinline__ void meet(float (&acc)[4][4], const u8* slot, const u16* x, int chunks, int lane) {
-    const int g = lane >> 2, t = lane & 3;
-    const uint4* own = (const uint4*)slot + lane;
-    const bool first = g == 0;  // the lanes that hold the right operand's first column
+// One unit of bytes of bf16's kind: acc += 16 rows of weights times x's columns, chains of sums side by side
+__device__ __forceinline__ void meet_floats(float (&acc)[4][4], const u8* slot, const u16* x, int lane) {
+    const int t = lane & 3;
+    const bool first = lane < 4;  // the lanes that hold the right operand's first column
     const uint4 none = make_uint4(0, 0, 0, 0);
-    if (KIND == INT4) {
-        const u32 scale = *((const u32*)(slot + UNIT) + lane), scale_below = *((const u32*)(slot + UNIT) + 32 + lane);
+    const uint4* own = (const uint4*)slot + lane;
 #pragma unroll
-        for (int chunk = 0; chunk < 2; ++chunk) {
-            if (chunk >= chunks) break;
-            const uint4 above = own[chunk * 64], below = own[chunk * 64 + 32];
-            const u32 w[4] = {above.x, above.y, above.z, above.w}, v[4] = {below.x, below.y, below.z, below.w};
-            float part[4][4] = {};
+    for (int half = 0; half < 2; ++half) {
+        const uint4 low = first ? *(const uint4*)(x + half * 32 + t * 8) : none, high = first ? *(const uint4*)(x + 64 + half * 32 + t * 8) : none;
+        const uint4 above = own[half * 64], below = own[half * 64 + 32];
+        const u32 w[4] = {above.x, above.y, above.z, above.w}, v[4] = {below.x, below.y, below.z, below.w};
+        u32 p[4], q[4], r[4], s[4];
 #pragma unroll
-            for (int r = 0; r < 4; ++r) {
-                const uint4 run = first ? *(const uint4*)(x + chunk * 128 + r * 32 + t * 8) : none;
-                u32 p[4], q[4];
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    p[i] = nibbles(w[i] >> (4 * r));
-                    q[i] = nibbles(v[i] >> (4 * r));
-                }
-                multiply_run(part[r], p, q, run);
-            }
-            acc[chunk][0] += ((part[0][0] + part[1][0]) + (part[2][0] + part[3][0])) * from_half(scale >> (chunk * 16));
-            acc[chunk][2] += ((part[0][2] + part[1][2]) + (part[2][2] + part[3][2])) * from_half(scale_below >> (chunk * 16));
+        for (int i = 0; i < 4; ++i) {
+            two(w[i], p[i], r[i]);
+            two(v[i], q[i], s[i]);
         }
-    } else {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const uint4 low = first ? *(const uint4*)(x + half * 32 + t * 8) : none, high = first ? *(const uint4*)(x + 64 + half * 32 + t * 8) : none;
-            const uint4 above = own[half * 64], below = own[half * 64 + 32];
-            const u32 w[4] = {above.x, above.y, above.z, above.w}, v[4] = {below.x, below.y, below.z, below.w};
-            u32 p[4], q[4], r[4], s[4];
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                two<KIND>(w[i], p[i], r[i]);
-                two<KIND>(v[i], q[i], s[i]);
-            }
-            multiply_run(acc[half * 2], p, q, low);
-            multiply_run(acc[half * 2 + 1], r, s, high);
-        }
+        multiply_run(acc[half * 2], p, q, low);
+        multiply_run(acc[half * 2 + 1], r, s, high);
     }
+}
+
+// One chunk of 128 columns of integers: rows g and g + 8 of it times the digits of x
+template <int KIND>
+__device__ __forceinline__ void meet_chunk(float (&acc)[4], const uint4* above, const uint4* below, const u32* x, float x_scale, int x_sum, float scale, float scale_below,
+                                           int lane) {
+    const uint4 none = make_uint4(0, 0, 0, 0);
+    const uint4* digits = (const uint4*)(x + (lane >> 2) * 32 + (lane & 3) * 8);
+    const bool holds = lane < 8;  // the first column: the upper digits, the second: the lower ones
+    const uint4 b01 = holds ? digits[0] : none, b23 = holds ? digits[1] : none;
+    int c[2][4] = {};
+    if (KIND == INT4) {
+        const uint4 w = above[0], v = below[0];
+        constexpr u32 mask = 0x0f0f0f0f;
+        multiply_integers<KIND>(c[0], w.x & mask, v.x & mask, w.x >> 4 & mask, v.x >> 4 & mask, b01.x, b01.y);
+        multiply_integers<KIND>(c[1], w.y & mask, v.y & mask, w.y >> 4 & mask, v.y >> 4 & mask, b01.z, b01.w);
+        multiply_integers<KIND>(c[0], w.z & mask, v.z & mask, w.z >> 4 & mask, v.z >> 4 & mask, b23.x, b23.y);
+        multiply_integers<KIND>(c[1], w.w & mask, v.w & mask, w.w >> 4 & mask, v.w >> 4 & mask, b23.z, b23.w);
+    } else {
+        const uint4 w = above[0], v = below[0], u = above[64], s = below[64];
+        multiply_integers<KIND>(c[0], w.x, v.x, u.x, s.x, b01.x, b01.y);
+        multiply_integers<KIND>(c[1], w.y, v.y, u.y, s.y, b01.z, b01.w);
+        multiply_integers<KIND>(c[0], w.z, v.z, u.z, s.z, b23.x, b23.y);
+        multiply_integers<KIND>(c[1], w.w, v.w, u.w, s.w, b23.z, b23.w);
+    }
+    const int shift = KIND == INT4 ? 8 * x_sum : 0;
+    acc[0] += (float)((c[0][0] + c[1][0]) * 256 + (c[0][1] + c[1][1]) - shift) * (x_scale * scale);
+    acc[2] += (float)((c[0][2] + c[1][2]) * 256 + (c[0][3] + c[1][3]) - shift) * (x_scale * scale_below);
 }
 
 template <int KIND, int SLOTS>
@@ -211,6 +238,9 @@ __device__ __forceinline__ void stream_row(const Product& a) {
     float* added = (float*)at;  // (held_groups, ROWS)
     at += held_groups * ROWS * 4;
     float* weights = (float*)at;  // likewise
+    at += held_groups * ROWS * 4;
+    float* x_scales = (float*)at;  // (padded / 128) of integers
+    int* x_sums = (int*)(at + padded / 128 * 4);
 
     asm volatile("griddepcontrol.launch_dependents;");
 
@@ -292,6 +322,11 @@ __device__ __forceinline__ void stream_row(const Product& a) {
         if (lane == 0) *root = rsqrtf(total / a.columns + a.eps);
     }
     wait_for(x_here, 0);
+    if (KIND != FP8) {
+#pragma unroll 2
+        for (int chunk = warp; chunk < padded / 128; chunk += WARPS) to_integers((u32*)x + chunk * 64, x_scales + chunk, x_sums + chunk, lane);
+        __syncthreads();
+    }
 
     // ------------------------------------------------------------------------------------ the products
     float acc[4][4] = {};
@@ -315,8 +350,20 @@ __device__ __forceinline__ void stream_row(const Product& a) {
         for (; index < until; index += WARPS) {
             if (tile != last) put(last - first), last = tile;
             wait_units<SLOTS - 1>();
-            const int left = KIND == INT4 && unit * 256 + 128 >= a.columns ? 1 : 2;
-            meet<KIND>(acc, ring + slot * Shape<KIND>::slot, x + unit * Shape<KIND>::columns, left, lane);
+            const u8* held = ring + slot * Shape<KIND>::slot;
+            const uint4* own = (const uint4*)held + lane;
+            if (KIND == FP8) {
+                meet_floats(acc, held, x + unit * Shape<KIND>::columns, lane);
+            } else if (KIND == INT8) {
+                meet_chunk<KIND>(acc[0], own, own + 32, (const u32*)x + unit * 64, x_scales[unit], 0, 1.0f, 1.0f, lane);
+            } else {
+                const u32 scale = *((const u32*)(held + UNIT) + lane), below = *((const u32*)(held + UNIT) + 32 + lane);
+#pragma unroll
+                for (int half = 0; half < 2; ++half)
+                    if (unit * 256 + half * 128 < a.columns)
+                        meet_chunk<KIND>(acc[half], own + half * 64, own + half * 64 + 32, (const u32*)x + (unit * 2 + half) * 64, x_scales[unit * 2 + half],
+                                         x_sums[unit * 2 + half], from_half(scale >> (half * 16)), from_half(below >> (half * 16)), lane);
+            }
             ask(slot);
             if (++slot == SLOTS) slot = 0;
             unit += WARPS;

@@ -103,7 +103,7 @@ def shape_of(kind: str, rows: int, columns: int, gated: bool, multiprocessors: i
     tiles = -(-each // units_of_tile) + (0 if whole else 1)  # that a block may have parts of
     held = -(-each // units_of_group) + (0 if whole else 1)
     window = min(held, max(1, WINDOW_TILES // (2 if gated else 1)))
-    fixed = 128 + 2 * units_of_tile * COLUMNS[kind] + 4 * ROWS * (tiles + window * (2 if gated else 1) * WARPS + 2 * held)
+    fixed = 128 + 2 * units_of_tile * COLUMNS[kind] + units_of_tile * COLUMNS[kind] // 16 + 4 * ROWS * (tiles + window * (2 if gated else 1) * WARPS + 2 * held)
     slot = UNIT_BYTES + (SCALE_BYTES if kind == "int4" else 0)
     slots = max(0, min(SLOTS[-1], (most - fixed) // (WARPS * slot)))
     return Shape(blocks, whole, slots, window, fixed + WARPS * slots * slot)
