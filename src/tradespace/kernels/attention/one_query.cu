@@ -29,7 +29,7 @@ struct Query {
 };
 
 #define NOTHING __int_as_float(0xff800000)  // minus infinity
-constexpr int RANKS = 8, THREADS = 128, TILE = 16;
+constexpr int RANKS = 8, THREADS = 128, TILE = 16, HELD = 2;  // HELD: tiles that a block reads at once
 
 __device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }
 __device__ __forceinline__ float high(u32 pair) { return __uint_as_float(pair & 0xffff0000); }
@@ -68,7 +68,8 @@ __device__ __forceinline__ void one_query(const Query& a) {
     float* found = (float*)(fresh_value + PAIRS);  // (G, H)
     float* peaks = found + G * H;             // (G)
     float* totals = peaks + G;                // (G)
-    float* scores = totals + G + 2 * G % 4;   // (most, W)
+    int* slots = (int*)(totals + G + 2 * G % 4);  // (most): where this block's keys lie
+    float* scores = (float*)(slots + a.most);     // (most, W)
     const int rank = blockIdx.x, head = blockIdx.y, thread = threadIdx.x, warp = thread >> 5, lane = thread & 31;
     asm volatile("griddepcontrol.launch_dependents;");
 
@@ -78,27 +79,45 @@ __device__ __forceinline__ void one_query(const Query& a) {
     const int first_tile = low_key / TILE, tiles = (length + TILE - 1) / TILE - first_tile;
     const int own_tiles = tiles > rank ? (tiles - rank + RANKS - 1) / RANKS : 0;
     const auto tile_start = [&](int index) { return (first_tile + rank + RANKS * index) * TILE; };
-    const auto slot_of = [&](int position) { return (u64)a.blocks[position / a.block_size] * a.block_size + position % a.block_size; };
     const int key_lane = thread % LANES, key_of = thread / LANES;  // keys: 16 channels a lane
     const int pair = thread % PAIRS, part = thread / PAIRS;        // values: two channels a thread
-    const auto key_at = [&](int position) { return (const uint4*)(a.keys + slot_of(position) * a.key_slot + head * a.key_head + key_lane * 16); };
-    const auto value_at = [&](int position) { return (const u32*)(a.values + slot_of(position) * a.value_slot + head * a.value_head + pair * 2); };
-    uint4 k0 = make_uint4(0, 0, 0, 0), k1 = k0;
-    u32 v[EACH] = {};
-    if (own_tiles > 0) {
-        const int position = tile_start(0) + key_of;
-        if (key_of < TILE && position < newest) k0 = key_at(position)[0], k1 = key_at(position)[1];
+    for (int i = thread; i < own_tiles * TILE; i += THREADS) {
+        const int position = min(tile_start(i / TILE) + i % TILE, newest);
+        const int slot = position < 0 ? 0 : a.blocks[position / a.block_size] * a.block_size + position % a.block_size;
+        slots[i] = slot;
+        if (i >= HELD * TILE) {
+            const u16 *key = a.keys + (u64)slot * a.key_slot + head * a.key_head, *value = a.values + (u64)slot * a.value_slot + head * a.value_head;
 #pragma unroll
-        for (int i = 0; i < EACH; ++i)
-            if (tile_start(0) + i * PARTS + part < newest) v[i] = *value_at(tile_start(0) + i * PARTS + part);
-    }
-    for (int i = thread; i < (own_tiles - 1) * TILE; i += THREADS) {
-        const int position = tile_start(1 + i / TILE) + i % TILE;
-        if (position < newest) {
-            const u16 *key = a.keys + slot_of(position) * a.key_slot + head * a.key_head, *value = a.values + slot_of(position) * a.value_slot + head * a.value_head;
             for (int line = 0; line < H; line += 64) asm volatile("prefetch.global.L2 [%0];\nprefetch.global.L2 [%1];" ::"l"(key + line), "l"(value + line));
         }
     }
+    __syncthreads();
+    uint4 k[HELD][2];
+    u32 v[HELD][EACH];
+    const auto load_keys = [&](int from) {  // of HELD tiles; what there is not is not read, and what is newest lies elsewhere
+#pragma unroll
+        for (int h = 0; h < HELD; ++h) {
+            const int local = (from + h) * TILE + key_of;
+            k[h][0] = k[h][1] = make_uint4(0, 0, 0, 0);
+            if (from + h < own_tiles && key_of < TILE && tile_start(from + h) + key_of < newest) {
+                const uint4* key = (const uint4*)(a.keys + (u64)slots[local] * a.key_slot + head * a.key_head + key_lane * 16);
+                k[h][0] = key[0], k[h][1] = key[1];
+            }
+        }
+    };
+    const auto load_values = [&](int from) {
+#pragma unroll
+        for (int h = 0; h < HELD; ++h)
+#pragma unroll
+            for (int i = 0; i < EACH; ++i) {
+                const int local = (from + h) * TILE + i * PARTS + part;
+                v[h][i] = 0;
+                if (from + h < own_tiles && tile_start(from + h) + i * PARTS + part < newest)
+                    v[h][i] = *(const u32*)(a.values + (u64)slots[local] * a.value_slot + head * a.value_head + pair * 2);
+            }
+    };
+    load_keys(0);
+    load_values(0);
     const u64 place = *a.position;
     const long long slot = *a.slot;
     constexpr int QUADS = H / 4;  // of a head: channels d, d + 1 and d + H / 2, d + H / 2 + 1, which turn together
@@ -136,29 +155,36 @@ __device__ __forceinline__ void one_query(const Query& a) {
 
     // ---------------------------------------------------------------- scores, in units of log 2
 #pragma unroll 1
-    for (int index = 0; index < own_tiles; ++index) {
-        const int position = tile_start(index) + key_of;
-        const bool there = key_of < TILE && position < length && position >= low_key;
-        if (index > 0 && there && position != newest) k0 = key_at(position)[0], k1 = key_at(position)[1];
-        if (position == newest) k0 = ((const uint4*)fresh_key)[key_lane * 2], k1 = ((const uint4*)fresh_key)[key_lane * 2 + 1];
-        const u32 words[8] = {k0.x, k0.y, k0.z, k0.w, k1.x, k1.y, k1.z, k1.w};
-        float k[16];
+    for (int from = 0; from < own_tiles; from += HELD) {
+        if (from > 0) load_keys(from);
 #pragma unroll
-        for (int i = 0; i < 8; ++i) k[2 * i] = low(words[i]), k[2 * i + 1] = high(words[i]);
-#pragma unroll 1
-        for (int g = 0; g < G; ++g) {
-            const float4* q = (const float4*)(queries + g * H + key_lane * 16);
-            float sum = 0.0f;
+        for (int h = 0; h < HELD; ++h) {
+            if (from + h >= own_tiles) break;
+            const int position = tile_start(from + h) + key_of;
+            const bool there = key_of < TILE && position < length && position >= low_key;
+            if (position == newest) k[h][0] = ((const uint4*)fresh_key)[key_lane * 2], k[h][1] = ((const uint4*)fresh_key)[key_lane * 2 + 1];
+            const u32 words[8] = {k[h][0].x, k[h][0].y, k[h][0].z, k[h][0].w, k[h][1].x, k[h][1].y, k[h][1].z, k[h][1].w};
+            float sums[G];
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const float4 some = q[i];
-                sum += some.x * k[4 * i] + some.y * k[4 * i + 1] + some.z * k[4 * i + 2] + some.w * k[4 * i + 3];
+            for (int g = 0; g < G; ++g) {
+                const float4* q = (const float4*)(queries + g * H + key_lane * 16);
+                sums[g] = 0.0f;
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const float4 some = q[i];
+                    sums[g] += some.x * low(words[2 * i]) + some.y * high(words[2 * i]) + some.z * low(words[2 * i + 1]) + some.w * high(words[2 * i + 1]);
+                }
             }
 #pragma unroll
-            for (int step = LANES / 2; step > 0; step >>= 1) sum += __shfl_xor_sync(0xffffffff, sum, step);
-            sum *= a.scale;
-            if (a.cap > 0.0f) sum = a.cap * (1.0f - 2.0f / (1.0f + __expf(2.0f * sum / a.cap)));
-            if (key_lane == 0 && key_of < TILE) scores[(index * TILE + key_of) * W + g] = there ? sum * 1.4426950408889634f : NOTHING;
+            for (int step = LANES / 2; step > 0; step >>= 1)
+#pragma unroll
+                for (int g = 0; g < G; ++g) sums[g] += __shfl_xor_sync(0xffffffff, sums[g], step);
+#pragma unroll
+            for (int g = 0; g < G; ++g) {
+                float sum = sums[g] * a.scale;
+                if (a.cap > 0.0f) sum = a.cap * (1.0f - 2.0f / (1.0f + __expf(2.0f * sum / a.cap)));
+                if (key_lane == 0 && key_of < TILE) scores[((from + h) * TILE + key_of) * W + g] = there ? sum * 1.4426950408889634f : NOTHING;
+            }
         }
     }
     __syncthreads();
@@ -186,26 +212,25 @@ __device__ __forceinline__ void one_query(const Query& a) {
     // ---------------------------------------------------------------- values
     float acc[G][2] = {};
 #pragma unroll 1
-    for (int index = 0; index < own_tiles; ++index) {
-        if (index > 0)
+    for (int from = 0; from < own_tiles; from += HELD) {
+        if (from > 0) load_values(from);
+#pragma unroll
+        for (int h = 0; h < HELD; ++h) {
+            if (from + h >= own_tiles) break;
 #pragma unroll
             for (int i = 0; i < EACH; ++i) {
-                const int position = tile_start(index) + i * PARTS + part;
-                v[i] = position < newest && position >= low_key ? *value_at(position) : 0;
+                const int local = i * PARTS + part;
+                if (tile_start(from + h) + local == newest) v[h][i] = fresh_value[pair];
+                const float x = low(v[h][i]), y = high(v[h][i]);
+                float share[W];
+#pragma unroll
+                for (int g = 0; g < W; g += WORDS)
+                    if (WORDS == 4) *(float4*)(share + g) = *(const float4*)(scores + ((from + h) * TILE + local) * W + g);
+                    else if (WORDS == 2) *(float2*)(share + g) = *(const float2*)(scores + ((from + h) * TILE + local) * W + g);
+                    else share[g] = scores[((from + h) * TILE + local) * W + g];
+#pragma unroll
+                for (int g = 0; g < G; ++g) acc[g][0] += share[g] * x, acc[g][1] += share[g] * y;
             }
-#pragma unroll
-        for (int i = 0; i < EACH; ++i) {
-            const int local = i * PARTS + part;
-            if (tile_start(index) + local == newest) v[i] = fresh_value[pair];
-            const float x = low(v[i]), y = high(v[i]);
-            float share[W];
-#pragma unroll
-            for (int g = 0; g < W; g += WORDS)
-                if (WORDS == 4) *(float4*)(share + g) = *(const float4*)(scores + (index * TILE + local) * W + g);
-                else if (WORDS == 2) *(float2*)(share + g) = *(const float2*)(scores + (index * TILE + local) * W + g);
-                else share[g] = scores[(index * TILE + local) * W + g];
-#pragma unroll
-            for (int g = 0; g < G; ++g) acc[g][0] += share[g] * x, acc[g][1] += share[g] * y;
         }
     }
 #pragma unroll 1

@@ -23,7 +23,7 @@ SOURCE = Path(__file__).with_name("one_query.cu")
 SHAPES = ((1, 64), (2, 64), (3, 64), (4, 64), (8, 64), (1, 128), (2, 128), (4, 128), (5, 128), (7, 128), (8, 128))  # (G, H) that there are kernels for
 RANKS, THREADS, TILE = 8, 128, 16  # as in the source
 LONGEST_CONTEXT = 4096
-SCORE_BYTES = 8 * 1024  # of shared memory: beside it lie the rings of two products (`linear/stream_row.py`)
+SCORE_BYTES = 10 * 1024  # of shared memory: beside it lie the rings of two products (`linear/stream_row.py`)
 
 
 class _Query(ctypes.Structure):
@@ -66,7 +66,7 @@ def takes(mixer: Attention, planes: Planes, context: int, *, norms: bool, sinks:
         return False
     if rope is not None and (rope.dims != mixer.H or rope.interleaved):
         return False
-    if context > LONGEST_CONTEXT or 4 * padded_heads(mixer.G) * most_keys(context) > SCORE_BYTES:
+    if context > LONGEST_CONTEXT or 4 * (padded_heads(mixer.G) + 1) * most_keys(context) > SCORE_BYTES:
         return False
     whole = all(plane.dtype == torch.bfloat16 and plane.stride(0) % 8 == plane.stride(1) % 8 == 0 for plane in (planes.keys, planes.values))
     return whole and kernels(planes.keys.device) is not None
@@ -97,7 +97,7 @@ def one_query(
         planes.keys.stride(0), planes.keys.stride(1), planes.values.stride(0), planes.values.stride(1),
         mixer.softmax_scale, mixer.logit_softcap or 0.0, min(windows, default=0), planes.block_size, mixer.K, most,
     )  # fmt: skip
-    shared_bytes = 4 * (2 * G * H + H + 2 * G + 2 + padded_heads(G) * most)
+    shared_bytes = 4 * (2 * G * H + H + 2 * G + 2 + (padded_heads(G) + 1) * most)
     stream = torch.cuda.current_stream(qkv_1X.device).cuda_stream
     found[f"one_query_{G}_{H}"]((RANKS, mixer.K), THREADS, shared_bytes, parameters, stream, pdl=pdl)
     return out_1NH

@@ -129,26 +129,42 @@ __device__ __forceinline__ void multiply_integers(int (&c)[4], u32 a0, u32 a1, u
             : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// 128 activations in place, by one warp: bf16 in order → two digits of 16-bit integers, each as the lanes of a product read it: (digit, t, j, half), words of the
-// columns c, c + 64, c + 1, c + 65 with c = 32 half + 8 t + 2 j. Their scale and their sum.
+__device__ __forceinline__ u32 larger16(u32 a, u32 b) {
+    u32 found;
+    asm("max.u16x2 %0, %1, %2;" : "=r"(found) : "r"(a), "r"(b));
+    return found;
+}
+
+// Activations in place, 128 of them by eight lanes: bf16 in order → two digits of 16-bit integers, each as the lanes of a product read it: (digit, t, half, j),
+// words of the columns c, c + 64, c + 1, c + 65 with c = 32 half + 8 t + 2 j. Their scale and their sum. `x`: where the 128 begin, of each eight lanes.
 __device__ __forceinline__ void to_integers(u32* x, float* scale, int* sum, int lane) {
-    const int half = lane & 1, j = lane >> 1 & 3, t = lane >> 3, pair = 16 * half + 4 * t + j;
-    const u32 a = x[pair], b = x[pair + 32];
-    u32 most = max(max(a & 0x7fff, a >> 16 & 0x7fff), max(b & 0x7fff, b >> 16 & 0x7fff));
-    most = __reduce_max_sync(0xffffffff, most);
-    const float largest = from_bf16(most), inverse = most ? 32512.0f / largest : 0.0f;
-    const int v[4] = {__float2int_rn(from_bf16(a & 0xffff) * inverse), __float2int_rn(from_bf16(b & 0xffff) * inverse),
-                      __float2int_rn(__uint_as_float(a & 0xffff0000) * inverse), __float2int_rn(__uint_as_float(b & 0xffff0000) * inverse)};
-    u32 above = 0, below = 0;
+    const int half = lane & 1, t = lane >> 1 & 3, place = 16 * half + 4 * t;  // in words: 32 half + 8 t columns
+    const uint4 near = *(const uint4*)(x + place), far = *(const uint4*)(x + place + 32);
+    const u32 a[4] = {near.x, near.y, near.z, near.w}, b[4] = {far.x, far.y, far.z, far.w};
+    u32 most = 0;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        above |= (u32)((v[i] + 128) >> 8 & 255) << (8 * i);
-        below |= (u32)(v[i] & 255) << (8 * i);
+    for (int j = 0; j < 4; ++j) most = larger16(larger16(most, a[j] & 0x7fff7fff), b[j] & 0x7fff7fff);
+#pragma unroll
+    for (int step = 1; step < 8; step <<= 1) most = larger16(most, __shfl_xor_sync(0xffffffff, most, step));
+    const float largest = from_bf16(max(most & 0xffff, most >> 16));
+    const float inverse = largest > 1e-30f ? __fdividef(32512.0f, largest) : largest == largest ? 0.0f : largest;
+    u32 above[4], below[4];
+    int total = 0;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {  // rounded by adding 1.5 · 2^23: the integer is then what the low bits hold
+        const float magic = 12582912.0f;
+        const u32 v[4] = {__float_as_uint(fmaf(from_bf16(a[j] & 0xffff), inverse, magic)), __float_as_uint(fmaf(from_bf16(b[j] & 0xffff), inverse, magic)),
+                          __float_as_uint(fmaf(__uint_as_float(a[j] & 0xffff0000), inverse, magic)),
+                          __float_as_uint(fmaf(__uint_as_float(b[j] & 0xffff0000), inverse, magic))};
+        below[j] = __byte_perm(__byte_perm(v[0], v[1], 0x40), __byte_perm(v[2], v[3], 0x40), 0x5410);
+        above[j] = __byte_perm(__byte_perm(v[0] + 128, v[1] + 128, 0x51), __byte_perm(v[2] + 128, v[3] + 128, 0x51), 0x5410);
+        total += (int)(v[0] + v[1] + v[2] + v[3] - 4 * 0x4b400000u);
     }
-    const int total = __reduce_add_sync(0xffffffff, v[0] + v[1] + v[2] + v[3]);
-    const int place = t * 8 + j * 2 + half;
-    x[place] = above, x[32 + place] = below;
-    if (lane == 0) *scale = largest / 32512.0f, *sum = total;
+#pragma unroll
+    for (int step = 1; step < 8; step <<= 1) total += __shfl_xor_sync(0xffffffff, total, step);
+    *(uint4*)(x + t * 8 + half * 4) = make_uint4(above[0], above[1], above[2], above[3]);
+    *(uint4*)(x + 32 + t * 8 + half * 4) = make_uint4(below[0], below[1], below[2], below[3]);
+    if ((lane & 7) == 0) *scale = largest * (1.0f / 32512.0f), *sum = total;
 }
 
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + __expf(-x)); }
@@ -189,21 +205,21 @@ __device__ __forceinline__ void meet_chunk(float (&acc)[4], const uint4* above, 
     const uint4 none = make_uint4(0, 0, 0, 0);
     const uint4* digits = (const uint4*)(x + (lane >> 2) * 32 + (lane & 3) * 8);
     const bool holds = lane < 8;  // the first column: the upper digits, the second: the lower ones
-    const uint4 b01 = holds ? digits[0] : none, b23 = holds ? digits[1] : none;
+    const uint4 near = holds ? digits[0] : none, far = holds ? digits[1] : none;
     int c[2][4] = {};
     if (KIND == INT4) {
         const uint4 w = above[0], v = below[0];
         constexpr u32 mask = 0x0f0f0f0f;
-        multiply_integers<KIND>(c[0], w.x & mask, v.x & mask, w.x >> 4 & mask, v.x >> 4 & mask, b01.x, b01.y);
-        multiply_integers<KIND>(c[1], w.y & mask, v.y & mask, w.y >> 4 & mask, v.y >> 4 & mask, b01.z, b01.w);
-        multiply_integers<KIND>(c[0], w.z & mask, v.z & mask, w.z >> 4 & mask, v.z >> 4 & mask, b23.x, b23.y);
-        multiply_integers<KIND>(c[1], w.w & mask, v.w & mask, w.w >> 4 & mask, v.w >> 4 & mask, b23.z, b23.w);
+        multiply_integers<KIND>(c[0], w.x & mask, v.x & mask, w.x >> 4 & mask, v.x >> 4 & mask, near.x, far.x);
+        multiply_integers<KIND>(c[1], w.y & mask, v.y & mask, w.y >> 4 & mask, v.y >> 4 & mask, near.y, far.y);
+        multiply_integers<KIND>(c[0], w.z & mask, v.z & mask, w.z >> 4 & mask, v.z >> 4 & mask, near.z, far.z);
+        multiply_integers<KIND>(c[1], w.w & mask, v.w & mask, w.w >> 4 & mask, v.w >> 4 & mask, near.w, far.w);
     } else {
         const uint4 w = above[0], v = below[0], u = above[64], s = below[64];
-        multiply_integers<KIND>(c[0], w.x, v.x, u.x, s.x, b01.x, b01.y);
-        multiply_integers<KIND>(c[1], w.y, v.y, u.y, s.y, b01.z, b01.w);
-        multiply_integers<KIND>(c[0], w.z, v.z, u.z, s.z, b23.x, b23.y);
-        multiply_integers<KIND>(c[1], w.w, v.w, u.w, s.w, b23.z, b23.w);
+        multiply_integers<KIND>(c[0], w.x, v.x, u.x, s.x, near.x, far.x);
+        multiply_integers<KIND>(c[1], w.y, v.y, u.y, s.y, near.y, far.y);
+        multiply_integers<KIND>(c[0], w.z, v.z, u.z, s.z, near.z, far.z);
+        multiply_integers<KIND>(c[1], w.w, v.w, u.w, s.w, near.w, far.w);
     }
     const int shift = KIND == INT4 ? 8 * x_sum : 0;
     acc[0] += (float)((c[0][0] + c[1][0]) * 256 + (c[0][1] + c[1][1]) - shift) * (x_scale * scale);
@@ -323,8 +339,12 @@ __device__ __forceinline__ void stream_row(const Product& a) {
     }
     wait_for(x_here, 0);
     if (KIND != FP8) {
-#pragma unroll 2
-        for (int chunk = warp; chunk < padded / 128; chunk += WARPS) to_integers((u32*)x + chunk * 64, x_scales + chunk, x_sums + chunk, lane);
+        const int chunks = padded / 128;
+#pragma unroll 1
+        for (int some = warp * 4; some < chunks; some += WARPS * 4) {
+            const int chunk = min(some + (lane >> 3), chunks - 1);  // the last one by several: they write the same after all have read
+            to_integers((u32*)x + chunk * 64, x_scales + chunk, x_sums + chunk, lane);
+        }
         __syncthreads();
     }
 
