@@ -120,7 +120,7 @@ def build_on_device(
     step.planes, runner.cache = (), small
     held = small.nbytes
     del small
-    reserve = int(calibration.GRAPH_BYTES.value) * len(runner.buckets) + int(calibration.DEVICE_SLACK_BYTES.value)
+    reserve = int(calibration.GRAPH_BYTES.value) * cuda.captured_steps(spec, runner.max_sequences, plan.max_context) + int(calibration.DEVICE_SLACK_BYTES.value)
     plan = fit_cache(spec, plan, left_bytes=plan.memory_bytes - at[1] + held - reserve, notes=notes)
     cache = _cache(spec, plan, plan.num_blocks, device)
     step.bind(cache)

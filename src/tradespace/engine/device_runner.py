@@ -19,6 +19,7 @@ from tradespace.engine.request import Request
 from tradespace.engine.sampler import SampleRow, token_logprobs
 from tradespace.engine.step import ScheduledSequence, Step
 from tradespace.kernels.sample.device import DeviceSampling, draw_rows
+from tradespace.kernels.sample.triton_resolve import resolve
 from tradespace.model.cuda_step import DeviceStep, Inputs
 from tradespace.spec.cuda import graph_rows
 from tradespace.spec.plan import Plan
@@ -119,6 +120,8 @@ class DeviceRunner:
         self._results = [torch.zeros(plan.logit_rows, dtype=torch.int64, pin_memory=self.device.type == "cuda") for _ in range(TURNS)]
         self.sampling = DeviceSampling(self.device, plan.logit_rows, model.spec.V)
         self.graphs: dict[int, Any] = {}
+        self.short_graph: Any = None  # of one sequence that has no more than `short` tokens
+        self.short = 0
         self.buckets = graph_rows(self.max_sequences)
         self._turn = 0
 
@@ -144,7 +147,8 @@ class DeviceRunner:
 
     @torch.inference_mode()
     def capture(self, progress: Any = None) -> None:
-        """Records a decode step for every number of rows in `spec.cuda.graph_rows`, the largest first: all share one pool of memory."""
+        """Records a decode step for every number of rows in `spec.cuda.graph_rows`, the largest first, and one for a sequence alone that is not long yet where
+        that is computed in another way: all share one pool of memory."""
         if self.device.type != "cuda":
             return
         pool = torch.cuda.graph_pool_handle()
@@ -155,29 +159,34 @@ class DeviceRunner:
         arrays["sources"].fill(UNKNOWN)
         self.decode_inbox.send()
         stream = torch.cuda.Stream(self.device)
-        for done, rows in enumerate(reversed(self.buckets)):
+        self.short = self.model.short_context
+        steps = [(rows, 0) for rows in reversed(self.buckets)] + [(1, self.short)] * bool(self.short)
+        for done, (rows, within) in enumerate(steps):
             stream.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(stream):
-                self._decode(rows)  # compiles what is not compiled yet, outside of the capture
+                self._decode(rows, within)  # compiles what is not compiled yet, outside of the capture
             torch.cuda.current_stream(self.device).wait_stream(stream)
             torch.cuda.synchronize(self.device)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool, stream=stream):
-                self._decode(rows)
-            self.graphs[rows] = graph
+                self._decode(rows, within)
+            if within:
+                self.short_graph = graph
+            else:
+                self.graphs[rows] = graph
             if progress is not None:
-                progress(done + 1, len(self.buckets))
+                progress(done + 1, len(steps))
 
-    def _decode(self, rows: int) -> None:
-        """A decode step of `rows` sequences over the decode inbox, its best tokens into `chosen_R`."""
-        inputs = self.decode_inbox.inputs(rows, rows, rows)
+    def _decode(self, rows: int, within: int = 0) -> None:
+        """A decode step of `rows` sequences over the decode inbox, its best tokens into `chosen_R`. within: none is longer (0: than the plan says)."""
+        inputs = replace(self.decode_inbox.inputs(rows, rows, rows), within=within)
         self._resolve(inputs.tokens_T, self.decode_inbox.tensors["sources"][:rows])
         logits_RV = self.model.run(inputs, decodes=True)
         self.sampling.greedy(logits_RV[:, : self.num_tokens], self.chosen_R[:rows])
 
     def _resolve(self, tokens_T: Tensor, sources_T: Tensor) -> None:
         """Tokens that the last step left on the device, where `sources_T` names their row there."""
-        tokens_T.copy_(torch.where(sources_T >= 0, self.chosen_R[sources_T.clamp(min=0)], tokens_T))
+        resolve(tokens_T, sources_T, self.chosen_R)
 
     # ------------------------------------------------------------------------------------------------ a step
 
@@ -192,7 +201,7 @@ class DeviceRunner:
             arrays = self.decode_inbox.next_arrays()
             self._fill_decode(arrays, sequences, known, bucket)
             self.decode_inbox.send()
-            graph = self.graphs.get(bucket)
+            graph = self.short_graph if count == 1 and sequences[0].start < self.short else self.graphs.get(bucket)
             if graph is None:
                 self._decode(bucket)
             else:

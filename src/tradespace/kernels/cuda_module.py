@@ -1,7 +1,7 @@
 """CUDA C++ kernels: compiled by NVRTC, which every CUDA build of torch brings, kept in the cache by source and architecture, launched through the driver.
 
 For what Triton cannot say: a kernel that fills its shared memory before the one before it has ended. Nothing here is needed where there is no such kernel:
-`load` raises UnsupportedError with the reason, and the callers have a Triton kernel of the same meaning.
+`find_kernels` then gives None, and the callers have a Triton kernel of the same meaning.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ import torch
 from tradespace.errors import UnsupportedError
 from tradespace.home import cache_folder
 
+PRIMITIVES = Path(__file__).with_name("cuda_primitives.cuh")
+LEAST_CAPABILITY = (9, 0)
+_REFUSED: dict[torch.device, str] = {}
 OPTIONS = ("-std=c++17", "-default-device")
 DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 CARVE_OUT = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, a percentage
@@ -92,6 +95,11 @@ def _nvrtc() -> Any:
     raise UnsupportedError(f"{name} is not there: the nvidia-cuda-nvrtc package that torch's CUDA builds depend on is missing")
 
 
+def whole_source(path: Path) -> str:
+    """A kernel's source with what stands before all of them."""
+    return PRIMITIVES.read_text(encoding="utf-8") + path.read_text(encoding="utf-8")
+
+
 def compile_source(source: str, architecture: str) -> bytes:
     """A cubin. Raises UnsupportedError where there is no NVRTC or it does not know the architecture."""
     nvrtc, program, size = _nvrtc(), ctypes.c_void_p(), ctypes.c_size_t()
@@ -133,12 +141,28 @@ def kept_cubin(source: str, architecture: str) -> bytes:
 
 
 @lru_cache(maxsize=16)
+def find_kernels(path: Path, names: tuple[str, ...], device: torch.device) -> dict[str, Function] | None:
+    """`load`, or None where these kernels cannot run: `why_not` says why, and `doctor` shows it."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
+        return None
+    try:
+        return load(path, names, device)
+    except UnsupportedError as error:
+        _REFUSED[device] = str(error)
+        return None
+
+
+def why_not(device: torch.device) -> str | None:
+    """Why kernels in CUDA C++ do not run on this device, though it could run them; None where they do or have not been asked for."""
+    return _REFUSED.get(device)
+
+
 def load(path: Path, names: tuple[str, ...], device: torch.device) -> dict[str, Function]:
-    """The kernels of these names in a source file, on a device."""
+    """The kernels of these names in a source file, on a device. Raises UnsupportedError with the reason where that cannot be."""
     driver, capability = _driver(), torch.cuda.get_device_capability(device)
     with torch.cuda.device(device):
         torch.cuda.current_stream(device).synchronize()  # makes the device's context the thread's
-        cubin = kept_cubin(path.read_text(encoding="utf-8"), f"sm_{capability[0]}{capability[1]}")
+        cubin = kept_cubin(whole_source(path), f"sm_{capability[0]}{capability[1]}")
         module = ctypes.c_void_p()
         _check(driver.cuModuleLoadData(ctypes.byref(module), cubin), "cuModuleLoadData")
         found = {}

@@ -25,16 +25,7 @@ def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *arguments: Any, pd
         if pdl:
             options["launch_pdl"] = True
     with torch.cuda.device(like.device) if like.is_cuda else nullcontext():
-        found = kernel[grid](*arguments, **options)
-    if pdl and CARVE and found is not None and found.function not in _PREFERRED:
-        from tradespace.kernels.cuda_module import prefer_shared
-
-        _PREFERRED.add(found.function)
-        prefer_shared(found.function)
-
-
-CARVE = True
-_PREFERRED: set[int] = set()
+        kernel[grid](*arguments, **options)
 
 
 @triton.jit

@@ -43,9 +43,9 @@ def scores(llm: LLM, ids: Sequence[int]) -> list[float]:
 
 
 def answers(llm: LLM, tokens: int) -> list[tuple[int, ...]]:
-    """Greedy continuations of PROMPTS, all at once."""
-    done = llm.generate(list(PROMPTS), SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True))
-    return [completion.output_ids for completion in done]
+    """Greedy continuations of PROMPTS, all at once, then of the first alone: a step of one sequence has kernels of its own."""
+    params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
+    return [completion.output_ids for prompts in (PROMPTS, PROMPTS[:1]) for completion in llm.generate(list(prompts), params)]
 
 
 def compared(model: str, weights: str, store: str, positions: int, tokens: int) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def compared(model: str, weights: str, store: str, positions: int, tokens: int) 
         "loss_cuda": losses["cuda"],
         "loss_cpu": losses["cpu"],
         "same_tokens": sum(same),
-        "tokens": tokens * len(PROMPTS),
+        "tokens": tokens * (len(PROMPTS) + 1),
         "holds": abs(losses["cuda"] / losses["cpu"] - 1) <= LOSS_LIMIT,
     }
 

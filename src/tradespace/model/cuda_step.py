@@ -23,6 +23,7 @@ from tradespace.kernels.attention.paged import DecodeScratch, Planes, paged_deco
 from tradespace.kernels.attention.whole_prompts import fused_prefill, prefill
 from tradespace.kernels.linear.large import large_linear, quantized_linear
 from tradespace.kernels.linear.packed import PackedWeight
+from tradespace.kernels.linear.stream_row import NAMES as STREAMED
 from tradespace.kernels.linear.triton_codes import quantize_rows
 from tradespace.kernels.linear.triton_rows import NextNorm, rows_linear
 from tradespace.kernels.norm.triton_add_norm import add_norm
@@ -36,7 +37,6 @@ from tradespace.spec import cuda
 from tradespace.spec.mixers import Attention
 from tradespace.spec.model import DenseFFN
 
-ONE = True
 EIGHT_BIT = ("w8a8", "f8a8")  # kinds whose products take 8-bit activations
 
 
@@ -44,7 +44,7 @@ EIGHT_BIT = ("w8a8", "f8a8")  # kinds whose products take 8-bit activations
 class Inputs:
     """What a step of T tokens of B sequences reads on the device: ids, positions and slots int64 (slot -1: a row of padding), the rest int32; `rows_R` int64,
     the rows that logits are wanted of. The first `singles` sequences bring one token each. `fresh`: the lengths of the others where the step holds all of
-    their tokens; empty where it does not.
+    their tokens; empty where it does not. `within`: no sequence is longer than that (0: than the plan says).
     """
 
     tokens_T: Tensor
@@ -56,6 +56,7 @@ class Inputs:
     rows_R: Tensor
     singles: int = 0
     fresh: tuple[int, ...] = ()
+    within: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +164,22 @@ class DeviceStep:
         torch.index_select(x_TD, 0, rows_R, out=self.rows_RD[:R])
         return self._head(self.rows_RD[:R], None if squares is None else squares.index_select(0, rows_R))
 
+    def _takes_one_query(self, index: int, half: Half, context: int) -> bool:
+        attn = half.attn
+        return (
+            self.pdl
+            and self.dtype == torch.bfloat16
+            and one_query_takes(half.mixer, self.planes[index], context, norms=attn.q_norm is not None, sinks=attn.sinks is not None)
+        )
+
+    @property
+    def short_context(self) -> int:
+        """Tokens up to which a step of one sequence alone is worth a graph of its own; 0: none is."""
+        short = cuda.one_query_context(self.spec)
+        if self.max_context <= short or not any(self._takes_one_query(index, half, short) for index, half in enumerate(self.halves)):
+            return 0
+        return short
+
     def _embed(self, inputs: Inputs) -> Tensor:
         model, h_TD = self.transformer, self.h_TD[: len(inputs.tokens_T)]
         h_TD.copy_(model.embed.rows(inputs.tokens_T))
@@ -236,10 +253,10 @@ class DeviceStep:
         if attn.q_norm is not None and attn.k_norm is not None:
             norms = {"q_norm_H": attn.q_norm.weight, "k_norm_H": attn.k_norm.weight, "eps": attn.q_norm.eps}
         planes = self.planes[index]
-        if ONE and decodes and T == 1 and self.pdl and self.dtype == torch.bfloat16 and one_query_takes(a, planes, self.max_context, norms=bool(norms), sinks=attn.sinks is not None):
-            one_query(
-                qkv_TR, table, inputs.positions_T, inputs.slots_T, planes, inputs.tables_BM, inputs.lengths_B, a, out_TNH, context=self.max_context, pdl=self.pdl
-            )
+        context = min(self.max_context, inputs.within or self.max_context)
+        if decodes and T == 1 and self._takes_one_query(index, half, context):
+            rotated = qkv_TR, table, inputs.positions_T, inputs.slots_T
+            one_query(*rotated, planes, inputs.tables_BM, inputs.lengths_B, a, out_TNH, context=context, early=half.out.packed.layout.kind in STREAMED)
             return out_TNH.view(T, a.N * a.Hv)
         whole = self.device.type == "cuda" and fused_prefill(a, inputs.fresh, attn.sinks)
         k_TKH = self.k_TKH[: T * a.K * a.H].view(T, a.K, a.H) if whole else None

@@ -29,6 +29,9 @@ KV_STORES = ("bf16", "fp16", "fp8", "int8")  # that attention reads and writes, 
 MULTIPROCESSORS = 132  # of an H100
 WHOLE_PROMPT_TOKENS = 512  # from which on a prompt that a step holds whole is read by a library's attention: shorter ones are as fast in pages
 SAMPLE_CHUNK = 2048  # logits of a row that one program of sampling looks at
+ONE_QUERY_CONTEXT = 4096  # tokens of a sequence alone up to which eight programs a head read its cache soon enough
+ONE_QUERY_BYTES = 10 * 1024  # of shared memory for its scores: beside it lie the weights that two products have under way
+ONE_QUERY_TILE, ONE_QUERY_RANKS = 16, 8  # keys of a tile, programs of a key-value head
 COUNTERS = 4096  # tiles of a split product, or (sequence, head) pairs of split attention, that count who is done
 
 
@@ -138,6 +141,24 @@ def graph_rows(max_sequences: int) -> tuple[int, ...]:
     """
     steps = [1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, 256, 32), *range(256, 1025, 64)]
     return (*(rows for rows in steps if rows < max_sequences), max_sequences)
+
+
+def padded_heads(G: int) -> int:
+    """Scores of a key as the kernel for one query holds them."""
+    return G if G < 3 else ceil(G / 4) * 4
+
+
+def one_query_context(model: ModelSpec) -> int:
+    """Tokens up to which one sequence alone takes the kernel for one query (`kernels/attention/one_query.py`), where a layer does: its scores have that much
+    room.
+    """
+    heads = max((padded_heads(layer.mixer.G) for layer in model.layers if isinstance(layer.mixer, Attention)), default=1)
+    return min(ONE_QUERY_CONTEXT, ONE_QUERY_BYTES // (4 * (heads + 1)) // ONE_QUERY_TILE * ONE_QUERY_TILE * ONE_QUERY_RANKS)
+
+
+def captured_steps(model: ModelSpec, max_sequences: int, max_context: int) -> int:
+    """Graphs: one for each of `graph_rows`, and one for a sequence alone that is not long yet where sequences may be long."""
+    return len(graph_rows(max_sequences)) + (max_context > one_query_context(model))
 
 
 def cache_refusal(kv: KVPlan) -> str | None:

@@ -6,10 +6,6 @@
 //
 // Needs compute capability 9.0 (clusters, programmatic dependent launch). Reference: kernels/attention/reference.py.
 
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
-
 struct Query {
     const u16* qkv;          // bf16: G · K query heads, K key heads, K value heads
     const float* table;      // (positions, H / 2, 2): cosine and sine; 0: nothing rotates
@@ -26,33 +22,10 @@ struct Query {
     int block_size;
     int num_kv;
     int most;                // keys of a block of threads that there is room for
+    int early;               // whether the next kernel has use for the time in which this one runs
 };
 
-#define NOTHING __int_as_float(0xff800000)  // minus infinity
 constexpr int RANKS = 8, THREADS = 128, TILE = 16, HELD = 2;  // HELD: tiles that a block reads at once
-
-__device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }
-__device__ __forceinline__ float high(u32 pair) { return __uint_as_float(pair & 0xffff0000); }
-__device__ __forceinline__ u32 packed(float a, float b) {
-    u32 pair;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(b), "f"(a));
-    return pair;
-}
-__device__ __forceinline__ float exp2_of(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-__device__ __forceinline__ float of_rank(const float* place, int rank) {
-    u32 there;
-    float x;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"((u32)__cvta_generic_to_shared(place)), "r"(rank));
-    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(x) : "r"(there) : "memory");
-    return x;
-}
-__device__ __forceinline__ void meet_cluster() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
 
 template <int G, int H>
 __device__ __forceinline__ void one_query(const Query& a) {
@@ -61,8 +34,8 @@ __device__ __forceinline__ void one_query(const Query& a) {
     constexpr int EACH = TILE / PARTS;
     constexpr int WORDS = G == 1 ? 1 : G == 2 ? 2 : 4, W = (G + WORDS - 1) / WORDS * WORDS;  // a key's scores of all heads, as they are read
     static_assert(AT_ONCE >= TILE && PARTS >= 1, "a tile is met at once");
-    extern __shared__ __align__(16) float shared[];
-    float* queries = shared;                  // (G, H)
+    SHARED_MEMORY(shared);
+    float* queries = (float*)shared;           // (G, H)
     u32* fresh_key = (u32*)(queries + G * H);  // (H / 2), as the cache holds it
     u32* fresh_value = fresh_key + PAIRS;      // (H / 2)
     float* found = (float*)(fresh_value + PAIRS);  // (G, H)
@@ -71,7 +44,7 @@ __device__ __forceinline__ void one_query(const Query& a) {
     int* slots = (int*)(totals + G + 2 * G % 4);  // (most): where this block's keys lie
     float* scores = (float*)(slots + a.most);     // (most, W)
     const int rank = blockIdx.x, head = blockIdx.y, thread = threadIdx.x, warp = thread >> 5, lane = thread & 31;
-    asm volatile("griddepcontrol.launch_dependents;");
+    if (a.early) let_next_begin();
 
     // ---------------------------------------------------------------- before the kernel before this one has ended
     const int length = *a.length, newest = length - 1;
@@ -88,7 +61,7 @@ __device__ __forceinline__ void one_query(const Query& a) {
         if (i >= HELD * TILE) {
             const u16 *key = a.keys + (u64)slot * a.key_slot + head * a.key_head, *value = a.values + (u64)slot * a.value_slot + head * a.value_head;
 #pragma unroll
-            for (int line = 0; line < H; line += 64) asm volatile("prefetch.global.L2 [%0];\nprefetch.global.L2 [%1];" ::"l"(key + line), "l"(value + line));
+            for (int line = 0; line < H; line += 64) ask_l2(key + line), ask_l2(value + line);
         }
     }
     __syncthreads();
@@ -126,7 +99,7 @@ __device__ __forceinline__ void one_query(const Query& a) {
     if (a.table) turn = *(const float4*)(a.table + (place * PAIRS + quad * 2) * 2);
 
     // ---------------------------------------------------------------- after it: the token's own numbers
-    asm volatile("griddepcontrol.wait;" ::: "memory");
+    wait_for_last();
     const u16* own_key = a.qkv + (u64)a.num_kv * G * H + (u64)head * H;
     const u16* own_value = a.qkv + (u64)a.num_kv * (G + 1) * H + (u64)head * H;
 #pragma unroll 1
@@ -135,12 +108,12 @@ __device__ __forceinline__ void one_query(const Query& a) {
         const u32 x = *(const u32*)(from + quad * 2), y = *(const u32*)(from + PAIRS + quad * 2);
         u32 first = x, second = y;
         if (g <= G && a.table) {
-            first = packed(low(x) * turn.x - low(y) * turn.y, high(x) * turn.z - high(y) * turn.w);
-            second = packed(low(y) * turn.x + low(x) * turn.y, high(y) * turn.z + high(x) * turn.w);
+            first = two_bf16(low_bf16(x) * turn.x - low_bf16(y) * turn.y, high_bf16(x) * turn.z - high_bf16(y) * turn.w);
+            second = two_bf16(low_bf16(y) * turn.x + low_bf16(x) * turn.y, high_bf16(y) * turn.z + high_bf16(x) * turn.w);
         }
         if (g < G) {
-            *(float2*)(queries + g * H + quad * 2) = make_float2(low(first), high(first));
-            *(float2*)(queries + g * H + PAIRS + quad * 2) = make_float2(low(second), high(second));
+            *(float2*)(queries + g * H + quad * 2) = make_float2(low_bf16(first), high_bf16(first));
+            *(float2*)(queries + g * H + PAIRS + quad * 2) = make_float2(low_bf16(second), high_bf16(second));
         } else {
             u32* to = g == G ? fresh_key : fresh_value;
             to[quad] = first, to[QUADS + quad] = second;
@@ -172,7 +145,7 @@ __device__ __forceinline__ void one_query(const Query& a) {
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
                     const float4 some = q[i];
-                    sums[g] += some.x * low(words[2 * i]) + some.y * high(words[2 * i]) + some.z * low(words[2 * i + 1]) + some.w * high(words[2 * i + 1]);
+                    sums[g] += some.x * low_bf16(words[2 * i]) + some.y * high_bf16(words[2 * i]) + some.z * low_bf16(words[2 * i + 1]) + some.w * high_bf16(words[2 * i + 1]);
                 }
             }
 #pragma unroll
@@ -183,7 +156,7 @@ __device__ __forceinline__ void one_query(const Query& a) {
             for (int g = 0; g < G; ++g) {
                 float sum = sums[g] * a.scale;
                 if (a.cap > 0.0f) sum = a.cap * (1.0f - 2.0f / (1.0f + __expf(2.0f * sum / a.cap)));
-                if (key_lane == 0 && key_of < TILE) scores[((from + h) * TILE + key_of) * W + g] = there ? sum * 1.4426950408889634f : NOTHING;
+                if (key_lane == 0 && key_of < TILE) scores[((from + h) * TILE + key_of) * W + g] = there ? sum * 1.4426950408889634f : MINUS_INFINITY;
             }
         }
     }
@@ -191,12 +164,12 @@ __device__ __forceinline__ void one_query(const Query& a) {
     const int keys = own_tiles * TILE;
 #pragma unroll 1
     for (int g = warp; g < G; g += THREADS / 32) {
-        float peak = NOTHING, total = 0.0f;
+        float peak = MINUS_INFINITY, total = 0.0f;
 #pragma unroll 1
         for (int i = lane; i < keys; i += 32) peak = fmaxf(peak, scores[i * W + g]);
 #pragma unroll
         for (int step = 16; step > 0; step >>= 1) peak = fmaxf(peak, __shfl_xor_sync(0xffffffff, peak, step));
-        const float ground = peak == NOTHING ? 0.0f : peak;
+        const float ground = peak == MINUS_INFINITY ? 0.0f : peak;
 #pragma unroll 1
         for (int i = lane; i < keys; i += 32) {
             const float share = exp2_of(scores[i * W + g] - ground);
@@ -221,7 +194,7 @@ __device__ __forceinline__ void one_query(const Query& a) {
             for (int i = 0; i < EACH; ++i) {
                 const int local = i * PARTS + part;
                 if (tile_start(from + h) + local == newest) v[h][i] = fresh_value[pair];
-                const float x = low(v[h][i]), y = high(v[h][i]);
+                const float x = low_bf16(v[h][i]), y = high_bf16(v[h][i]);
                 float share[W];
 #pragma unroll
                 for (int g = 0; g < W; g += WORDS)
@@ -249,10 +222,10 @@ __device__ __forceinline__ void one_query(const Query& a) {
     meet_cluster();
     for (int i = thread; i < G * H / RANKS; i += THREADS) {
         const int index = rank * (G * H / RANKS) + i, g = index / H;
-        float peak[RANKS], top = NOTHING, sum = 0.0f, total = 0.0f;
+        float peak[RANKS], top = MINUS_INFINITY, sum = 0.0f, total = 0.0f;
 #pragma unroll
         for (int r = 0; r < RANKS; ++r) peak[r] = of_rank(peaks + g, r), top = fmaxf(top, peak[r]);
-        const float ground = top == NOTHING ? 0.0f : top;
+        const float ground = top == MINUS_INFINITY ? 0.0f : top;
 #pragma unroll
         for (int r = 0; r < RANKS; ++r) {
             const float share = exp2_of(peak[r] - ground);
@@ -260,21 +233,21 @@ __device__ __forceinline__ void one_query(const Query& a) {
             total += share * of_rank(totals + g, r);
         }
         const float y = total > 0.0f ? sum / total : 0.0f;
-        a.out[(u64)head * G * H + index] = (u16)(packed(y, 0.0f) & 0xffff);
+        a.out[(u64)head * G * H + index] = to_bf16(y);
     }
     meet_cluster();
 }
 
-#define KERNEL(G, H) \
-    extern "C" __global__ void __cluster_dims__(RANKS, 1, 1) __launch_bounds__(THREADS) one_query_##G##_##H(const Query a) { one_query<G, H>(a); }
-KERNEL(1, 64)
-KERNEL(2, 64)
-KERNEL(3, 64)
-KERNEL(4, 64)
-KERNEL(8, 64)
-KERNEL(1, 128)
-KERNEL(2, 128)
-KERNEL(4, 128)
-KERNEL(5, 128)
-KERNEL(7, 128)
-KERNEL(8, 128)
+#define ONE(G, H) \
+    KERNEL(THREADS, 5) CLUSTER(RANKS) one_query_##G##_##H(const Query a) { one_query<G, H>(a); }
+ONE(1, 64)
+ONE(2, 64)
+ONE(3, 64)
+ONE(4, 64)
+ONE(8, 64)
+ONE(1, 128)
+ONE(2, 128)
+ONE(4, 128)
+ONE(5, 128)
+ONE(7, 128)
+ONE(8, 128)

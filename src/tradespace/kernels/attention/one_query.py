@@ -1,29 +1,30 @@
 """One token of one sequence on Hopper cards and later ones: rotation, cache write and attention in one kernel, `one_query.cu`, which says how.
 
-Same meaning as `rope/triton_write.py` and then `paged_decode`. For contexts that eight blocks of threads a key-value head read soon enough: up to
-LONGEST_CONTEXT; what it does not take goes the other way (`takes`).
+Same meaning as `rope/triton_write.py` and then `paged_decode`. For contexts that eight blocks of threads a key-value head read soon enough
+(`spec.cuda.one_query_context`); what it does not take goes the other way (`takes`).
 """
 
 from __future__ import annotations
 
 import ctypes
-from functools import lru_cache
+from math import ceil
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from tradespace.errors import UnsupportedError
 from tradespace.kernels.attention.paged import Planes
-from tradespace.kernels.cuda_module import Function, load
+from tradespace.kernels.cuda_module import Function, find_kernels
 from tradespace.spec.attention_pattern import Causal, Sliding
+from tradespace.spec.cuda import ONE_QUERY_BYTES, ONE_QUERY_CONTEXT, padded_heads
+from tradespace.spec.cuda import ONE_QUERY_RANKS as RANKS
+from tradespace.spec.cuda import ONE_QUERY_TILE as TILE
 from tradespace.spec.mixers import Attention
 
 SOURCE = Path(__file__).with_name("one_query.cu")
 SHAPES = ((1, 64), (2, 64), (3, 64), (4, 64), (8, 64), (1, 128), (2, 128), (4, 128), (5, 128), (7, 128), (8, 128))  # (G, H) that there are kernels for
-RANKS, THREADS, TILE = 8, 128, 16  # as in the source
-LONGEST_CONTEXT = 4096
-SCORE_BYTES = 10 * 1024  # of shared memory: beside it lie the rings of two products (`linear/stream_row.py`)
+KERNELS = tuple(f"one_query_{G}_{H}" for G, H in SHAPES)
+THREADS = 128  # as in the source
 
 
 class _Query(ctypes.Structure):
@@ -33,40 +34,29 @@ class _Query(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("qkv", "table", "position", "slot", "length", "blocks", "keys", "values", "out")),
         *((name, ctypes.c_uint64) for name in ("key_slot", "key_head", "value_slot", "value_head")),
         *((name, ctypes.c_float) for name in ("scale", "cap")),
-        *((name, ctypes.c_int) for name in ("window", "block_size", "num_kv", "most")),
+        *((name, ctypes.c_int) for name in ("window", "block_size", "num_kv", "most", "early")),
     )
 
 
-@lru_cache(maxsize=8)
 def kernels(device: torch.device) -> dict[str, Function] | None:
     """The kernels on this device; None where it or its software cannot run them."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
-        return None
-    try:
-        return load(SOURCE, tuple(f"one_query_{G}_{H}" for G, H in SHAPES), device)
-    except UnsupportedError:
-        return None
+    return find_kernels(SOURCE, KERNELS, device)
 
 
 def most_keys(context: int) -> int:
     """Keys of a sequence of so many tokens that one block of threads meets."""
-    return -(-(-(-context // TILE)) // RANKS) * TILE
-
-
-def padded_heads(G: int) -> int:
-    """Scores of a key, as they lie in shared memory."""
-    return G if G < 3 else -(-G // 4) * 4
+    return ceil(context / (TILE * RANKS)) * TILE
 
 
 def takes(mixer: Attention, planes: Planes, context: int, *, norms: bool, sinks: bool) -> bool:
     """Whether the kernel computes such a layer for sequences of up to `context` tokens: a causal or sliding layer over a bf16 cache, rotated whole or not."""
     rope, pattern = mixer.rope, mixer.pattern
     plain = pattern is None or isinstance(pattern, Causal | Sliding)
-    if norms or sinks or not plain or mixer.chunked or planes.store != "bf16" or mixer.H != mixer.Hv or (mixer.G, mixer.H) not in SHAPES:
+    if norms or sinks or not plain or mixer.chunked or planes.store != "bf16" or mixer.Hv != mixer.H or (mixer.G, mixer.H) not in SHAPES:
         return False
     if rope is not None and (rope.dims != mixer.H or rope.interleaved):
         return False
-    if context > LONGEST_CONTEXT or 4 * (padded_heads(mixer.G) + 1) * most_keys(context) > SCORE_BYTES:
+    if context > ONE_QUERY_CONTEXT or 4 * (padded_heads(mixer.G) + 1) * most_keys(context) > ONE_QUERY_BYTES:
         return False
     whole = all(plane.dtype == torch.bfloat16 and plane.stride(0) % 8 == plane.stride(1) % 8 == 0 for plane in (planes.keys, planes.values))
     return whole and kernels(planes.keys.device) is not None
@@ -84,9 +74,13 @@ def one_query(
     out_1NH: Tensor,
     *,
     context: int,
-    pdl: bool = False,
+    early: bool = False,
+    pdl: bool = True,
 ) -> Tensor:
-    """What `rope_write` writes, and attention of the rotated queries into `out_1NH`; `takes` comes first."""
+    """What `rope_write` writes, and attention of the rotated queries into `out_1NH`; `takes` comes first.
+
+    context: no sequence is longer. early: the kernel that follows fills its shared memory meanwhile (`linear/stream_row.py`); others would be in the way.
+    """
     found = kernels(qkv_1X.device)
     assert found is not None and qkv_1X.is_contiguous() and out_1NH.is_contiguous(), "takes() comes first"
     G, H, most = mixer.G, mixer.H, most_keys(context)
@@ -95,7 +89,7 @@ def one_query(
         qkv_1X.data_ptr(), None if table_SH2 is None else table_SH2.data_ptr(), positions_1.data_ptr(), slots_1.data_ptr(), lengths_1.data_ptr(),
         tables_1M.data_ptr(), planes.keys.data_ptr(), planes.values.data_ptr(), out_1NH.data_ptr(),
         planes.keys.stride(0), planes.keys.stride(1), planes.values.stride(0), planes.values.stride(1),
-        mixer.softmax_scale, mixer.logit_softcap or 0.0, min(windows, default=0), planes.block_size, mixer.K, most,
+        mixer.softmax_scale, mixer.logit_softcap or 0.0, min(windows, default=0), planes.block_size, mixer.K, most, early,
     )  # fmt: skip
     shared_bytes = 4 * (2 * G * H + H + 2 * G + 2 + (padded_heads(G) + 1) * most)
     stream = torch.cuda.current_stream(qkv_1X.device).cuda_stream

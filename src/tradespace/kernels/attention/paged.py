@@ -76,9 +76,6 @@ class PagedTiles:
     gather: bool = False
 
 
-EARLY = True
-
-
 def refusal(mixer: Attention, store: str) -> str | None:
     """Why these kernels cannot take such a layer; None: they can."""
     if store not in STORES:
@@ -115,7 +112,6 @@ def paged_decode(
         "STAGES": tiles.stages,
     }
     gather = tiles.gather and splits > 1
-    flags["EARLY"] = EARLY and B == 1
     launch(
         decode_kernel, (B * mixer.K, splits), q_BNH,
         q_BNH, *_pointers(planes), tables_BM, lengths_B, present(sinks_N, q_BNH), out_BNHv, scratch.partial, scratch.sums, scratch.counters,

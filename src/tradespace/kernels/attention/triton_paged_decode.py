@@ -38,7 +38,7 @@ def decode_kernel(
     CODE: tl.constexpr, PAIRED: tl.constexpr,
     LEAST: tl.constexpr, SPLIT: tl.constexpr, GATHER: tl.constexpr, GROUP: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
     FAST: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program per sequence, key-value head and split. GP: G padded to what the tensor cores take; GROUP: to a power of two; SPLIT: splits, likewise;
     GATHER: `gather_kernel` follows."""
@@ -58,8 +58,6 @@ def decode_kernel(
         slot = tl.load(tables + sequence * table_stride + position // P).to(tl.int64) * P + position % P
         ask(keys + head * k_head, slot * k_slot)
         ask(values + head * v_head, slot * v_slot)
-    if EARLY:
-        release(PDL)
     after(PDL)
     g = tl.arange(0, GP)
     there = g < G
@@ -80,8 +78,7 @@ def decode_kernel(
             tables + sequence * table_stride, index * N, length, position_M1, scale * 1.4426950408889634, scale, cap, window, prefix, k_slot, v_slot,
             s_slot, half, CODE, PAIRED, N, P, H, HV, HP, HVP, WINDOW, False, SOFTCAP, True, FAST, PRECISION,
         )  # fmt: skip
-    if not EARLY:
-        release(PDL)
+    release(PDL)
     if (SPLIT == 1) | (active == 1):
         if split == 0:
             if SINKS:

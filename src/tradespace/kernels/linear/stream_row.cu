@@ -17,11 +17,6 @@
 //
 // Needs compute capability 9.0 (programmatic dependent launch, bulk copies). Layouts: kernels/linear/packed.py.
 
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
-
 struct Product {
     const u8* codes;          // (blocks of 32 rows, chunks, 32, bytes of a chunk's row)
     const u32* scale;         // fp32 a row; int4: words of two fp16, (words, rows)
@@ -55,84 +50,17 @@ struct Shape {
     static constexpr int slot = UNIT + (KIND == INT4 ? 256 : 0);        // bytes: int4 brings its scales along
 };
 
-__device__ __forceinline__ u32 shared_address(const void* pointer) { return (u32)__cvta_generic_to_shared(pointer); }
-__device__ __forceinline__ float from_bf16(u32 bits) { return __uint_as_float(bits << 16); }
-__device__ __forceinline__ u16 to_bf16(float x) {
-    u16 bits;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
-    return bits;
-}
-__device__ __forceinline__ float from_half(u32 bits) {
-    float x;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"((u16)bits));
-    return x;
-}
-
-__device__ __forceinline__ void wait_for(u32 barrier, u32 parity) {
-    asm volatile(
-        "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}\n" ::"r"(barrier), "r"(parity)
-        : "memory");
-}
-
-__device__ __forceinline__ void copy16(u32 to, const void* from, u64 policy) {
-    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "l"(policy) : "memory");
-}
-__device__ __forceinline__ void copy4(u32 to, const void* from) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
-}
-__device__ __forceinline__ void close_unit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int LEFT>
-__device__ __forceinline__ void wait_units() {  // until at most LEFT are under way
-    asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
-}
-
-__device__ __forceinline__ u32 merge(u32 word, u32 mask, u32 magic) {
-    u32 found;
-    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(found) : "r"(word), "r"(mask), "r"(magic));
-    return found;
-}
-__device__ __forceinline__ u32 times(u32 a, u32 b) {
-    u32 found;
-    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(found) : "r"(a), "r"(b));
-    return found;
-}
-
 // Two e4m3 of each 16 bits → two pairs of bf16: the low ones, the high ones. The trick is that of triton_decode.py.
 __device__ __forceinline__ void two(u32 word, u32& low, u32& high) {
     const u32 up = word << 8;
-    low = times(merge(up, 0x80008000, (up >> 4) & 0x07f007f0), 0x7b807b80);
-    high = times(merge(word, 0x80008000, (word >> 4) & 0x07f007f0), 0x7b807b80);
+    low = times_two_bf16(merge(up, 0x80008000, (up >> 4) & 0x07f007f0), 0x7b807b80);
+    high = times_two_bf16(merge(word, 0x80008000, (word >> 4) & 0x07f007f0), 0x7b807b80);
 }
 
-// c += a b: a 16 x 16 (rows g and g + 8 of a quad's group), b 16 x 8
-__device__ __forceinline__ void multiply(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
 // eight columns in a row of lanes: two steps of the tensor cores
 __device__ __forceinline__ void multiply_run(float (&c)[4], const u32 (&p)[4], const u32 (&q)[4], uint4 x) {
-    multiply(c, p[0], q[0], p[1], q[1], x.x, x.y);
-    multiply(c, p[2], q[2], p[3], q[3], x.z, x.w);
-}
-
-// c += a b in integers: a 16 x 32 (signed or not), b 32 x 8 signed
-template <int KIND>
-__device__ __forceinline__ void multiply_integers(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    if (KIND == INT4)
-        asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-            : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-            : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-    else
-        asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-            : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-            : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
-__device__ __forceinline__ u32 larger16(u32 a, u32 b) {
-    u32 found;
-    asm("max.u16x2 %0, %1, %2;" : "=r"(found) : "r"(a), "r"(b));
-    return found;
+    multiply_bf16(c, p[0], q[0], p[1], q[1], x.x, x.y);
+    multiply_bf16(c, p[2], q[2], p[3], q[3], x.z, x.w);
 }
 
 // Activations in place, 128 of them by eight lanes: bf16 in order → two digits of 16-bit integers, each as the lanes of a product read it: (digit, t, half, j),
@@ -143,9 +71,9 @@ __device__ __forceinline__ void to_integers(u32* x, float* scale, int* sum, int 
     const u32 a[4] = {near.x, near.y, near.z, near.w}, b[4] = {far.x, far.y, far.z, far.w};
     u32 most = 0;
 #pragma unroll
-    for (int j = 0; j < 4; ++j) most = larger16(larger16(most, a[j] & 0x7fff7fff), b[j] & 0x7fff7fff);
+    for (int j = 0; j < 4; ++j) most = larger_two_u16(larger_two_u16(most, a[j] & 0x7fff7fff), b[j] & 0x7fff7fff);
 #pragma unroll
-    for (int step = 1; step < 8; step <<= 1) most = larger16(most, __shfl_xor_sync(0xffffffff, most, step));
+    for (int step = 1; step < 8; step <<= 1) most = larger_two_u16(most, __shfl_xor_sync(0xffffffff, most, step));
     const float largest = from_bf16(max(most & 0xffff, most >> 16));
     const float inverse = largest > 1e-30f ? __fdividef(32512.0f, largest) : largest == largest ? 0.0f : largest;
     u32 above[4], below[4];
@@ -210,16 +138,16 @@ __device__ __forceinline__ void meet_chunk(float (&acc)[4], const uint4* above, 
     if (KIND == INT4) {
         const uint4 w = above[0], v = below[0];
         constexpr u32 mask = 0x0f0f0f0f;
-        multiply_integers<KIND>(c[0], w.x & mask, v.x & mask, w.x >> 4 & mask, v.x >> 4 & mask, near.x, far.x);
-        multiply_integers<KIND>(c[1], w.y & mask, v.y & mask, w.y >> 4 & mask, v.y >> 4 & mask, near.y, far.y);
-        multiply_integers<KIND>(c[0], w.z & mask, v.z & mask, w.z >> 4 & mask, v.z >> 4 & mask, near.z, far.z);
-        multiply_integers<KIND>(c[1], w.w & mask, v.w & mask, w.w >> 4 & mask, v.w >> 4 & mask, near.w, far.w);
+        multiply_bytes<KIND == INT8>(c[0], w.x & mask, v.x & mask, w.x >> 4 & mask, v.x >> 4 & mask, near.x, far.x);
+        multiply_bytes<KIND == INT8>(c[1], w.y & mask, v.y & mask, w.y >> 4 & mask, v.y >> 4 & mask, near.y, far.y);
+        multiply_bytes<KIND == INT8>(c[0], w.z & mask, v.z & mask, w.z >> 4 & mask, v.z >> 4 & mask, near.z, far.z);
+        multiply_bytes<KIND == INT8>(c[1], w.w & mask, v.w & mask, w.w >> 4 & mask, v.w >> 4 & mask, near.w, far.w);
     } else {
         const uint4 w = above[0], v = below[0], u = above[64], s = below[64];
-        multiply_integers<KIND>(c[0], w.x, v.x, u.x, s.x, near.x, far.x);
-        multiply_integers<KIND>(c[1], w.y, v.y, u.y, s.y, near.y, far.y);
-        multiply_integers<KIND>(c[0], w.z, v.z, u.z, s.z, near.z, far.z);
-        multiply_integers<KIND>(c[1], w.w, v.w, u.w, s.w, near.w, far.w);
+        multiply_bytes<KIND == INT8>(c[0], w.x, v.x, u.x, s.x, near.x, far.x);
+        multiply_bytes<KIND == INT8>(c[1], w.y, v.y, u.y, s.y, near.y, far.y);
+        multiply_bytes<KIND == INT8>(c[0], w.z, v.z, u.z, s.z, near.z, far.z);
+        multiply_bytes<KIND == INT8>(c[1], w.w, v.w, u.w, s.w, near.w, far.w);
     }
     const int shift = KIND == INT4 ? 8 * x_sum : 0;
     acc[0] += (float)((c[0][0] + c[1][0]) * 256 + (c[0][1] + c[1][1]) - shift) * (x_scale * scale);
@@ -228,7 +156,7 @@ __device__ __forceinline__ void meet_chunk(float (&acc)[4], const uint4* above, 
 
 template <int KIND, int SLOTS>
 __device__ __forceinline__ void stream_row(const Product& a) {
-    extern __shared__ __align__(128) u8 shared[];
+    SHARED_MEMORY(shared);
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, pieces = a.gated ? 2 : 1;
     const int units_of_tile = (a.columns + Shape<KIND>::columns - 1) / Shape<KIND>::columns;
     const int units_of_group = units_of_tile * pieces, grain = a.whole ? units_of_group : 1;  // units that stay together
@@ -258,11 +186,10 @@ __device__ __forceinline__ void stream_row(const Product& a) {
     float* x_scales = (float*)at;  // (padded / 128) of integers
     int* x_sums = (int*)(at + padded / 128 * 4);
 
-    asm volatile("griddepcontrol.launch_dependents;");
+    let_next_begin();
 
     // ------------------------------------------------------------------------------------ weights: before the kernel before this one has ended
-    u64 policy;
-    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    const u64 policy = read_once();
     int coming = begin + warp, coming_tile = coming / units_of_tile, coming_unit = coming % units_of_tile;  // the next unit to ask for
     const u8* source = 0;
     const u32* source_scale = 0;
@@ -293,7 +220,7 @@ __device__ __forceinline__ void stream_row(const Product& a) {
                 copy16(to + 1536, source + 1088, policy);
             }
         }
-        close_unit();
+        close_copies();
         coming += WARPS;
         coming_unit += WARPS;
         if (coming_unit < units_of_tile) {
@@ -304,13 +231,10 @@ __device__ __forceinline__ void stream_row(const Product& a) {
             find();
         }
     };
-    if (threadIdx.x == 0) {
-        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(x_here) : "memory");
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    }
+    if (threadIdx.x == 0) make_barrier(x_here);
 #pragma unroll
     for (int slot = 0; slot < SLOTS; ++slot) {
-        if (slot >= PACE) wait_units<PACE - 1>();
+        if (slot >= PACE) wait_copies<PACE - 1>();
         ask(slot);
     }
     for (int i = threadIdx.x; i < a.window * pieces * WARPS * ROWS; i += WARPS * 32) sums[i] = 0.0f;
@@ -322,13 +246,8 @@ __device__ __forceinline__ void stream_row(const Product& a) {
     __syncthreads();
 
     // ------------------------------------------------------------------------------------ activations: after it
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-    if (threadIdx.x == 0) {
-        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(x_here), "r"(a.columns * 2) : "memory");
-        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(x)), "l"(a.x),
-                     "r"(a.columns * 2), "r"(x_here)
-                     : "memory");
-    }
+    wait_for_last();
+    if (threadIdx.x == 0) copy_all(shared_address(x), a.x, a.columns * 2, x_here);
     if (a.residual)
         for (int i = threadIdx.x; i < held_groups * ROWS; i += WARPS * 32) added[i] = from_bf16(a.residual[first_group * ROWS + i]);
     if (a.squares && warp == WARPS - 1) {
@@ -337,10 +256,10 @@ __device__ __forceinline__ void stream_row(const Product& a) {
         for (int step = 16; step > 0; step >>= 1) total += __shfl_xor_sync(0xffffffff, total, step);
         if (lane == 0) *root = rsqrtf(total / a.columns + a.eps);
     }
-    wait_for(x_here, 0);
+    wait_barrier(x_here);
     if (KIND != FP8) {
         const int chunks = padded / 128;
-#pragma unroll 1
+#pragma unroll 2
         for (int some = warp * 4; some < chunks; some += WARPS * 4) {
             const int chunk = min(some + (lane >> 3), chunks - 1);  // the last one by several: they write the same after all have read
             to_integers((u32*)x + chunk * 64, x_scales + chunk, x_sums + chunk, lane);
@@ -369,7 +288,7 @@ __device__ __forceinline__ void stream_row(const Product& a) {
         const bool any = index < until;
         for (; index < until; index += WARPS) {
             if (tile != last) put(last - first), last = tile;
-            wait_units<SLOTS - 1>();
+            wait_copies<SLOTS - 1>();
             const u8* held = ring + slot * Shape<KIND>::slot;
             const uint4* own = (const uint4*)held + lane;
             if (KIND == FP8) {
@@ -452,9 +371,10 @@ __device__ __forceinline__ void stream_row(const Product& a) {
     }
 }
 
-#define KERNEL(name, kind, slots) \
-    extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) name##_##slots(const Product a) { stream_row<kind, slots>(a); }
-#define KERNELS(slots) KERNEL(row_int8, INT8, slots) KERNEL(row_fp8, FP8, slots) KERNEL(row_int4, INT4, slots)
+#define KERNELS(slots)                                                                                          \
+    KERNEL(WARPS * 32, 2) row_int8_##slots(const Product a) { stream_row<INT8, slots>(a); }                     \
+    KERNEL(WARPS * 32, 2) row_fp8_##slots(const Product a) { stream_row<FP8, slots>(a); }                       \
+    KERNEL(WARPS * 32, 2) row_int4_##slots(const Product a) { stream_row<INT4, slots>(a); }
 KERNELS(2)
 KERNELS(3)
 KERNELS(4)

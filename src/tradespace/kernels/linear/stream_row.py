@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tradespace.errors import UnsupportedError
-from tradespace.kernels.cuda_module import RESERVED_SHARED, Function, load
+from tradespace.kernels.cuda_module import RESERVED_SHARED, Function, find_kernels
 from tradespace.kernels.linear.packed import PackedWeight
 from tradespace.kernels.linear.scratch import Scratch
 from tradespace.spec.cuda import COUNTERS, squares_tiles
@@ -25,6 +24,7 @@ NAMES = {"int8": "row_int8", "fp8": "row_fp8", "int4": "row_int4"}  # kinds of c
 COLUMNS = {"int8": 128, "fp8": 128, "int4": 256}  # of a unit
 ROWS, UNIT_BYTES, SCALE_BYTES, WARPS = 16, 2048, 256, 8  # as in the source
 SLOTS = (2, 3, 4, 5, 6)  # of a warp's ring, that there are kernels for
+KERNELS = tuple(f"{name}_{slots}" for name in NAMES.values() for slots in SLOTS)
 BESIDE_BYTES = 16 * 1024  # of a multiprocessor's shared memory that are left to attention (`attention/one_query.py`)
 WINDOW_TILES = 16  # tiles whose sums are held at once
 SPLIT_BYTES = 48 * 1024  # of weights that a multiprocessor reads while sums of split rows are put together: parts of whole rows may be so much uneven
@@ -43,15 +43,9 @@ class _Product(ctypes.Structure):
     )
 
 
-@lru_cache(maxsize=8)
 def kernels(device: torch.device) -> dict[str, Function] | None:
     """The kernels on this device; None where it or its software cannot run them."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
-        return None
-    try:
-        return load(SOURCE, tuple(f"{name}_{slots}" for name in NAMES.values() for slots in SLOTS), device)
-    except UnsupportedError:
-        return None
+    return find_kernels(SOURCE, KERNELS, device)
 
 
 @lru_cache(maxsize=8)

@@ -25,7 +25,6 @@ from tradespace.kernels.linear.triton_rows_tiles import RowTiles, find_tiles
 from tradespace.kernels.triton_launch import ceil_div, launch, padded, present
 from tradespace.spec.cuda import FEW_ROWS, squares_tiles
 
-STREAM = True
 AHEAD = 2  # chunks of coded weights that are asked for early: 1.4% of an int8 decode step on an H100; rows that lie as they are gain nothing
 SHARED_SHARE = 208 / 227  # of a program's shared memory that its tiles may take while they come
 H100_SHARED_BYTES = 227 * 1024  # of a program
@@ -98,7 +97,8 @@ def rows_linear(
     out = torch.empty((T, R), dtype=torch.bfloat16 if x_scale_T is not None else x_TC.dtype, device=x_TC.device) if out_TR is None else out_TR
     if T == 0:
         return out
-    if STREAM and pdl and tiles is None and out.dtype in (torch.bfloat16, torch.float32) and takes(weight, x_TC, gated=gated):
+    beside = (bias_R, residual_TR, None if next_norm is None else next_norm.weight_R)
+    if pdl and tiles is None and all(part is None or part.dtype == torch.bfloat16 for part in beside) and takes(weight, x_TC, gated=gated):
         return stream_row(
             x_TC, weight, scratch, out, bias_R=bias_R, residual_1R=residual_TR, gated=gated, squares_1S=squares_TS, eps=eps, next_norm=next_norm, pdl=pdl
         )
