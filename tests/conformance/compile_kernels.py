@@ -52,6 +52,7 @@ def rows(kind: str, *, whole: bool, tokens: int) -> None:
         "RESIDUAL": not whole,
         "SQUARES": 32 if whole else 0,
         "NEXT": 0 if whole else 1,
+        "HALVES": not whole,
         "EVEN": whole,
         "FAST": True,
         "TYPE": tl.bfloat16,

@@ -6,7 +6,7 @@ typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
-#define KERNEL(threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks)
+#define KERNEL(...) extern "C" __global__ void __launch_bounds__(__VA_ARGS__)  // threads of a block, blocks to a multiprocessor
 #define CLUSTER(ranks) __cluster_dims__(ranks, 1, 1)
 #define SHARED_MEMORY(name) extern __shared__ __align__(128) u8 name[]
 #define MINUS_INFINITY __int_as_float(0xff800000)

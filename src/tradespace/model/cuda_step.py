@@ -199,7 +199,7 @@ class DeviceStep:
     def _few(self, h_TD: Tensor, x_TD: Tensor, inputs: Inputs, *, decodes: bool) -> Tensor:
         """All layers for up to 64 tokens. x_TD becomes the last norm's weight times the stream; returns the sums of squares that complete the norm."""
         T, squares = len(h_TD), None
-        own = self.squares[:T]
+        own = self.squares[:T] if T > 1 else self.squares[:2].view(1, -1)  # of one row two sums a block
         for index, half in enumerate(self.halves):
             qkv_TR = self._view(self.wide, T, half.qkv.shape[0])
             self._few_product(half.qkv, x_TD, qkv_TR, squares=squares)

@@ -22,14 +22,14 @@ CHUNK_ROWS = 32
 LEAST_ROWS = 8  # that the products of few rows take: fewer are padded
 FEW_ROWS = 64  # rows of activations up to which weights are decoded in registers
 CODED_ROWS = 128  # up to which that happens FEW_ROWS at a time: two passes over codes take less than decoding them into memory
-SQUARES_COLUMNS = 16  # columns of the residual stream that share a partial sum of squares
+SQUARES_COLUMNS = 32  # columns of the residual stream that share a partial sum of squares
 PARTIALS = 2**21  # fp32 numbers that products split along their columns leave for each other
 UNPACK_ELEMENTS = 2**26  # of a coded matrix that are decoded at once for a product of many rows
 KV_STORES = ("bf16", "fp16", "fp8", "int8")  # that attention reads and writes, keys and values alike
 MULTIPROCESSORS = 132  # of an H100
 WHOLE_PROMPT_TOKENS = 512  # from which on a prompt that a step holds whole is read by a library's attention: shorter ones are as fast in pages
 SAMPLE_CHUNK = 2048  # logits of a row that one program of sampling looks at
-ONE_QUERY_CONTEXT = 4096  # tokens of a sequence alone up to which eight programs a head read its cache soon enough
+ONE_QUERY_CONTEXT = 512  # tokens of a sequence alone up to which eight programs a head read its cache soon enough (at 2,048 they took 26 us more a layer)
 ONE_QUERY_BYTES = 10 * 1024  # of shared memory for its scores: beside it lie the weights that two products have under way
 ONE_QUERY_TILE, ONE_QUERY_RANKS = 16, 8  # keys of a tile, programs of a key-value head
 COUNTERS = 4096  # tiles of a split product, or (sequence, head) pairs of split attention, that count who is done
@@ -123,9 +123,9 @@ def scratch_bytes() -> int:
     return 4 * PARTIALS + 4 * COUNTERS
 
 
-def squares_tiles(columns: int) -> int:
-    """Partial sums of squares of a row of the residual stream."""
-    return ceil(columns / SQUARES_COLUMNS)
+def squares_tiles(columns: int, rows: int = FEW_ROWS) -> int:
+    """Partial sums of squares of a row of the residual stream, where a step has `rows`. One alone has two of each block: halves of it may be computed apart."""
+    return ceil(columns / SQUARES_COLUMNS) * (2 if rows == 1 else 1)
 
 
 def attention_scratch_bytes(sequences: int, heads: int, value_width: int, splits: int) -> int:

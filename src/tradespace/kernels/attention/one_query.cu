@@ -239,7 +239,7 @@ __device__ __forceinline__ void one_query(const Query& a) {
 }
 
 #define ONE(G, H) \
-    KERNEL(THREADS, 5) CLUSTER(RANKS) one_query_##G##_##H(const Query a) { one_query<G, H>(a); }
+    KERNEL(THREADS) CLUSTER(RANKS) one_query_##G##_##H(const Query a) { one_query<G, H>(a); }
 ONE(1, 64)
 ONE(2, 64)
 ONE(3, 64)

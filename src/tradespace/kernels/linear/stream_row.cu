@@ -21,18 +21,19 @@ struct Product {
     const u8* codes;          // (blocks of 32 rows, chunks, 32, bytes of a chunk's row)
     const u32* scale;         // fp32 a row; int4: words of two fp16, (words, rows)
     const u16* x;             // bf16 (columns)
-    const float* squares;     // sums of squares of x's columns, 16 each; 0: x needs no norm
+    const float* squares;     // sums of squares of x's columns; 0: x needs no norm
     const u16* bias;          // bf16 (rows), 0: none
     const u16* residual;      // bf16 (rows), 0: none
-    const u16* next_weight;   // bf16 (rows), the weight of the norm that follows; 0: none
+    const float* next_weight; // fp32 (rows), the weight of the norm that follows; 0: none
     void* out;                // bf16 (rows), or fp32 where `wide`
     u16* next_x;              // bf16 (rows)
-    float* next_squares;      // (rows / 16)
+    float* next_squares;      // (2, rows / 32 rounded up): of each block of 32 rows the first 16, then of each the others
     float* partial;           // 2 · 32 numbers a block
     int* counters;            // one a group of rows, zero between kernels
     u64 block_bytes;          // from one block of rows to the next
     u64 scale_words;          // from one word of a row's scales to the next
     int columns;
+    int num_squares;
     int groups;               // of 16 rows of the result
     int whole;                // whether parts are whole rows
     int gated;                // 0: no; 1 …: the activation of the first half, which meets the second
@@ -241,7 +242,7 @@ __device__ __forceinline__ void stream_row(const Product& a) {
     for (int i = threadIdx.x; i < held_tiles * ROWS; i += WARPS * 32)
         factors[i] = KIND == INT4 ? 1.0f : __uint_as_float(a.scale[row_of(first_tile + i / ROWS) + i % ROWS]);
     if (a.next_weight)
-        for (int i = threadIdx.x; i < held_groups * ROWS; i += WARPS * 32) weights[i] = from_bf16(a.next_weight[first_group * ROWS + i]);
+        for (int i = threadIdx.x; i < held_groups * ROWS; i += WARPS * 32) weights[i] = a.next_weight[first_group * ROWS + i];
     for (int i = a.columns + threadIdx.x; i < padded; i += WARPS * 32) x[i] = 0;
     __syncthreads();
 
@@ -252,14 +253,14 @@ __device__ __forceinline__ void stream_row(const Product& a) {
         for (int i = threadIdx.x; i < held_groups * ROWS; i += WARPS * 32) added[i] = from_bf16(a.residual[first_group * ROWS + i]);
     if (a.squares && warp == WARPS - 1) {
         float total = 0.0f;
-        for (int i = lane; i < (a.columns + 15) / 16; i += 32) total += a.squares[i];
+        for (int i = lane; i < a.num_squares; i += 32) total += a.squares[i];
         for (int step = 16; step > 0; step >>= 1) total += __shfl_xor_sync(0xffffffff, total, step);
         if (lane == 0) *root = rsqrtf(total / a.columns + a.eps);
     }
     wait_barrier(x_here);
     if (KIND != FP8) {
         const int chunks = padded / 128;
-#pragma unroll 2
+#pragma unroll 1
         for (int some = warp * 4; some < chunks; some += WARPS * 4) {
             const int chunk = min(some + (lane >> 3), chunks - 1);  // the last one by several: they write the same after all have read
             to_integers((u32*)x + chunk * 64, x_scales + chunk, x_sums + chunk, lane);
@@ -319,7 +320,7 @@ __device__ __forceinline__ void stream_row(const Product& a) {
             const bool here = piece < pieces && local >= 0 && local < held_tiles;
             float value = 0.0f;
             if (here)
-    #pragma unroll
+#pragma unroll
                 for (int w = 0; w < WARPS; ++w) {
                     float* found = sums + (held * WARPS + w) * ROWS + row;
                     value += *found;
@@ -364,7 +365,8 @@ __device__ __forceinline__ void stream_row(const Product& a) {
             if (a.next_weight) {
                 float total = y * y;
                 for (int step = 8; step > 0; step >>= 1) total += __shfl_xor_sync(0xffffffff, total, step);
-                if (lane == 0) a.next_squares[group] = total;
+                if (lane == 0) a.next_squares[(group >> 1) + (group & 1) * ((a.groups + 1) >> 1)] = total;
+                if (lane == 0 && group == a.groups - 1 && !(group & 1)) a.next_squares[group + 1] = 0.0f;  // half a block at the end
             }
         }
         if (closing < first_group + held_groups) __syncthreads();

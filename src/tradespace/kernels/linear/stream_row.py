@@ -38,7 +38,7 @@ class _Product(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("codes", "scale", "x", "squares", "bias", "residual", "next_weight")),
         *((name, ctypes.c_void_p) for name in ("out", "next_x", "next_squares", "partial", "counters")),
         *((name, ctypes.c_uint64) for name in ("block_bytes", "scale_words")),
-        *((name, ctypes.c_int) for name in ("columns", "groups", "whole", "gated", "wide", "window")),
+        *((name, ctypes.c_int) for name in ("columns", "num_squares", "groups", "whole", "gated", "wide", "window")),
         ("eps", ctypes.c_float),
     )
 
@@ -55,9 +55,21 @@ def room(device: torch.device) -> tuple[int, int]:
     return properties.multi_processor_count, (properties.shared_memory_per_multiprocessor - BESIDE_BYTES) // 2 - RESERVED_SHARED
 
 
-def takes(weight: PackedWeight, x_TC: Tensor, *, gated: str | None) -> bool:
-    """Whether this kernel computes such a product: one row of bf16, int8 or fp8 of scales a row or int4 of groups of 128, whole blocks of rows."""
+def takes(
+    weight: PackedWeight,
+    x_TC: Tensor,
+    *,
+    gated: str | None,
+    bias_R: Tensor | None = None,
+    residual_1R: Tensor | None = None,
+    next_norm: NextNorm | None = None,
+) -> bool:
+    """Whether this kernel computes such a product: one row of bf16, int8 or fp8 of scales a row or int4 of groups of 128, whole tiles of rows."""
     layout, groups = weight.layout, weight.rows // ROWS // (2 if gated else 1)
+    if any(part is not None and part.dtype != torch.bfloat16 for part in (bias_R, residual_1R)):
+        return False
+    if next_norm and (next_norm.weight_R.dtype != torch.float32 or next_norm.squares_TS.shape[1] != squares_tiles(weight.rows, 1)):
+        return False
     if len(x_TC) != 1 or x_TC.dtype != torch.bfloat16 or layout.kind not in NAMES or gated not in ACTIVATIONS:
         return False
     if weight.zero is not None or (layout.kind == "int4" and layout.group != 128) or weight.rows % (ROWS * (2 if gated else 1)):
@@ -130,9 +142,9 @@ def stream_row(
         None if next_norm is None else next_norm.weight_R.data_ptr(), out_1R.data_ptr(), None if next_norm is None else next_norm.x_TR.data_ptr(),
         None if next_norm is None else next_norm.squares_TS.data_ptr(), scratch.partial.data_ptr(), scratch.counters.data_ptr(),
         weight.codes.stride(0), weight.scale.stride(0) // 2 if weight.layout.kind == "int4" else 0,
-        weight.columns, weight.rows // ROWS // (2 if gated else 1), int(shape.whole), ACTIVATIONS[gated], int(out_1R.dtype == torch.float32), shape.window, eps,
+        weight.columns, 0 if squares_1S is None else squares_1S.shape[1], weight.rows // ROWS // (2 if gated else 1), shape.whole, ACTIVATIONS[gated],
+        out_1R.dtype == torch.float32, shape.window, eps,
     )  # fmt: skip
-    assert squares_1S is None or squares_1S.shape[1] == squares_tiles(weight.columns), "sums of squares of other columns"
     stream = torch.cuda.current_stream(x_1C.device).cuda_stream
     found[f"{NAMES[weight.layout.kind]}_{shape.slots}"]((shape.blocks, 1), WARPS * 32, shape.shared_bytes, parameters, stream, pdl=pdl)
     return out_1R

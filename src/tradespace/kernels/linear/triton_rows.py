@@ -1,6 +1,6 @@
 """Products of few rows (1 … 64) with packed weights: y = x @ W.T, and what surrounds it in a layer: bias, residual, gated activation, RMS norm.
 
-An RMS norm needs no kernel of its own. Who writes the residual stream also writes it times the next norm's weight, and sums of squares of each 16 columns;
+An RMS norm needs no kernel of its own. Who writes the residual stream also writes it times the next norm's weight, and sums of squares of each 32 columns;
 who reads that multiplies its product by 1 / rms.
 """
 
@@ -33,7 +33,7 @@ TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NextNorm:
-    """What the product writes beside the residual stream for the RMS norm that follows: x_TR = out · weight_R, and squares_TS (fp32, S = squares_tiles(R))."""
+    """What a product writes beside the residual stream for the RMS norm that follows: x_TR = out · weight_R, and squares_TS (fp32, S = squares_tiles(R, T))."""
 
     weight_R: Tensor
     x_TR: Tensor
@@ -97,8 +97,7 @@ def rows_linear(
     out = torch.empty((T, R), dtype=torch.bfloat16 if x_scale_T is not None else x_TC.dtype, device=x_TC.device) if out_TR is None else out_TR
     if T == 0:
         return out
-    beside = (bias_R, residual_TR, None if next_norm is None else next_norm.weight_R)
-    if pdl and tiles is None and all(part is None or part.dtype == torch.bfloat16 for part in beside) and takes(weight, x_TC, gated=gated):
+    if pdl and tiles is None and takes(weight, x_TC, gated=gated, bias_R=bias_R, residual_1R=residual_TR, next_norm=next_norm):
         return stream_row(
             x_TC, weight, scratch, out, bias_R=bias_R, residual_1R=residual_TR, gated=gated, squares_1S=squares_TS, eps=eps, next_norm=next_norm, pdl=pdl
         )
@@ -124,8 +123,9 @@ def rows_linear(
         "GATED": gated or "none",
         "BIAS": bias_R is not None,
         "RESIDUAL": residual_TR is not None,
-        "SQUARES": 0 if squares_TS is None else padded(squares_tiles(C)),
+        "SQUARES": 0 if squares_TS is None else padded(squares_TS.shape[1]),
         "NEXT": 0 if next_norm is None else 1,
+        "HALVES": next_norm is not None and next_norm.squares_TS.shape[1] > squares_tiles(R),
         "EVEN": C % K == 0,
         "FAST": (x_TC.dtype == torch.bfloat16 or eight is not None) and not interprets(),
         "TYPE": TYPES[torch.bfloat16 if eight is not None else x_TC.dtype],
@@ -140,7 +140,7 @@ def rows_linear(
         scratch.partial, scratch.counters,
         T, R, C, x_TC.stride(0), codes.stride(0), 0 if scale is None else scale.stride(0), out.stride(0),
         0 if residual_TR is None else residual_TR.stride(0), 0 if next_norm is None else next_norm.x_TR.stride(0), weight.first_row,
-        layout.groups(C), R, split, eps,
+        layout.groups(C), R, split, 0 if squares_TS is None else squares_TS.shape[1], eps,
         **flags, num_warps=tiles.warps, num_stages=tiles.stages, pdl=pdl,
     )  # fmt: skip
     return out

@@ -158,13 +158,15 @@ def ask_chunks(codes, first, end_row, begin, end, row_stride, KIND: tl.constexpr
 def rows_kernel(
     x, x_scale, codes, scale, zero, nested, table, offset, bias, residual, squares, out, next_weight, next_x, next_squares, partial, counters,
     num_tokens, num_rows, num_columns, x_stride, row_stride, scale_stride, out_stride, residual_stride, next_stride, first_row, num_groups,
-    gate_rows, splits, eps,
+    gate_rows, splits, num_squares, eps,
     KIND: tl.constexpr, BYTES: tl.constexpr, NESTED: tl.constexpr, ZERO: tl.constexpr, GROUPS: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, SPLIT: tl.constexpr,
-    GATED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SQUARES: tl.constexpr, NEXT: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
+    GATED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SQUARES: tl.constexpr, NEXT: tl.constexpr, HALVES: tl.constexpr,
+    EVEN: tl.constexpr, FAST: tl.constexpr,
     TYPE: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program per tile of N rows of the result (gated: of both its halves) and split of the columns. SQUARES, NEXT: partial sums of a token, padded.
+    """One program per tile of N rows of the result (gated: of both its halves) and split of the columns. SQUARES, NEXT: partial sums of a token, padded;
+    HALVES: there is one token, with two of each.
     AHEAD: chunks that are asked for before the kernel before this one has ended."""
     tile = tl.program_id(0)
     split = tl.program_id(1)
@@ -183,8 +185,7 @@ def rows_kernel(
     inside = (n < num_rows)[:, None] & (t < num_tokens)[None, :]
     if SQUARES > 0:  # what the end needs is on its way before the loop
         entries = tl.arange(0, SQUARES)
-        tiles = (num_columns + 15) // 16
-        parts = tl.load(squares + t[:, None] * tiles + entries[None, :], mask=(t < num_tokens)[:, None] & (entries < tiles)[None, :], other=0.0)
+        parts = tl.load(squares + t[:, None] * num_squares + entries[None, :], mask=(t < num_tokens)[:, None] & (entries < num_squares)[None, :], other=0.0)
     if RESIDUAL:
         added = tl.load(residual + t[None, :] * residual_stride + n[:, None], mask=inside, other=0.0)
     if NEXT > 0:
@@ -240,9 +241,12 @@ def rows_kernel(
             held = tl.where(inside, rounded.to(tl.float32), 0.0)
             weighted = held * next_norm.to(tl.float32)[:, None]
             tl.store(next_x + t[None, :] * next_stride + n[:, None], weighted.to(next_x.dtype.element_ty), mask=inside)
-            blocks = (num_rows + 15) // 16
-            first = tile * (N // 16)
-            here = tl.arange(0, N // 16)
+            blocks = (num_rows + 31) // 32
+            wide: tl.constexpr = 2 if HALVES else 1
+            first = tile * (N // 32)
+            here = tl.arange(0, N // 32)
             spread = tl.where(here == 0, 1.0, 0.0)[:, None] * tl.sum(held * held, 0)[None, :]
             known = (first + here < blocks)[:, None] & (t < num_tokens)[None, :]
-            tl.store(next_squares + t[None, :] * blocks + (first + here)[:, None], spread, mask=known)
+            tl.store(next_squares + t[None, :] * (blocks * wide) + (first + here)[:, None], spread, mask=known)
+            if HALVES:  # of one row, whose blocks others may compute by halves
+                tl.store(next_squares + (blocks + first + here)[:, None] + t[None, :], tl.zeros_like(spread), mask=known)
