@@ -83,15 +83,41 @@ def one_query(
     """
     found = kernels(qkv_1X.device)
     assert found is not None and qkv_1X.is_contiguous() and out_1NH.is_contiguous(), "takes() comes first"
-    G, H, most = mixer.G, mixer.H, most_keys(context)
+    parameters = parameters_of(qkv_1X, table_SH2, positions_1, slots_1, planes, tables_1M, lengths_1, mixer, out_1NH, context, early)
+    stream = torch.cuda.current_stream(qkv_1X.device).cuda_stream
+    found[kernel_of(mixer)]((RANKS, mixer.K), THREADS, shared_bytes(mixer, context), parameters, stream, pdl=pdl)
+    return out_1NH
+
+
+def kernel_of(mixer: Attention) -> str:
+    """Its name in the source."""
+    return f"one_query_{mixer.G}_{mixer.H}"
+
+
+def shared_bytes(mixer: Attention, context: int) -> int:
+    """Shared memory of a block of threads: queries and results, the newest key and value, peaks and totals, and of each key its slot and scores."""
+    G, H = mixer.G, mixer.H
+    return 4 * (2 * G * H + H + 2 * G + 2 + (padded_heads(G) + 1) * most_keys(context))
+
+
+def parameters_of(
+    qkv_1X: Tensor,
+    table_SH2: Tensor | None,
+    positions_1: Tensor,
+    slots_1: Tensor,
+    planes: Planes,
+    tables_1M: Tensor,
+    lengths_1: Tensor,
+    mixer: Attention,
+    out_1NH: Tensor,
+    context: int,
+    early: bool,
+) -> ctypes.Structure:
+    """What the kernel is given."""
     windows = [w for w in (mixer.window, getattr(mixer.pattern, "window", None)) if w is not None]
-    parameters = _Query(
+    return _Query(
         qkv_1X.data_ptr(), None if table_SH2 is None else table_SH2.data_ptr(), positions_1.data_ptr(), slots_1.data_ptr(), lengths_1.data_ptr(),
         tables_1M.data_ptr(), planes.keys.data_ptr(), planes.values.data_ptr(), out_1NH.data_ptr(),
         planes.keys.stride(0), planes.keys.stride(1), planes.values.stride(0), planes.values.stride(1),
-        mixer.softmax_scale, mixer.logit_softcap or 0.0, min(windows, default=0), planes.block_size, mixer.K, most, early,
+        mixer.softmax_scale, mixer.logit_softcap or 0.0, min(windows, default=0), planes.block_size, mixer.K, most_keys(context), early,
     )  # fmt: skip
-    shared_bytes = 4 * (2 * G * H + H + 2 * G + 2 + (padded_heads(G) + 1) * most)
-    stream = torch.cuda.current_stream(qkv_1X.device).cuda_stream
-    found[f"one_query_{G}_{H}"]((RANKS, mixer.K), THREADS, shared_bytes, parameters, stream, pdl=pdl)
-    return out_1NH

@@ -131,20 +131,43 @@ def stream_row(
 ) -> Tensor:
     """`rows_linear` of one row; `takes` comes first."""
     found = kernels(x_1C.device)
-    assert found is not None and weight.scale is not None, "takes() comes first"
+    assert found is not None, "takes() comes first"
     shape = _shape(weight, gated is not None)
+    parameters = parameters_of(x_1C, weight, scratch, out_1R, shape, bias_R, residual_1R, gated, squares_1S, eps, next_norm)
+    stream = torch.cuda.current_stream(x_1C.device).cuda_stream
+    found[kernel_of(weight, shape)]((shape.blocks, 1), WARPS * 32, shape.shared_bytes, parameters, stream, pdl=pdl)
+    return out_1R
+
+
+def kernel_of(weight: PackedWeight, shape: Shape) -> str:
+    """Its name in the source."""
+    return f"{NAMES[weight.layout.kind]}_{shape.slots}"
+
+
+def parameters_of(
+    x_1C: Tensor,
+    weight: PackedWeight,
+    scratch: Scratch,
+    out_1R: Tensor,
+    shape: Shape,
+    bias_R: Tensor | None,
+    residual_1R: Tensor | None,
+    gated: str | None,
+    squares_1S: Tensor | None,
+    eps: float,
+    next_norm: NextNorm | None,
+) -> ctypes.Structure:
+    """What the kernel is given."""
+    assert weight.scale is not None, "codes have scales"
 
     def address(part: Tensor | None) -> int | None:
         return None if part is None else part.data_ptr()
 
-    parameters = _Product(
-        weight.codes.data_ptr(), weight.scale.data_ptr(), x_1C.data_ptr(), address(squares_1S), address(bias_R), address(residual_1R),
-        None if next_norm is None else next_norm.weight_R.data_ptr(), out_1R.data_ptr(), None if next_norm is None else next_norm.x_TR.data_ptr(),
-        None if next_norm is None else next_norm.squares_TS.data_ptr(), scratch.partial.data_ptr(), scratch.counters.data_ptr(),
+    after = (None, None, None) if next_norm is None else (next_norm.weight_R, next_norm.x_TR, next_norm.squares_TS)
+    return _Product(
+        weight.codes.data_ptr(), weight.scale.data_ptr(), x_1C.data_ptr(), address(squares_1S), address(bias_R), address(residual_1R), address(after[0]),
+        out_1R.data_ptr(), address(after[1]), address(after[2]), scratch.partial.data_ptr(), scratch.counters.data_ptr(),
         weight.codes.stride(0), weight.scale.stride(0) // 2 if weight.layout.kind == "int4" else 0,
         weight.columns, 0 if squares_1S is None else squares_1S.shape[1], weight.rows // ROWS // (2 if gated else 1), shape.whole, ACTIVATIONS[gated],
         out_1R.dtype == torch.float32, shape.window, eps,
     )  # fmt: skip
-    stream = torch.cuda.current_stream(x_1C.device).cuda_stream
-    found[f"{NAMES[weight.layout.kind]}_{shape.slots}"]((shape.blocks, 1), WARPS * 32, shape.shared_bytes, parameters, stream, pdl=pdl)
-    return out_1R
