@@ -111,7 +111,7 @@ SHAPES = (
 )
 
 
-@pytest.mark.parametrize("format_name", ("int8", "fp8", "int4-g128"))
+@pytest.mark.parametrize("format_name", ["int8", "fp8", "int4-g128"])
 @pytest.mark.parametrize(("R", "C", "gated", "multiprocessors", "slots"), SHAPES)
 def test_one_row(rows: Emulated, format_name: str, R: int, C: int, gated: str | None, multiprocessors: int, slots: int, monkeypatch: pytest.MonkeyPatch):
     gen = torch.Generator().manual_seed(R * C)
@@ -166,7 +166,7 @@ def test_activations_that_are_no_numbers_stay_so(rows: Emulated):
         assert not out.isfinite().any()
 
 
-@pytest.mark.parametrize(("G", "H"), ((1, 64), (3, 64), (4, 128)))
+@pytest.mark.parametrize(("G", "H"), [(1, 64), (3, 64), (4, 128)])
 def test_one_query(queries: Emulated, G: int, H: int):
     gen, draw = torch.Generator().manual_seed(G * H), random.Random(G)
     K, P, context = 2, 16, 512
@@ -211,7 +211,7 @@ def test_one_query(queries: Emulated, G: int, H: int):
         torch.testing.assert_close(out.double(), expected, rtol=0.01, atol=0.01)
 
 
-@pytest.mark.parametrize("source", (stream_row.SOURCE, one_query.SOURCE), ids=lambda path: path.stem)
+@pytest.mark.parametrize("source", [stream_row.SOURCE, one_query.SOURCE], ids=lambda path: path.stem)
 def test_a_kernel_has_no_ptx_of_its_own(source: Path):
     """The emulator stands in for the primitives alone, and for all of them."""
     assert "asm" not in source.read_text(encoding="utf-8")
