@@ -1,5 +1,6 @@
 """Constants that call themselves measured are those of the record."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ from tradespace.spec.zoo import find_model
 pytest.importorskip("torch", reason="the experiment that calibrates belongs to the torch half")
 
 from tradespace.lab.calibrate import stated
+from tradespace.lab.gpu_speed import PREDICTED_STEP, PREDICTED_TOKENS, plan_for, predicted_decode
+from tradespace.units import GiB
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
 RECORD = RESULTS / "calibration.json"
@@ -70,6 +73,20 @@ def test_the_gpu_s_decode_speeds_are_predicted():
             off[row["weights"], sequences] = round(predicted / row["value"] - 1, 3)
     assert len(off) >= 5
     assert all(abs(share) < 0.15 for share in off.values()), off
+
+
+def test_decode_of_many_sequences_on_a_gpu_is_predicted():
+    """Within 15% of what was measured from 16 to 256 sequences, contexts of 128 to 2,048 tokens (what one sequence takes the record of `decode` says)."""
+    model, device = replace(find_model("llama-3-8b"), max_context=40960), find_device("h100-80gb")
+    rows = [row for row in read_record(RESULTS / "gpu_speed.json").rows if row["part"] == "predictions" and row["what"].startswith("decode")]
+    off = {}
+    for row in rows:
+        sequences, prompt = int(row["what"].split()[1]), int(row["what"].rpartition(" ")[2].replace(",", ""))
+        plan = plan_for(model, row["weights"], "bf16", sequences=256, context=32_768, step=PREDICTED_STEP, memory_bytes=72 * GiB)
+        if sequences > 1:
+            off[row["weights"], sequences, prompt] = round(predicted_decode(model, plan, device, sequences, prompt, 1 + PREDICTED_TOKENS) / row["value"] - 1, 3)
+    assert len(off) == 20
+    assert all(abs(share) < 0.15 for share in off.values()), {key: share for key, share in off.items() if abs(share) >= 0.15}
 
 
 def test_a_70b_model_on_one_gpu_is_predicted():

@@ -60,6 +60,7 @@ LAYER_OPS = Constant(16, "assumed: eager operations of one layer outside of atte
 PAGED_LAYER_OPS = Constant(
     1.0, "fitted: 12 µs a layer of a captured step beside its reading, from int4 decode of the Llama-3-8B and Llama-2-70B shapes on an H100"
 )
+PAGED_SHARE = Constant(0.63, "fitted: of the bandwidth, at which keys and values of 16 to 256 sequences of the Llama-3-8B shape are read on an H100")
 # what an operation of a layer costs, in starts of a tiny one: on a CPU its own few microseconds do not hide behind the next one's start
 OP_STARTS: dict[str, Constant] = {
     "cpu": Constant(14, "measured: 0.22 ms a layer of SmolLM2 beside its products, two cores"),
@@ -149,14 +150,15 @@ def _native_calibrations() -> dict[tuple[str, str, str], Calibration]:
 EFFICIENCY.update(_native_calibrations())
 
 # the CUDA step on an H100 80GB, Llama-3-8B shape: of the data sheet's bandwidth at one sequence (beside PAGED_LAYER_OPS a layer) and, "several", at 32, where
-# codes meet that many rows in registers; of its dense matmul rate at 256 sequences and in prefill. Formats that were not measured have the shares of the one
+# codes meet that many rows in registers; of its dense matmul rate at 64 sequences ("several rows": codes are decoded in registers), at 256 ("few rows":
+# into memory in every step) and in prefill. Formats that were not measured have the shares of the one
 # whose kernel is theirs but for how codes are unpacked.
 CUDA_STEP_MEASURED = {
     "bf16": {"decode": 0.94, "few rows": 0.45, "prefill": 0.63},
-    "int8": {"decode": 0.88, "several": 0.68, "few rows": 0.45, "prefill": 0.55},
-    "fp8": {"decode": 0.86, "several": 0.64, "few rows": 0.45, "prefill": 0.55},
-    "fp8-a8": {"decode": 0.68, "few rows": 0.55, "prefill": 0.94},
-    "int4-g128": {"decode": 0.76, "several": 0.49, "few rows": 0.45, "prefill": 0.55},
+    "int8": {"decode": 0.88, "several": 0.68, "several rows": 0.165, "few rows": 0.24, "prefill": 0.55},
+    "fp8": {"decode": 0.86, "several": 0.64, "several rows": 0.165, "few rows": 0.24, "prefill": 0.55},
+    "fp8-a8": {"decode": 0.68, "few rows": 0.62, "prefill": 0.94},
+    "int4-g128": {"decode": 0.76, "several": 0.49, "several rows": 0.175, "few rows": 0.27, "prefill": 0.55},
 }
 
 
@@ -165,7 +167,8 @@ def _cuda_step_calibrations() -> dict[tuple[str, str, str], Calibration]:
     for name, layout in CUDA_FORMATS.items():
         like = name if name in CUDA_STEP_MEASURED else {"w8a8": "int8", "int8": "int8", "fp8": "fp8"}.get(layout.kind, "int4-g128")
         source = "measured on an H100" if like == name else f"as {like}, measured on an H100"
-        shares = {"several": CUDA_STEP_MEASURED[like]["decode"]} | CUDA_STEP_MEASURED[like]
+        held = CUDA_STEP_MEASURED[like]
+        shares = {"several": held["decode"], "several rows": held["few rows"]} | held
         found |= {("cuda step", name, phase): Calibration(share, source, "2026-11-27") for phase, share in shares.items()}
     return found
 

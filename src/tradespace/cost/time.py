@@ -89,7 +89,7 @@ def rates_for(device: DeviceSpec, weights: WeightPlan, phase: str, activations: 
     kind = {"native": "native", "cuda": "cuda step"}.get(weights.layout, device.kind)
     efficiency = calibration.find_calibration(kind, name, phase)
     bandwidth = efficiency if phase == "several" else calibration.find_calibration(kind, name, "decode")  # how well a format streams
-    compute = calibration.find_calibration(kind, name, "prefill" if phase == "prefill" else "few rows")
+    compute = calibration.find_calibration(kind, name, {"prefill": "prefill", "several": "several rows"}.get(phase, "few rows"))
     rate, note = _native_rate(device, native.activation_form(name, activations)) if is_native else _matmul_rate(device, FORMATS[name].compute)
     host, peer, disk = device.host_link_bytes_per_s, device.peer_link_bytes_per_s, device.disk_bytes_per_s
     figures = {
@@ -119,7 +119,7 @@ def step_time(work: StepWork, rates: Rates) -> StepTime:
     if rates.device.bandwidth_curve:
         read_bytes_per_s = rates.device.bandwidth_at(work.read_bytes).map(lambda value: value * rates.bandwidth_efficiency).value
     needed = (
-        ("bandwidth", work.read_bytes, read_bytes_per_s),
+        ("bandwidth", work.read_bytes - work.paged_bytes, read_bytes_per_s),
         ("compute", work.flops, rates.flops_per_s),
         ("disk" if work.link == "disk" else "link", work.link_bytes, rates.link_bytes_per_s[work.link]),
         ("peer", work.peer_bytes, rates.peer_bytes_per_s),
@@ -133,7 +133,11 @@ def step_time(work: StepWork, rates: Rates) -> StepTime:
         return StepTime(Estimate.unknown(rates.missing["overhead"]), "overhead", (), work.arithmetic_intensity)
     peer_s = terms[3][1] + work.peer_transfers * calibration.ALL_REDUCE_LATENCY_S.value
     overhead_s = work.num_ops * rates.op_s * calibration.OP_STARTS[rates.device.kind].value
-    seconds = max(terms[0][1], terms[1][1], terms[2][1]) + overhead_s + peer_s
+    paged_s = 0.0
+    if work.paged_bytes and read_bytes_per_s:  # of several sequences: read while nothing is multiplied by weights
+        paged_s = work.paged_bytes / (read_bytes_per_s / rates.bandwidth_efficiency * calibration.PAGED_SHARE.value)
+    seconds = max(terms[0][1], terms[1][1], terms[2][1]) + paged_s + overhead_s + peer_s
+    terms[0] = ("bandwidth", terms[0][1] + paged_s)
     terms[3:] = [("peer", peer_s), ("overhead", overhead_s)]
     bound = max(terms, key=itemgetter(1))[0]
     return StepTime(Estimate(seconds, rates.source), bound, tuple([term for term in terms if term[1]]), work.arithmetic_intensity)

@@ -23,11 +23,14 @@ from tradespace.spec.workload import Workload
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepWork:
-    """One step on one device: bytes through its memory, operations, eager calls, and what crosses links."""
+    """One step on one device: bytes through its memory (`paged_bytes` of them keys and values that paged attention reads of several sequences, at a rate of
+    their own), operations, eager calls, and what crosses links.
+    """
 
     read_bytes: float
     flops: float
     num_ops: float
+    paged_bytes: float = 0.0
     link_bytes: float = 0.0  # streamed layers
     link: str = "host"
     peer_bytes: float = 0.0
@@ -170,6 +173,7 @@ def with_weights(beside: StepWork, read_bytes: float, share: WeightShare, axes: 
     """`beside` and the weights: `read_bytes` of them in each of `steps`, the streamed layers over their link."""
     return StepWork(
         read_bytes=steps * read_bytes + beside.read_bytes,
+        paged_bytes=beside.paged_bytes,
         flops=beside.flops,
         num_ops=beside.num_ops,
         link_bytes=steps * share.streamed_bytes[axes.streamed_layers],
@@ -195,6 +199,7 @@ def decode_beside(
     per_layer = layer_ops(axes.kernel) + (attention_ops(axes.kernel, length) * (1 if axes.kernel == "flash" else sequences))
     return StepWork(
         read_bytes=sequences * (cached + written + scores + states + logits + remade_bytes),
+        paged_bytes=sequences * cached if axes.kernel == "paged" and sequences > 1 else 0.0,
         flops=sequences * (flops + remade_flops) / degree,
         num_ops=per_layer * model.L + calibration.STEP_OPS.value,
         peer_bytes=peer_bytes,
