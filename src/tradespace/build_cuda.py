@@ -36,6 +36,7 @@ from tradespace.loading.tokenizer import Tokenizer
 from tradespace.measure.device_memory import DeviceMeter
 from tradespace.model.cuda_step import DeviceStep
 from tradespace.model.transformer import Transformer
+from tradespace.kernels.cuda_module import why_not
 from tradespace.spec import cuda
 from tradespace.spec.model import ModelSpec
 from tradespace.spec.plan import Plan
@@ -117,6 +118,8 @@ def build_on_device(
     at = phase("buffers", at)
     rehearse(runner, plan)
     at = phase("rehearsal", at)
+    if reason := why_not(device):
+        notes.append(f"decode of one sequence runs in Triton's kernels, which are slower: {reason}")
     step.planes, runner.cache = (), small
     held = small.nbytes
     del small

@@ -75,6 +75,8 @@ def queries(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
 def drawn(format_name: str, rows: int, columns: int, gen: torch.Generator) -> tuple[PackedWeight, torch.Tensor]:
     """A weight of random codes, and what it is in float64."""
     weight = allocate(format_name, (rows, columns), "cpu")
+    layout = FORMATS[format_name]
+    assert weight.scale is not None and layout.group is not None
     weight.codes.copy_(torch.randint(0, 256, weight.codes.shape, generator=gen, dtype=torch.uint8))
     if format_name == "fp8":
         weight.codes[(weight.codes & 127) == 127] = 5  # no NaN
@@ -86,7 +88,8 @@ def drawn(format_name: str, rows: int, columns: int, gen: torch.Generator) -> tu
         values = codes_RC.view(torch.float8_e4m3fn).double()
     else:
         values = codes_RC.double() - 8
-    each = columns if FORMATS[format_name].group == 0 else FORMATS[format_name].group
+    assert scale_RG is not None
+    each = layout.group or columns
     return weight, values * scale_RG.double().repeat_interleave(each, 1)[:, :columns]
 
 

@@ -114,10 +114,25 @@ def surroundings_table(report: MachineReport) -> Table:
     if not report.accelerators:
         table.add_row("accelerator", "none")
     table.add_row("CPU kernels", escape(_kernels()))
+    if kernels := _cuda_kernels():
+        table.add_row("CUDA kernels", escape(kernels))
     table.add_row("compiler", escape(report.compiler or _NO_COMPILER))
     table.add_row("torch", escape(report.torch_version or _INSTALL_TORCH))
     table.add_row("measured", escape(f"{report.measured_at}, kept in {cache_folder()}; --refresh measures again"))
     return table
+
+
+def _cuda_kernels() -> str:
+    """What kernels torch's first CUDA device gets; empty without one."""
+    try:
+        import torch
+    except ImportError:
+        return ""
+    if not torch.cuda.is_available():
+        return ""
+    from tradespace.kernels.cuda_module import describe
+
+    return describe(torch.device("cuda", 0))
 
 
 def _kernels() -> str:

@@ -142,7 +142,7 @@ def kept_cubin(source: str, architecture: str) -> bytes:
 
 @lru_cache(maxsize=16)
 def find_kernels(path: Path, names: tuple[str, ...], device: torch.device) -> dict[str, Function] | None:
-    """`load`, or None where these kernels cannot run: `why_not` says why, and `doctor` shows it."""
+    """`load`, or None where these kernels cannot run: `why_not` says why."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
         return None
     try:
@@ -153,8 +153,19 @@ def find_kernels(path: Path, names: tuple[str, ...], device: torch.device) -> di
 
 
 def why_not(device: torch.device) -> str | None:
-    """Why kernels in CUDA C++ do not run on this device, though it could run them; None where they do or have not been asked for."""
+    """Why kernels in CUDA C++ do not run on this device, though it could run them; None where they do, or nobody has asked for them."""
     return _REFUSED.get(device)
+
+
+def describe(device: torch.device) -> str:
+    """What `doctor` says of them: whether kernels in CUDA C++ run on this device."""
+    if torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
+        return f"Triton's alone: those in CUDA C++ need compute capability {'.'.join(map(str, LEAST_CAPABILITY))}"
+    try:
+        _driver(), _nvrtc()
+    except UnsupportedError as error:
+        return f"Triton's alone, decode of one sequence is slower for it: {error}"
+    return f"Triton's, and CUDA C++ compiled by NVRTC {torch.version.cuda}"
 
 
 def load(path: Path, names: tuple[str, ...], device: torch.device) -> dict[str, Function]:
