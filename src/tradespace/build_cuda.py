@@ -28,6 +28,7 @@ from tradespace.engine.scheduler import Scheduler
 from tradespace.engine.step import ScheduledSequence, SlotUse, Step
 from tradespace.errors import BudgetError, UnsupportedError
 from tradespace.kernels.attention.dispatch import Choice
+from tradespace.kernels.cuda_module import why_not
 from tradespace.kernels.sample.device import OnDevice
 from tradespace.kv.cache import KVCache
 from tradespace.loading.random_weights import fill_random
@@ -36,7 +37,6 @@ from tradespace.loading.tokenizer import Tokenizer
 from tradespace.measure.device_memory import DeviceMeter
 from tradespace.model.cuda_step import DeviceStep
 from tradespace.model.transformer import Transformer
-from tradespace.kernels.cuda_module import why_not
 from tradespace.spec import cuda
 from tradespace.spec.model import ModelSpec
 from tradespace.spec.plan import Plan

@@ -32,11 +32,13 @@ ROOM = (233_472 - stream_row.BESIDE_BYTES) // 2 - 1024  # of shared memory, on a
 class Emulated:
     """A kernel source as a library of the CPU."""
 
-    def __init__(self, source: Path, kernels: tuple[str, ...], parameters: str, folder: Path):
+    def __init__(self, source: Path, kernels: list[tuple[str, str]], parameters: str, folder: Path):
         compiler = shutil.which("g++") or pytest.skip("no g++ on this machine")
-        table = "\n".join(f'    {{"{name}", [](const void* p) {{ {name}(*(const {parameters}*)p); }}}},' for name in kernels)
+        table = "\n".join(f'    {{"{name}", [](const void* p) {{ {name}(*(const {parameters}*)p); }}}},' for name, _ in kernels)
+        instances = "\n".join(instance for _, instance in kernels)
         text = f"""{EMULATOR.read_text(encoding="utf-8")}
 {source.read_text(encoding="utf-8")}
+{instances}
 struct Named {{ const char* name; void (*kernel)(const void*); }};
 static const Named named[] = {{
 {table}
@@ -62,14 +64,14 @@ extern "C" int emulate(const char* name, const void* parameters, int x, int y, i
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
-    return Emulated(
-        stream_row.SOURCE, tuple(f"{name}_{slots}" for name in stream_row.NAMES.values() for slots in (2, 5)), "Product", tmp_path_factory.mktemp("rows")
-    )
+    kernels = [stream_row.kernel_of(kind, slots) for kind in stream_row.KINDS for slots in (2, 5)]
+    return Emulated(stream_row.SOURCE, kernels, "Product", tmp_path_factory.mktemp("rows"))
 
 
 @pytest.fixture(scope="module")
 def queries(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
-    return Emulated(one_query.SOURCE, ("one_query_1_64", "one_query_3_64", "one_query_4_128"), "Query", tmp_path_factory.mktemp("queries"))
+    kernels = [one_query.kernel_of(Attention(N=G, K=1, H=H)) for G, H in ((1, 64), (3, 64), (4, 128))]
+    return Emulated(one_query.SOURCE, kernels, "Query", tmp_path_factory.mktemp("queries"))
 
 
 def drawn(format_name: str, rows: int, columns: int, gen: torch.Generator) -> tuple[PackedWeight, torch.Tensor]:
@@ -120,7 +122,7 @@ def test_one_row(rows: Emulated, format_name: str, R: int, C: int, gated: str | 
     gen = torch.Generator().manual_seed(R * C)
     weight, dense = drawn(format_name, R, C, gen)
     scratch, held = Scratch("cpu"), R // (2 if gated else 1)
-    monkeypatch.setattr(stream_row, "SLOTS", (slots,))
+    monkeypatch.setattr(stream_row, "MOST_SLOTS", slots)
     for split in (0, 10**9):  # rows in parts, or whole
         monkeypatch.setattr(stream_row, "SPLIT_BYTES", split)
         stream_row.shape_of.cache_clear()
@@ -138,7 +140,7 @@ def test_one_row(rows: Emulated, format_name: str, R: int, C: int, gated: str | 
             out = torch.full((1, held), float("nan"), dtype=torch.bfloat16 if ended else torch.float32)
             parameters = stream_row.parameters_of(x, weight, scratch, out, shape, bias, residual, gated, squares, 1e-5, after)
             for _ in range(2):  # counters are as they were
-                rows(stream_row.kernel_of(weight, shape), (shape.blocks, 1), stream_row.WARPS * 32, shape.shared_bytes, parameters)
+                rows(stream_row.kernel_of(weight.layout.kind, slots)[0], (shape.blocks, 1), stream_row.WARPS * 32, shape.shared_bytes, parameters)
             y = x.double() @ dense.T
             if squares is not None:
                 y *= torch.rsqrt(squares.double().sum() / C + 1e-5)
@@ -165,7 +167,7 @@ def test_activations_that_are_no_numbers_stay_so(rows: Emulated):
         x, out = torch.zeros(1, 256, dtype=torch.bfloat16), torch.zeros(1, 32)
         x[0, 7] = strange
         parameters = stream_row.parameters_of(x, weight, Scratch("cpu"), out, shape, None, None, None, None, 0.0, None)
-        rows(f"row_int8_{min(5, shape.slots)}", (shape.blocks, 1), stream_row.WARPS * 32, shape.shared_bytes, parameters)
+        rows(stream_row.kernel_of("int8", min(5, shape.slots))[0], (shape.blocks, 1), stream_row.WARPS * 32, shape.shared_bytes, parameters)
         assert not out.isfinite().any()
 
 
@@ -192,7 +194,7 @@ def test_one_query(queries: Emulated, G: int, H: int):
         lengths, positions = torch.tensor([length], dtype=torch.int32), torch.tensor([length - 1])
         parameters = one_query.parameters_of(qkv, turn, positions, slot, planes, table_1M, lengths, mixer, out, context, early=True)
         shared = one_query.shared_bytes(mixer, context)
-        queries(one_query.kernel_of(mixer), (one_query.RANKS, K), one_query.THREADS, shared, parameters, ranks=one_query.RANKS)
+        queries(one_query.kernel_of(mixer)[0], (one_query.RANKS, K), one_query.THREADS, shared, parameters, ranks=one_query.RANKS)
 
         def turned(x: torch.Tensor, turn: torch.Tensor | None = turn, last: int = length - 1) -> torch.Tensor:
             if turn is None:

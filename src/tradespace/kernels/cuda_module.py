@@ -1,7 +1,7 @@
 """CUDA C++ kernels: compiled by NVRTC, which every CUDA build of torch brings, kept in the cache by source and architecture, launched through the driver.
 
 For what Triton cannot say: a kernel that fills its shared memory before the one before it has ended. Nothing here is needed where there is no such kernel:
-`find_kernels` then gives None, and the callers have a Triton kernel of the same meaning.
+`find_kernel` then gives None, and the callers have a Triton kernel of the same meaning.
 """
 
 from __future__ import annotations
@@ -95,9 +95,9 @@ def _nvrtc() -> Any:
     raise UnsupportedError(f"{name} is not there: the nvidia-cuda-nvrtc package that torch's CUDA builds depend on is missing")
 
 
-def whole_source(path: Path) -> str:
-    """A kernel's source with what stands before all of them."""
-    return PRIMITIVES.read_text(encoding="utf-8") + path.read_text(encoding="utf-8")
+def whole_source(path: Path, instance: str) -> str:
+    """A kernel's source between what stands before all of them and the one instance that is wanted."""
+    return f"{PRIMITIVES.read_text(encoding='utf-8')}{path.read_text(encoding='utf-8')}{instance}\n"
 
 
 def compile_source(source: str, architecture: str) -> bytes:
@@ -140,13 +140,13 @@ def kept_cubin(source: str, architecture: str) -> bytes:
     return cubin
 
 
-@lru_cache(maxsize=16)
-def find_kernels(path: Path, names: tuple[str, ...], device: torch.device) -> dict[str, Function] | None:
-    """`load`, or None where these kernels cannot run: `why_not` says why."""
+@lru_cache(maxsize=64)
+def find_kernel(path: Path, name: str, instance: str, device: torch.device) -> Function | None:
+    """`load`, or None where such kernels cannot run: `why_not` says why."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
         return None
     try:
-        return load(path, names, device)
+        return load(path, name, instance, device)
     except UnsupportedError as error:
         _REFUSED[device] = str(error)
         return None
@@ -162,24 +162,21 @@ def describe(device: torch.device) -> str:
     if torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
         return f"Triton's alone: those in CUDA C++ need compute capability {'.'.join(map(str, LEAST_CAPABILITY))}"
     try:
-        _driver(), _nvrtc()
+        _driver()
+        _nvrtc()
     except UnsupportedError as error:
         return f"Triton's alone, decode of one sequence is slower for it: {error}"
     return f"Triton's, and CUDA C++ compiled by NVRTC {torch.version.cuda}"
 
 
-def load(path: Path, names: tuple[str, ...], device: torch.device) -> dict[str, Function]:
-    """The kernels of these names in a source file, on a device. Raises UnsupportedError with the reason where that cannot be."""
+def load(path: Path, name: str, instance: str, device: torch.device) -> Function:
+    """One kernel of a source file, on a device: its name, and the line that makes it. Raises UnsupportedError with the reason where that cannot be."""
     driver, capability = _driver(), torch.cuda.get_device_capability(device)
     with torch.cuda.device(device):
         torch.cuda.current_stream(device).synchronize()  # makes the device's context the thread's
-        cubin = kept_cubin(whole_source(path), f"sm_{capability[0]}{capability[1]}")
-        module = ctypes.c_void_p()
+        cubin = kept_cubin(whole_source(path, instance), f"sm_{capability[0]}{capability[1]}")
+        module, handle = ctypes.c_void_p(), ctypes.c_void_p()
         _check(driver.cuModuleLoadData(ctypes.byref(module), cubin), "cuModuleLoadData")
-        found = {}
-        for name in names:
-            handle = ctypes.c_void_p()
-            _check(driver.cuModuleGetFunction(ctypes.byref(handle), module, name.encode()), f"cuModuleGetFunction of {name}")
-            prefer_shared(handle)
-            found[name] = Function(driver, handle, module)
-    return found
+        _check(driver.cuModuleGetFunction(ctypes.byref(handle), module, name.encode()), f"cuModuleGetFunction of {name}")
+        prefer_shared(handle)
+        return Function(driver, handle, module)

@@ -23,7 +23,7 @@ from tradespace.kernels.attention.paged import DecodeScratch, Planes, paged_deco
 from tradespace.kernels.attention.whole_prompts import fused_prefill, prefill
 from tradespace.kernels.linear.large import large_linear, quantized_linear
 from tradespace.kernels.linear.packed import PackedWeight
-from tradespace.kernels.linear.stream_row import NAMES as STREAMED
+from tradespace.kernels.linear.stream_row import KINDS as STREAMED
 from tradespace.kernels.linear.triton_codes import quantize_rows
 from tradespace.kernels.linear.triton_rows import NextNorm, rows_linear
 from tradespace.kernels.norm.triton_add_norm import add_norm

@@ -240,14 +240,3 @@ __device__ __forceinline__ void one_query(const Query& a) {
 
 #define ONE(G, H) \
     KERNEL(THREADS) CLUSTER(RANKS) one_query_##G##_##H(const Query a) { one_query<G, H>(a); }
-ONE(1, 64)
-ONE(2, 64)
-ONE(3, 64)
-ONE(4, 64)
-ONE(8, 64)
-ONE(1, 128)
-ONE(2, 128)
-ONE(4, 128)
-ONE(5, 128)
-ONE(7, 128)
-ONE(8, 128)

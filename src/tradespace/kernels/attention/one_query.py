@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tradespace.kernels.attention.paged import Planes
-from tradespace.kernels.cuda_module import Function, find_kernels
+from tradespace.kernels.cuda_module import Function, find_kernel
 from tradespace.spec.attention_pattern import Causal, Sliding
 from tradespace.spec.cuda import ONE_QUERY_BYTES, ONE_QUERY_CONTEXT, padded_heads
 from tradespace.spec.cuda import ONE_QUERY_RANKS as RANKS
@@ -22,8 +22,7 @@ from tradespace.spec.cuda import ONE_QUERY_TILE as TILE
 from tradespace.spec.mixers import Attention
 
 SOURCE = Path(__file__).with_name("one_query.cu")
-SHAPES = ((1, 64), (2, 64), (3, 64), (4, 64), (8, 64), (1, 128), (2, 128), (4, 128), (5, 128), (7, 128), (8, 128))  # (G, H) that there are kernels for
-KERNELS = tuple(f"one_query_{G}_{H}" for G, H in SHAPES)
+SHAPES = ((1, 64), (2, 64), (3, 64), (4, 64), (8, 64), (1, 128), (2, 128), (4, 128), (5, 128), (7, 128), (8, 128))  # (G, H) that were tested
 THREADS = 128  # as in the source
 
 
@@ -38,9 +37,13 @@ class _Query(ctypes.Structure):
     )
 
 
-def kernels(device: torch.device) -> dict[str, Function] | None:
-    """The kernels on this device; None where it or its software cannot run them."""
-    return find_kernels(SOURCE, KERNELS, device)
+def kernel_of(mixer: Attention) -> tuple[str, str]:
+    """Its name in the source, and the line that makes it."""
+    return f"one_query_{mixer.G}_{mixer.H}", f"ONE({mixer.G}, {mixer.H})"
+
+
+def _kernel(mixer: Attention, device: torch.device) -> Function | None:
+    return find_kernel(SOURCE, *kernel_of(mixer), device)
 
 
 def most_keys(context: int) -> int:
@@ -59,7 +62,7 @@ def takes(mixer: Attention, planes: Planes, context: int, *, norms: bool, sinks:
     if context > ONE_QUERY_CONTEXT or 4 * (padded_heads(mixer.G) + 1) * most_keys(context) > ONE_QUERY_BYTES:
         return False
     whole = all(plane.dtype == torch.bfloat16 and plane.stride(0) % 8 == plane.stride(1) % 8 == 0 for plane in (planes.keys, planes.values))
-    return whole and kernels(planes.keys.device) is not None
+    return whole and _kernel(mixer, planes.keys.device) is not None
 
 
 def one_query(
@@ -81,17 +84,12 @@ def one_query(
 
     context: no sequence is longer. early: the kernel that follows fills its shared memory meanwhile (`linear/stream_row.py`); others would be in the way.
     """
-    found = kernels(qkv_1X.device)
-    assert found is not None and qkv_1X.is_contiguous() and out_1NH.is_contiguous(), "takes() comes first"
+    kernel = _kernel(mixer, qkv_1X.device)
+    assert kernel is not None and qkv_1X.is_contiguous() and out_1NH.is_contiguous(), "takes() comes first"
     parameters = parameters_of(qkv_1X, table_SH2, positions_1, slots_1, planes, tables_1M, lengths_1, mixer, out_1NH, context, early)
     stream = torch.cuda.current_stream(qkv_1X.device).cuda_stream
-    found[kernel_of(mixer)]((RANKS, mixer.K), THREADS, shared_bytes(mixer, context), parameters, stream, pdl=pdl)
+    kernel((RANKS, mixer.K), THREADS, shared_bytes(mixer, context), parameters, stream, pdl=pdl)
     return out_1NH
-
-
-def kernel_of(mixer: Attention) -> str:
-    """Its name in the source."""
-    return f"one_query_{mixer.G}_{mixer.H}"
 
 
 def shared_bytes(mixer: Attention, context: int) -> int:

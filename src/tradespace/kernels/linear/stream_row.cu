@@ -373,12 +373,5 @@ __device__ __forceinline__ void stream_row(const Product& a) {
     }
 }
 
-#define KERNELS(slots)                                                                                          \
-    KERNEL(WARPS * 32, 2) row_int8_##slots(const Product a) { stream_row<INT8, slots>(a); }                     \
-    KERNEL(WARPS * 32, 2) row_fp8_##slots(const Product a) { stream_row<FP8, slots>(a); }                       \
-    KERNEL(WARPS * 32, 2) row_int4_##slots(const Product a) { stream_row<INT4, slots>(a); }
-KERNELS(2)
-KERNELS(3)
-KERNELS(4)
-KERNELS(5)
-KERNELS(6)
+#define ROW(kind, slots) \
+    KERNEL(WARPS * 32, 2) row_##kind##_##slots(const Product a) { stream_row<kind, slots>(a); }

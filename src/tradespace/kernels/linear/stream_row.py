@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tradespace.kernels.cuda_module import RESERVED_SHARED, Function, find_kernels
+from tradespace.kernels.cuda_module import RESERVED_SHARED, Function, find_kernel
 from tradespace.kernels.linear.packed import PackedWeight
 from tradespace.kernels.linear.scratch import Scratch
 from tradespace.spec.cuda import COUNTERS, squares_tiles
@@ -20,11 +20,10 @@ if TYPE_CHECKING:
     from tradespace.kernels.linear.triton_rows import NextNorm
 
 SOURCE = Path(__file__).with_name("stream_row.cu")
-NAMES = {"int8": "row_int8", "fp8": "row_fp8", "int4": "row_int4"}  # kinds of codes → kernels
+KINDS = {"int8": "INT8", "fp8": "FP8", "int4": "INT4"}  # of codes, as the source calls them
 COLUMNS = {"int8": 128, "fp8": 128, "int4": 256}  # of a unit
 ROWS, UNIT_BYTES, SCALE_BYTES, WARPS = 16, 2048, 256, 8  # as in the source
-SLOTS = (2, 3, 4, 5, 6)  # of a warp's ring, that there are kernels for
-KERNELS = tuple(f"{name}_{slots}" for name in NAMES.values() for slots in SLOTS)
+LEAST_SLOTS, MOST_SLOTS = 2, 6  # of a warp's ring
 BESIDE_BYTES = 16 * 1024  # of a multiprocessor's shared memory that are left to attention (`attention/one_query.py`)
 WINDOW_TILES = 16  # tiles whose sums are held at once
 SPLIT_BYTES = 48 * 1024  # of weights that a multiprocessor reads while sums of split rows are put together: parts of whole rows may be so much uneven
@@ -43,9 +42,13 @@ class _Product(ctypes.Structure):
     )
 
 
-def kernels(device: torch.device) -> dict[str, Function] | None:
-    """The kernels on this device; None where it or its software cannot run them."""
-    return find_kernels(SOURCE, KERNELS, device)
+def kernel_of(kind: str, slots: int) -> tuple[str, str]:
+    """Its name in the source, and the line that makes it."""
+    return f"row_{KINDS[kind]}_{slots}", f"ROW({KINDS[kind]}, {slots})"
+
+
+def _kernel(weight: PackedWeight, slots: int) -> Function | None:
+    return find_kernel(SOURCE, *kernel_of(weight.layout.kind, slots), weight.codes.device)
 
 
 @lru_cache(maxsize=8)
@@ -70,14 +73,14 @@ def takes(
         return False
     if next_norm and (next_norm.weight_R.dtype != torch.float32 or next_norm.squares_TS.shape[1] != squares_tiles(weight.rows, 1)):
         return False
-    if len(x_TC) != 1 or x_TC.dtype != torch.bfloat16 or layout.kind not in NAMES or gated not in ACTIVATIONS:
+    if len(x_TC) != 1 or x_TC.dtype != torch.bfloat16 or layout.kind not in KINDS or gated not in ACTIVATIONS:
         return False
     if weight.zero is not None or (layout.kind == "int4" and layout.group != 128) or weight.rows % (ROWS * (2 if gated else 1)):
         return False
-    if x_TC.data_ptr() % 16 or weight.columns % 8 or kernels(x_TC.device) is None:
+    if x_TC.device.type != "cuda" or x_TC.data_ptr() % 16 or weight.columns % 8:
         return False
     shape = _shape(weight, gated is not None)
-    return shape.slots >= 2 and (shape.whole or groups <= COUNTERS)
+    return shape.slots >= LEAST_SLOTS and (shape.whole or groups <= COUNTERS) and _kernel(weight, shape.slots) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +114,7 @@ def shape_of(kind: str, rows: int, columns: int, gated: bool, multiprocessors: i
     window = min(held, max(1, WINDOW_TILES // (2 if gated else 1)))
     fixed = 128 + 2 * units_of_tile * COLUMNS[kind] + units_of_tile * COLUMNS[kind] // 16 + 4 * ROWS * (tiles + window * (2 if gated else 1) * WARPS + 2 * held)
     slot = UNIT_BYTES + (SCALE_BYTES if kind == "int4" else 0)
-    slots = max(0, min(SLOTS[-1], (most - fixed) // (WARPS * slot)))
+    slots = max(0, min(MOST_SLOTS, (most - fixed) // (WARPS * slot)))
     return Shape(blocks, whole, slots, window, fixed + WARPS * slots * slot)
 
 
@@ -130,18 +133,13 @@ def stream_row(
     pdl: bool = False,
 ) -> Tensor:
     """`rows_linear` of one row; `takes` comes first."""
-    found = kernels(x_1C.device)
-    assert found is not None, "takes() comes first"
     shape = _shape(weight, gated is not None)
+    kernel = _kernel(weight, shape.slots)
+    assert kernel is not None, "takes() comes first"
     parameters = parameters_of(x_1C, weight, scratch, out_1R, shape, bias_R, residual_1R, gated, squares_1S, eps, next_norm)
     stream = torch.cuda.current_stream(x_1C.device).cuda_stream
-    found[kernel_of(weight, shape)]((shape.blocks, 1), WARPS * 32, shape.shared_bytes, parameters, stream, pdl=pdl)
+    kernel((shape.blocks, 1), WARPS * 32, shape.shared_bytes, parameters, stream, pdl=pdl)
     return out_1R
-
-
-def kernel_of(weight: PackedWeight, shape: Shape) -> str:
-    """Its name in the source."""
-    return f"{NAMES[weight.layout.kind]}_{shape.slots}"
 
 
 def parameters_of(
