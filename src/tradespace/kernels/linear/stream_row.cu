@@ -1,10 +1,10 @@
 // One row of activations times a packed matrix, as a stream of weights: y = W x, and what surrounds it in a layer.
 //
 // A block of threads per multiprocessor; each takes an equal part of the matrix's units (2 KiB of codes: 16 rows of 128 or 256 columns), row by row. Every warp
-// brings its own units into its own ring of shared memory, every lane what it reads itself, so nothing in the loop waits for another lane. Weights depend on nothing: the ring is
-// filled before the kernel before this one has ended, and the next kernel fills its own while this one runs: with two blocks' rings to a multiprocessor the
-// memory hardly rests between kernels. That filling keeps `pace` units of a warp under way and no more: what the kernel before still reads would otherwise queue
-// behind it.
+// brings its own units into its own ring of shared memory, every lane what it reads itself, so nothing in the loop waits for another lane. Weights depend on
+// nothing: the ring is filled before the kernel before this one has ended, and the next kernel fills its own while this one runs: with two blocks' rings to a
+// multiprocessor the memory hardly rests between kernels. That filling keeps PACE units of a warp under way and no more: what the kernel before still reads would
+// otherwise queue behind it. A third block must never be what a multiprocessor has no room for: attention's is small (BESIDE_BYTES), else blocks lie unevenly.
 //
 // Parts are whole rows where that is nearly even; else rows whose units lie in several blocks are summed by the last of these to finish, in the order of their
 // columns. Either way results are the same bits every time.
