@@ -87,8 +87,9 @@ def one_query(
     kernel = _kernel(mixer, qkv_1X.device)
     assert kernel is not None and qkv_1X.is_contiguous() and out_1NH.is_contiguous(), "takes() comes first"
     parameters = parameters_of(qkv_1X, table_SH2, positions_1, slots_1, planes, tables_1M, lengths_1, mixer, out_1NH, context, early)
-    stream = torch.cuda.current_stream(qkv_1X.device).cuda_stream
-    kernel((RANKS, mixer.K), THREADS, shared_bytes(mixer, context), parameters, stream, pdl=pdl)
+    with torch.cuda.device(qkv_1X.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        kernel((RANKS, mixer.K), THREADS, shared_bytes(mixer, context), parameters, stream, pdl=pdl)
     return out_1NH
 
 

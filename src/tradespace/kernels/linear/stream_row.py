@@ -137,8 +137,9 @@ def stream_row(
     kernel = _kernel(weight, shape.slots)
     assert kernel is not None, "takes() comes first"
     parameters = parameters_of(x_1C, weight, scratch, out_1R, shape, bias_R, residual_1R, gated, squares_1S, eps, next_norm)
-    stream = torch.cuda.current_stream(x_1C.device).cuda_stream
-    kernel((shape.blocks, 1), WARPS * 32, shape.shared_bytes, parameters, stream, pdl=pdl)
+    with torch.cuda.device(x_1C.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        kernel((shape.blocks, 1), WARPS * 32, shape.shared_bytes, parameters, stream, pdl=pdl)
     return out_1R
 
 
