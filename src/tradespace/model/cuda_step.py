@@ -23,7 +23,7 @@ from tradespace.kernels.attention.paged import DecodeScratch, Planes, paged_deco
 from tradespace.kernels.attention.whole_prompts import fused_prefill, prefill
 from tradespace.kernels.linear.large import large_linear, quantized_linear
 from tradespace.kernels.linear.packed import PackedWeight
-from tradespace.kernels.linear.stream_row import KINDS as STREAMED
+from tradespace.kernels.linear.stream_row import fits as streams
 from tradespace.kernels.linear.triton_codes import quantize_rows
 from tradespace.kernels.linear.triton_rows import NextNorm, rows_linear
 from tradespace.kernels.norm.triton_add_norm import add_norm
@@ -99,6 +99,8 @@ class DeviceStep:
             half.ffn.gated and half.attn_post is half.ffn_post is None and half.scale == 1.0 and half.ffn_norm.bias is None for half in self.halves
         )
         self.pdl = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= (9, 0)
+        # all of a step of one row as streams or none: among others they lie unevenly over the processors, and the step takes longer than with none (by 20%)
+        self.streamed = self.pdl and self.fused and self.dtype == torch.bfloat16 and all(map(_streams, self.halves))
         D = spec.D
 
         def room(*shape: int, dtype: torch.dtype = self.dtype) -> Tensor:
@@ -256,7 +258,7 @@ class DeviceStep:
         context = min(self.max_context, inputs.within or self.max_context)
         if decodes and T == 1 and self._takes_one_query(index, half, context):
             rotated = qkv_TR, table, inputs.positions_T, inputs.slots_T
-            one_query(*rotated, planes, inputs.tables_BM, inputs.lengths_B, a, out_TNH, context=context, early=half.out.packed.layout.kind in STREAMED)
+            one_query(*rotated, planes, inputs.tables_BM, inputs.lengths_B, a, out_TNH, context=context, early=self.streamed)
             return out_TNH.view(T, a.N * a.Hv)
         whole = self.device.type == "cuda" and fused_prefill(a, inputs.fresh, attn.sinks)
         k_TKH = self.k_TKH[: T * a.K * a.H].view(T, a.K, a.H) if whole else None
@@ -319,6 +321,7 @@ class DeviceStep:
             squares_TS=squares,
             eps=self.spec.norm_eps,
             next_norm=next_norm,
+            streamed=self.streamed,
             pdl=self.pdl,
         )
 
@@ -347,6 +350,11 @@ class DeviceStep:
         if self.spec.logit_softcap is not None:
             logits_RV.copy_(self._cap(logits_RV, self.spec.logit_softcap))
         return logits_RV
+
+
+def _streams(half: Half) -> bool:
+    matrices = ((half.qkv, None), (half.out, None), (half.wide, half.ffn.activation), (half.down, None))
+    return all(streams(weight.packed, gated=gated) for weight, gated in matrices)
 
 
 def halves_of(transformer: Transformer) -> tuple[Half, ...]:

@@ -68,16 +68,21 @@ def takes(
     next_norm: NextNorm | None = None,
 ) -> bool:
     """Whether this kernel computes such a product: one row of bf16, int8 or fp8 of scales a row or int4 of groups of 128, whole tiles of rows."""
-    layout, groups = weight.layout, weight.rows // ROWS // (2 if gated else 1)
     if any(part is not None and part.dtype != torch.bfloat16 for part in (bias_R, residual_1R)):
         return False
     if next_norm and (next_norm.weight_R.dtype != torch.float32 or next_norm.squares_TS.shape[1] != squares_tiles(weight.rows, 1)):
         return False
-    if len(x_TC) != 1 or x_TC.dtype != torch.bfloat16 or layout.kind not in KINDS or gated not in ACTIVATIONS:
+    if len(x_TC) != 1 or x_TC.dtype != torch.bfloat16 or x_TC.data_ptr() % 16:
+        return False
+    return fits(weight, gated=gated)
+
+
+def fits(weight: PackedWeight, *, gated: str | None) -> bool:
+    """Whether this kernel multiplies with such a weight on the device where it lies."""
+    layout, groups = weight.layout, weight.rows // ROWS // (2 if gated else 1)
+    if weight.codes.device.type != "cuda" or layout.kind not in KINDS or gated not in ACTIVATIONS or weight.columns % 8:
         return False
     if weight.zero is not None or (layout.kind == "int4" and layout.group != 128) or weight.rows % (ROWS * (2 if gated else 1)):
-        return False
-    if x_TC.device.type != "cuda" or x_TC.data_ptr() % 16 or weight.columns % 8:
         return False
     shape = _shape(weight, gated is not None)
     return shape.slots >= LEAST_SLOTS and (shape.whole or groups <= COUNTERS) and _kernel(weight, shape.slots) is not None

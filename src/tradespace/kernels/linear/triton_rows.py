@@ -80,11 +80,12 @@ def rows_linear(
     eps: float = 0.0,
     next_norm: NextNorm | None = None,
     tiles: RowTiles | None = None,
+    streamed: bool = True,
     pdl: bool = False,
 ) -> Tensor:
     """out_TR = x @ W.T (· 1/rms from `squares_TS`) (+ bias) (+ residual), or act(gate) · up of it where `gated` names the activation (R is then half of W's).
 
-    `out_TR` may be the residual itself. w8a8 and fp8-a8 take activations as codes with their scales
+    streamed: one row may take the kernel of `stream_row.py`. `out_TR` may be the residual itself. w8a8 and fp8-a8 take activations as codes with their scales
     (`triton_codes.quantize_rows`). Raises UnsupportedError for more than 64 rows.
     """
     T, C = x_TC.shape
@@ -97,7 +98,7 @@ def rows_linear(
     out = torch.empty((T, R), dtype=torch.bfloat16 if x_scale_T is not None else x_TC.dtype, device=x_TC.device) if out_TR is None else out_TR
     if T == 0:
         return out
-    if pdl and tiles is None and takes(weight, x_TC, gated=gated, bias_R=bias_R, residual_1R=residual_TR, next_norm=next_norm):
+    if streamed and pdl and tiles is None and takes(weight, x_TC, gated=gated, bias_R=bias_R, residual_1R=residual_TR, next_norm=next_norm):
         return stream_row(
             x_TC, weight, scratch, out, bias_R=bias_R, residual_1R=residual_TR, gated=gated, squares_1S=squares_TS, eps=eps, next_norm=next_norm, pdl=pdl
         )
