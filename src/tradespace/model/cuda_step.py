@@ -354,7 +354,7 @@ class DeviceStep:
 
 def _streams(half: Half) -> bool:
     matrices = ((half.qkv, None), (half.out, None), (half.wide, half.ffn.activation), (half.down, None))
-    return all(streams(weight.packed, gated=gated) for weight, gated in matrices)
+    return all(streams(weight.packed, gated=gated) and (weight.bias is None or weight.bias.dtype == torch.bfloat16) for weight, gated in matrices)
 
 
 def halves_of(transformer: Transformer) -> tuple[Half, ...]:
