@@ -23,11 +23,11 @@ TS_INLINE GroupHead<KIND> read_head(const uint8_t* p) {
 // Weights come from memory once, in the pass of the first tokens: asked for this far ahead, they arrive while earlier ones are multiplied.
 constexpr int PREFETCH_BYTES = 3072;
 
-template <int KIND, int TOKENS, bool FIRST>
+template <int KIND, int TOKENS>
 TS_INLINE void section(const uint8_t* p, const GroupHead<KIND>& head, const Operand& x, int64_t token, int64_t s, vf* acc) {
   constexpr KindInfo INFO = KINDS[KIND];
   const uint8_t* codes = p + section_head_bytes(INFO.meta);
-  if constexpr (FIRST)
+  if (token == 0)
     for (int line = 0; line < section_bytes(INFO.bits) + group_bytes(INFO.meta); line += 64) ask_for_weights<TOKENS>(codes + PREFETCH_BYTES + line);
   // two partial sums where few tokens leave the multiplier waiting for itself
   constexpr int PARTS = INFO.meta == META_K6 || TOKENS <= 4 ? 2 : 1;
@@ -77,8 +77,9 @@ TS_UNROLL(16)
   }
 }
 
-template <int KIND, int TOKENS, bool FIRST>
-TS_INLINE void panel(const Product& p, int64_t index, int64_t token) {
+// no part of its callers: one function of all numbers of tokens takes gcc minutes for AVX2
+template <int KIND, int TOKENS>
+TS_APART void panel(const Product& p, int64_t index, int64_t token) {
   constexpr KindInfo INFO = KINDS[KIND];
   const uint8_t* at = p.weight.panel(index);
   const int64_t sections = p.weight.sections();
@@ -91,16 +92,16 @@ TS_INLINE void panel(const Product& p, int64_t index, int64_t token) {
   constexpr int HEAD = group_bytes(INFO.meta) + super_head_bytes(INFO.meta);
   if constexpr (HEAD == 0) {
     GroupHead<KIND> none{};
-    for (int64_t s = 0; s < sections; s++, at += STEP) section<KIND, TOKENS, FIRST>(at, none, p.x, token, s, acc);
+    for (int64_t s = 0; s < sections; s++, at += STEP) section<KIND, TOKENS>(at, none, p.x, token, s, acc);
   } else if (HEAD && super_head_bytes(INFO.meta) == 0 && p.weight.group == 1) {
-    for (int64_t s = 0; s < sections; s++, at += STEP + HEAD) section<KIND, TOKENS, FIRST>(at + HEAD, read_head<KIND>(at), p.x, token, s, acc);
+    for (int64_t s = 0; s < sections; s++, at += STEP + HEAD) section<KIND, TOKENS>(at + HEAD, read_head<KIND>(at), p.x, token, s, acc);
   } else {
     const int64_t group = super_head_bytes(INFO.meta) ? SUPER_SECTIONS : p.weight.group;
     for (int64_t s = 0; s < sections;) {
       GroupHead<KIND> head = read_head<KIND>(at);
       at += HEAD;
       int64_t end = std::min(s + group, sections);
-      for (; s < end; s++, at += STEP) section<KIND, TOKENS, FIRST>(at, head, p.x, token, s, acc);
+      for (; s < end; s++, at += STEP) section<KIND, TOKENS>(at, head, p.x, token, s, acc);
     }
   }
   for (int i = 0; i < TOKENS; i++) put_result(p, token + i, index, INFO.meta == META_ROW ? acc[i] * row_scale : acc[i]);
@@ -108,10 +109,7 @@ TS_INLINE void panel(const Product& p, int64_t index, int64_t token) {
 
 template <int KIND, int TOKENS>
 TS_INLINE void tokens_over(const Product& p, int64_t start, int64_t end, int64_t token) {
-  if (token == 0)
-    for (int64_t index = start; index < end; index++) panel<KIND, TOKENS, true>(p, index, token);
-  else
-    for (int64_t index = start; index < end; index++) panel<KIND, TOKENS, false>(p, index, token);
+  for (int64_t index = start; index < end; index++) panel<KIND, TOKENS>(p, index, token);
 }
 
 template <int KIND>

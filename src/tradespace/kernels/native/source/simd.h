@@ -24,11 +24,13 @@ constexpr int LANES = 16;  // rows of a panel, positions of a key tile
 
 #if defined(__AVX2__)
 #define TS_INLINE static inline __attribute__((always_inline))
+#define TS_APART static __attribute__((noinline))
 #define TS_PRAGMA(text) _Pragma(#text)
 #define TS_UNROLL(n) TS_PRAGMA(GCC unroll n)
 constexpr int MOST_TOKENS = 8;  // that share a pass over the codes: what the registers hold
 #else
 #define TS_INLINE static inline
+#define TS_APART static
 #define TS_UNROLL(n)
 constexpr int MOST_TOKENS = 2;
 #endif
