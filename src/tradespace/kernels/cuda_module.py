@@ -69,9 +69,8 @@ def _check(result: int, call: str) -> None:
         raise UnsupportedError(f"{call} failed with error {result} of the CUDA driver")
 
 
-def prefer_shared(function: ctypes.c_void_p | int) -> None:
+def _prefer_shared(handle: ctypes.c_void_p) -> None:
     """A kernel that runs beside one with much shared memory leaves a multiprocessor's division as that one needs it: to divide it anew it must be empty."""
-    handle = function if isinstance(function, ctypes.c_void_p) else ctypes.c_void_p(function)
     _check(_driver().cuFuncSetAttribute(handle, CARVE_OUT, 100), "cuFuncSetAttribute")
 
 
@@ -178,5 +177,5 @@ def load(path: Path, name: str, instance: str, device: torch.device) -> Function
         module, handle = ctypes.c_void_p(), ctypes.c_void_p()
         _check(driver.cuModuleLoadData(ctypes.byref(module), cubin), "cuModuleLoadData")
         _check(driver.cuModuleGetFunction(ctypes.byref(handle), module, name.encode()), f"cuModuleGetFunction of {name}")
-        prefer_shared(handle)
+        _prefer_shared(handle)
         return Function(driver, handle, module)

@@ -99,7 +99,7 @@ class DeviceStep:
             half.ffn.gated and half.attn_post is half.ffn_post is None and half.scale == 1.0 and half.ffn_norm.bias is None for half in self.halves
         )
         self.pdl = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= (9, 0)
-        # all of a step of one row as streams or none: among others they lie unevenly over the processors, and the step takes longer than with none (by 20%)
+        # all of a step of one row as streams or none: among others they lie unevenly over the processors, and the step takes longer than with none
         self.streamed = self.pdl and self.fused and self.dtype == torch.bfloat16 and all(map(_streams, self.halves))
         D = spec.D
 
