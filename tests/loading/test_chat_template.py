@@ -225,6 +225,12 @@ NESTED = "{% for a in messages[0].content %}" * 9 + "x" + "{% endfor %}" * 9
         "{% set x = 'a' * 60000000 %}" + "{% if 'b' in x %}{% endif %}" * 2200,
         "{% set x = 'a' * 6000000 %}{% for i in range(900000) %}{{ x[1:] | length }}{% endfor %}",
         "{{ range(199999) | list | sort | unique | list | length }}" * 200,
+        "{{ range(49999) | list | sort | unique | list | length }}" * 200,
+        "{% set x = ('a' * 60000000) | list %}{{ x | sort | length }}",
+        "{{ ('a' * 60000000) | select | list | length }}",
+        "{{ (('a ' * 30000000).split(' ')) | sort | length }}",
+        "{{ (('a ' * 30000000).split(' ')) | unique | list | length }}",
+        "{{ ('a' * 60000000) | join('') | length }}",
     ],
 )
 def test_templates_that_would_not_end_are_stopped_within_two_seconds(template):

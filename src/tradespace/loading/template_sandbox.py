@@ -29,7 +29,7 @@ import jinja2.sandbox
 from tradespace.units import MiB
 
 MAX_CHARS = 64 * MiB  # of all text that a rendering makes, the prompt included
-MAX_ITEMS = 200_000  # of a list that a template makes
+MAX_ITEMS = 50_000  # of a list that a template makes or gives to a filter: sorting is one step, and not interrupted
 MAX_STEPS = 1_000_000  # turns of loops, calls, filters and comparisons of a rendering
 MAX_CPU_S = 1.0  # of a rendering: a template of 10 KB takes milliseconds
 
@@ -250,16 +250,26 @@ def _format_width(form: str) -> str:
     return max(re.findall(r"(?:%[-+ #0]*|\{[^{}]*:[^{}]*?|\.)(\d+)", form), key=len, default="")
 
 
-def _counting(text_filter: Callable[..., Any]) -> Callable[..., Any]:
+# filters that go through what they are given item by item, in Python
+_ITEM_FILTERS = frozenset(
+    "batch dictsort groupby items join list map max min reject rejectattr select selectattr slice sort sum unique".split()
+)
+
+
+def _counting(name: str, text_filter: Callable[..., Any]) -> Callable[..., Any]:
     """A filter of Jinja's, counted with the size of what it is given."""
 
     @wraps(text_filter)
     def counted(*args: Any, **kwargs: Any) -> Any:
-        sizes = [_length(found) for found in args if isinstance(found, (str, list, tuple))]
+        given = [found for found in args if isinstance(found, (str, list, tuple, dict))]
+        if name in _ITEM_FILTERS and given and len(given[0]) > MAX_ITEMS:
+            raise jinja2.exceptions.SecurityError(f"'{name}' of more than {MAX_ITEMS} items")
+        sizes = [_length(found) for found in given if not isinstance(found, dict)]
         # join and replace put one text between the items or letters of another
         grows = text_filter in (jinja2.filters.sync_do_join, jinja2.filters.do_join, jinja2.filters.do_replace)
         _BUDGET.get().step((sizes[0] + 1) * (max(sizes[1:], default=0) + 1) if grows and sizes else sum(sizes) >> 4)
-        return text_filter(*args, **kwargs)
+        found = text_filter(*args, **kwargs)
+        return iter(_Counted(found, 0)) if isinstance(found, Iterator) else found
 
     return counted
 
@@ -286,7 +296,7 @@ def compiled(template: str) -> jinja2.Template:
     environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols], finalize=_written)
     environment.filters["tojson"] = _tojson
     environment.filters |= {name: _bounded(environment.filters[name]) for name in ("center", "indent", "format")}
-    environment.filters = {name: _counting(found) for name, found in environment.filters.items()}
+    environment.filters = {name: _counting(name, found) for name, found in environment.filters.items()}
     environment.filters |= {"_counted": _counted, "_tick": _tick, "_concat": _concat}
     environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now, namespace=_Namespace, range=CountedRange())
     return environment.from_string(template)
