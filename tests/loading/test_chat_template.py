@@ -226,6 +226,8 @@ NESTED = "{% for a in messages[0].content %}" * 9 + "x" + "{% endfor %}" * 9
         "{% set x = 'a' * 6000000 %}{% for i in range(900000) %}{{ x[1:] | length }}{% endfor %}",
         "{{ range(199999) | list | sort | unique | list | length }}" * 200,
         "{{ range(49999) | list | sort | unique | list | length }}" * 200,
+        "{{ a+a+a+a+a+a+a+a+a+a }}" * 2600,
+        "{{ a.b.c(d) }}" * 4600,
         "{% set x = ('a' * 60000000) | list %}{{ x | sort | length }}",
         "{{ ('a' * 60000000) | select | list | length }}",
         "{{ (('a ' * 30000000).split(' ')) | sort | length }}",

@@ -18,6 +18,7 @@ from functools import lru_cache, wraps
 from typing import Any
 
 import jinja2
+import jinja2.compiler
 import jinja2.exceptions
 import jinja2.ext
 import jinja2.filters
@@ -145,14 +146,44 @@ def _constant_chars(node: jinja2.nodes.Node) -> int:
     return written + sum(len(found.value) for found in node.find_all(jinja2.nodes.Const) if isinstance(found.value, str))
 
 
+class _Parser(jinja2.parser.Parser):
+    """Jinja's parser, which looks at the clock."""
+
+    environment: _Environment
+
+    def parse_primary(self, *args: Any, **kwargs: Any) -> jinja2.nodes.Expr:
+        self.environment.look_at_clock()
+        return super().parse_primary(*args, **kwargs)
+
+
+class _CodeGenerator(jinja2.compiler.CodeGenerator):
+    """Jinja's compiler, which looks at the clock."""
+
+    environment: _Environment
+
+    def visit(self, node: jinja2.nodes.Node, *args: Any, **kwargs: Any) -> Any:
+        self.environment.look_at_clock()
+        return super().visit(node, *args, **kwargs)
+
+
 class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     """The sandbox, which counts, and refuses the arithmetic that a few characters can fill any memory with."""
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
+    code_generator_class = _CodeGenerator
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
+        self._end_s = time.thread_time() + MAX_CPU_S
+
+    def look_at_clock(self) -> None:
+        """Raises SecurityError where the template takes too long to compile."""
+        if time.thread_time() > self._end_s:
+            raise jinja2.exceptions.SecurityError(f"it takes more than {MAX_CPU_S:.0f} s to compile")
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> jinja2.nodes.Template:
         """The syntax tree, with loops, comparisons and concatenations made to count."""
-        tree = super()._parse(source, name, filename)
+        tree = _Parser(self, source, name, filename).parse()
         for loop in list(tree.find_all(jinja2.nodes.For)):
             chars = jinja2.nodes.Const(_constant_chars(loop))
             loop.iter = jinja2.nodes.Filter(loop.iter, "_counted", [chars], [], None, None)
@@ -252,7 +283,25 @@ def _format_width(form: str) -> str:
 
 # filters that go through what they are given item by item, in Python
 _ITEM_FILTERS = frozenset(
-    "batch dictsort groupby items join list map max min reject rejectattr select selectattr slice sort sum unique".split()
+    [
+        "batch",
+        "dictsort",
+        "groupby",
+        "items",
+        "join",
+        "list",
+        "map",
+        "max",
+        "min",
+        "reject",
+        "rejectattr",
+        "select",
+        "selectattr",
+        "slice",
+        "sort",
+        "sum",
+        "unique",
+    ]
 )
 
 
