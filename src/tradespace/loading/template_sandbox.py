@@ -282,27 +282,10 @@ def _format_width(form: str) -> str:
 
 
 # filters that go through what they are given item by item, in Python
-_ITEM_FILTERS = frozenset(
-    [
-        "batch",
-        "dictsort",
-        "groupby",
-        "items",
-        "join",
-        "list",
-        "map",
-        "max",
-        "min",
-        "reject",
-        "rejectattr",
-        "select",
-        "selectattr",
-        "slice",
-        "sort",
-        "sum",
-        "unique",
-    ]
-)
+_ITEM_FILTERS = {
+    *("batch", "dictsort", "groupby", "items", "join", "list", "map", "max", "min"),
+    *("reject", "rejectattr", "select", "selectattr", "slice", "sort", "sum", "unique"),
+}
 
 
 def _counting(name: str, text_filter: Callable[..., Any]) -> Callable[..., Any]:
