@@ -32,45 +32,16 @@ TS_INLINE Operand from_row(Operand x, int64_t row) {
   return x;
 }
 
-TS_INLINE int32_t sum_of(vi v) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_add_epi32((__m512i)v);
-#else
-  int32_t total = 0;
-  for (int i = 0; i < LANES; i++) total += v[i];
-  return total;
-#endif
-}
-
-TS_INLINE vf absolute(vf v) { return (vf)((vu)v & 0x7fffffffu); }
-
-TS_INLINE vi round_to_int(vf v) {
-#if defined(__AVX512F__)
-  return (vi)_mm512_cvtps_epi32((__m512)v);
-#else
-  vf magic = splat(12582912.f);
-  return __builtin_convertvector((v + magic) - magic, vi);
-#endif
-}
-
-TS_INLINE void store_int8(int8_t* p, vi v) {
-#if defined(__AVX512F__)
-  _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8((__m512i)v));
-#else
-  for (int i = 0; i < LANES; i++) p[i] = (int8_t)v[i];
-#endif
-}
-
 // One section of 32 numbers in two registers → codes, scale, sums.
 TS_INLINE void quantize_section(vf a, vf b, int8_t* codes, float* scale, float* weighted, int32_t* sums) {
   float largest = maximum(max(absolute(a), absolute(b)));
   float inverse = largest > 0 ? 127.f / largest : 0.f;
   vi qa = round_to_int(a * inverse), qb = round_to_int(b * inverse);
-  store_int8(codes, qa);
-  store_int8(codes + LANES, qb);
+  write_int8(codes, qa);
+  write_int8(codes + LANES, qb);
   *scale = largest / 127.f;
-  sums[0] = sum_of(qa);
-  sums[1] = sum_of(qb);
+  sums[0] = sum(qa);
+  sums[1] = sum(qb);
   *weighted = *scale * (float)(sums[0] + sums[1]);
 }
 
@@ -84,8 +55,8 @@ TS_INLINE void put_row(const Operand& operand, int64_t t, const float* x, int64_
       int64_t at = t * operand.sections + g;
       quantize_section(a, b, operand.codes + t * operand.stride + g * SECTION, operand.scales + at, operand.weighted + at, operand.sums + 2 * at);
     } else if (form == FORM_BF16) {
-      store_bf16(operand.bf16 + t * operand.stride + g * SECTION, a);
-      store_bf16(operand.bf16 + t * operand.stride + g * SECTION + LANES, b);
+      write_bf16(operand.bf16 + t * operand.stride + g * SECTION, a);
+      write_bf16(operand.bf16 + t * operand.stride + g * SECTION + LANES, b);
     } else {
       store(operand.f32 + t * operand.stride + g * SECTION, a);
       store(operand.f32 + t * operand.stride + g * SECTION + LANES, b);

@@ -51,7 +51,6 @@ void write_value(const Cache& c, const Step& step, int64_t sequence, int64_t pos
 int64_t partial_floats(int64_t value_width) { return ROWS * round_up(value_width, LANES) + 2 * LANES; }
 
 constexpr int MOST_SPLIT = 32;  // blocks whose chunks are shared out among the threads
-constexpr int MOST_ROWS_BY_FOUR = MOST_TOKENS >= 8 ? 6 : 3;  // sums of so many rows and four tiles stay in registers
 constexpr int FEW_ROWS = 4;     // rows of a block that waits for memory more than it computes
 
 // Up to ROWS query rows that share a key head, and the keys that each may see: positions [low, high).
@@ -117,9 +116,9 @@ template <int STORE, int NQ>
 TS_INLINE void score_rows(const Attention& a, const Block& b, int first_row, const Tiles& chunk, float* scores, const Tiles* next) {
   const int num_tiles = chunk.count;
   int t = 0;
-  if constexpr (NQ <= MOST_ROWS_BY_FOUR)
+  if constexpr (4 * NQ <= MOST_SUMS)
     for (; t + 4 <= num_tiles; t += 4) score_tiles<STORE, NQ, 4>(a, b, first_row, chunk, t, scores, next);
-  if constexpr (NQ <= 6)
+  if constexpr (2 * NQ <= MOST_SUMS)
     for (; t + 2 <= num_tiles; t += 2) score_tiles<STORE, NQ, 2>(a, b, first_row, chunk, t, scores, next);
   for (; t < num_tiles; t++) score_tiles<STORE, NQ, 1>(a, b, first_row, chunk, t, scores, next);
 }
@@ -129,27 +128,28 @@ TS_INLINE void weigh_rows(const Attention& a, int first_row, const Tiles& chunk,
   const int64_t width = a.cache.value_width, padded = round_up(width, LANES);
   int64_t rows[CHUNK];
   for (int64_t j = from; j < to; j++) rows[j] = chunk.values[j / LANES] + j % LANES * width;
+  constexpr int VECTORS = 4 * NQ <= MOST_SUMS ? 4 : 2 * NQ <= MOST_SUMS ? 2 : 1;
   int64_t c = 0;
-  for (; c + 4 * LANES <= width; c += 4 * LANES) {
-    vf acc[NQ][4];
+  for (; c + VECTORS * LANES <= width; c += VECTORS * LANES) {
+    vf acc[NQ][VECTORS];
     for (int i = 0; i < NQ; i++)
-      for (int v = 0; v < 4; v++) acc[i][v] = vf{};
+      for (int v = 0; v < VECTORS; v++) acc[i][v] = vf{};
     for (int64_t j = from; j < to; j++) {
       if (next && j < next->count * LANES) {
         const char* row = (const char*)a.cache.values + (next->values[j / LANES] + j % LANES * width + c) * width_bytes(STORE);
-        for (int64_t byte = 0; byte < 4 * LANES * width_bytes(STORE); byte += 64) __builtin_prefetch(row + byte, 0, 2);
+        for (int64_t byte = 0; byte < VECTORS * LANES * width_bytes(STORE); byte += 64) __builtin_prefetch(row + byte, 0, 2);
       }
-      vf x[4];
-      for (int v = 0; v < 4; v++) x[v] = load_stored<STORE>(a.cache.values, rows[j] + c + v * LANES);
+      vf x[VECTORS];
+      for (int v = 0; v < VECTORS; v++) x[v] = load_stored<STORE>(a.cache.values, rows[j] + c + v * LANES);
 TS_UNROLL(6)
       for (int i = 0; i < NQ; i++) {
         vf p = splat(scores[(first_row + i) * CHUNK + j]);
 TS_UNROLL(4)
-        for (int v = 0; v < 4; v++) acc[i][v] = fma(p, x[v], acc[i][v]);
+        for (int v = 0; v < VECTORS; v++) acc[i][v] = fma(p, x[v], acc[i][v]);
       }
     }
     for (int i = 0; i < NQ; i++)
-      for (int v = 0; v < 4; v++) store(values + (first_row + i) * padded + c + v * LANES, acc[i][v]);
+      for (int v = 0; v < VECTORS; v++) store(values + (first_row + i) * padded + c + v * LANES, acc[i][v]);
   }
   for (; c < width; c += LANES) {  // what is left of a head that is no multiple of 64
     const int64_t lanes = std::min<int64_t>(LANES, width - c);
@@ -188,7 +188,8 @@ static void chunk_partial(const Attention& a, const Block& b, int64_t chunk, Par
   for (; row + 3 <= b.count; row += 3) score_rows<STORE, 3>(a, b, row, tiles, scores, row ? nullptr : next);
   for (; row < b.count; row++) score_rows<STORE, 1>(a, b, row, tiles, scores, row ? nullptr : next);
 
-  const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  constexpr int32_t PLACES[LANES] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const vi lane = load(PLACES);
   for (int i = 0; i < b.count; i++) {
     float* s = scores + i * CHUNK;
     const int32_t first = (int32_t)std::clamp<int64_t>(b.low[i] - start, 0, CHUNK), end = (int32_t)std::clamp<int64_t>(b.high[i] - start, 0, CHUNK);
@@ -210,7 +211,7 @@ static void chunk_partial(const Attention& a, const Block& b, int64_t chunk, Par
       vf v = load(s + t * LANES);
       if (a.softcap > 0.f) v = a.softcap * tanh(v / a.softcap);
       vi at = lane + t * LANES;
-      v = (at >= first) & (at < end) ? v : splat(-INFINITY);
+      v = select((at >= first) & (at < end), v, splat(-INFINITY));
       largest = max(largest, v);
       store(s + t * LANES, v);
     }
@@ -220,7 +221,7 @@ static void chunk_partial(const Attention& a, const Block& b, int64_t chunk, Par
     for (int t = 0; t < num_tiles; t++) {
       vi at = lane + t * LANES;
       vf e = m == -INFINITY ? vf{} : exp(load(s + t * LANES) - m);
-      e = (at >= first) & (at < end) ? e : vf{};  // exp(-inf) is not quite nothing in our approximation
+      e = select((at >= first) & (at < end), e, vf{});  // exp(-inf) is not quite nothing in our approximation
       total = total + e;
       store(s + t * LANES, e);
     }
@@ -237,17 +238,17 @@ static void chunk_partial(const Attention& a, const Block& b, int64_t chunk, Par
   for (; row < b.count; row++) weigh_rows<STORE, 1>(a, row, tiles, from, to, scores, p.values, row ? nullptr : next);
 }
 
-TS_INLINE float exp_one(float x) { return exp(splat(x))[0]; }
+TS_INLINE float exp_one(float x) { return first_lane(exp(splat(x))); }
 
 static void merge(const Attention& a, int count, Partial& into, const Partial& part) {
   const int64_t padded = round_up(a.cache.value_width, LANES);
   alignas(64) float keep[LANES], add[LANES];
   {  // all rows at once
     const vf before = load(into.largest), now = load(part.largest), m = max(before, now);
-    const vf kept = before == m ? splat(1.f) : exp(before - m), added = now == m ? splat(1.f) : exp(now - m);
+    const vf kept = select(before == m, splat(1.f), exp(before - m)), added = select(now == m, splat(1.f), exp(now - m));
     const vf none = splat(-INFINITY);
-    store(keep, before == none ? vf{} : kept);
-    store(add, now == none ? vf{} : added);
+    store(keep, select(before == none, vf{}, kept));
+    store(add, select(now == none, vf{}, added));
     store(into.largest, m);
     store(into.total, fma(load(part.total), load(add), load(into.total) * load(keep)));
   }

@@ -16,9 +16,9 @@ TS_INLINE float sum_row(const float* x, int64_t width, F f) {
   if (c < width) {
     float rest[LANES] = {0};
     std::memcpy(rest, x + c, (size_t)(width - c) * 4);
-    vf v = f(load(rest));
-    for (int64_t i = width - c; i < LANES; i++) v[i] = 0.f;
-    total = total + v;
+    store(rest, f(load(rest)));
+    for (int64_t i = width - c; i < LANES; i++) rest[i] = 0.f;
+    total = total + load(rest);
   }
   return sum(total);
 }
@@ -53,7 +53,7 @@ TS_INLINE vf erf(vf x) {
   p = fma(p, t, splat(-0.284496736f));
   p = fma(p, t, splat(0.254829592f));
   vf y = 1.f - p * t * exp(-(a * a));
-  return x < 0.f ? -y : y;
+  return select(x < 0.f, -y, y);
 }
 
 TS_INLINE vf activate(vf x, int kind) {

@@ -70,9 +70,9 @@ static void widened(const Product& p, int64_t index, int64_t token) {
       for (int q = 0; q < PANELS; q++) {
         const uint16_t* w = (const uint16_t*)p.weight.panel(index + q) + k * 2 * LANES;
         if constexpr (KIND == BF16) {
-          vu both = (vu)load_bytes(w);
-          even[q] = (vf)(both << 16);
-          odd[q] = (vf)(both & 0xffff0000u);
+          vu both = as<vu>(load_bytes(w));
+          even[q] = as<vf>(both << 16);
+          odd[q] = as<vf>(both & 0xffff0000u);
         } else {
           even[q] = load_half(w);
           odd[q] = load_half(w + LANES);
@@ -137,38 +137,37 @@ struct PairsBlock {
   static void run(const Product& p, int64_t index, int64_t token) { pairs_bf16<PANELS, TOKENS>(p, index, token); }
 };
 
-template <class Block, int PANELS>
+// panels and tokens whose sums stay in registers, two panels to many tokens where that many fit
+constexpr int MANY_PANELS = MOST_SUMS >= 24 ? 2 : 1, MANY = MOST_SUMS / MANY_PANELS;
+constexpr int FOUR_PANELS = MOST_SUMS >= 16 ? 4 : 1;  // few tokens: four panels side by side hide the latency of a single chain of sums
+
+template <class Block, int PANELS, int TOKENS>
+static void tokens_over(const Product& p, int64_t start, int64_t end, int64_t token) {
+  int64_t index = start;
+  for (; index + PANELS <= end; index += PANELS) Block::template run<PANELS, TOKENS>(p, index, token);
+  if constexpr (PANELS > 1)
+    for (; index < end; index++) Block::template run<1, TOKENS>(p, index, token);
+}
+
+template <class Block>
 static void sweep(const Product& p, int64_t first, int64_t last) {
-  // few tokens: four panels side by side hide the latency of a single chain of sums
-  const int64_t tile = std::max<int64_t>(PANELS, 32768 / p.weight.panel_bytes / PANELS * PANELS);
+  const int64_t tile = std::max<int64_t>(4, 32768 / p.weight.panel_bytes / 4 * 4);
   for (int64_t start = first; start < last; start += tile) {
     const int64_t end = std::min(start + tile, last);
     int64_t token = 0;
-    if constexpr (MOST_TOKENS >= 8)
-      for (; token + 12 <= p.tokens; token += 12) {
-        int64_t index = start;
-        for (; index + 2 <= end; index += 2) Block::template run<2, 12>(p, index, token);
-        for (; index < end; index++) Block::template run<1, 12>(p, index, token);
-      }
-    for (; token + 4 <= p.tokens; token += 4) {
-      int64_t index = start;
-      for (; index + PANELS <= end; index += PANELS) Block::template run<PANELS, 4>(p, index, token);
-      for (; index < end; index++) Block::template run<1, 4>(p, index, token);
-    }
-    for (; token < p.tokens; token++) {
-      int64_t index = start;
-      for (; index + PANELS <= end; index += PANELS) Block::template run<PANELS, 1>(p, index, token);
-      for (; index < end; index++) Block::template run<1, 1>(p, index, token);
-    }
+    for (; token + MANY <= p.tokens; token += MANY) tokens_over<Block, MANY_PANELS, MANY>(p, start, end, token);
+    if constexpr (MANY > 4)
+      for (; token + 4 <= p.tokens; token += 4) tokens_over<Block, FOUR_PANELS, 4>(p, start, end, token);
+    for (; token < p.tokens; token++) tokens_over<Block, 4, 1>(p, start, end, token);
   }
 }
 
 void multiply_floats(const Product& p, int64_t first, int64_t last) {
-  if (is_integer(p.weight.kind)) return sweep<DecodedBlock, 4>(p, first, last);
-  if (p.weight.kind == F32) return sweep<PlainBlock, 4>(p, first, last);
-  if (p.weight.kind == F16) return sweep<WidenedBlock<F16>, 4>(p, first, last);
-  if (p.form == FORM_BF16) return sweep<PairsBlock, 4>(p, first, last);
-  return sweep<WidenedBlock<BF16>, 4>(p, first, last);
+  if (is_integer(p.weight.kind)) return sweep<DecodedBlock>(p, first, last);
+  if (p.weight.kind == F32) return sweep<PlainBlock>(p, first, last);
+  if (p.weight.kind == F16) return sweep<WidenedBlock<F16>>(p, first, last);
+  if (p.form == FORM_BF16) return sweep<PairsBlock>(p, first, last);
+  return sweep<WidenedBlock<BF16>>(p, first, last);
 }
 
 void multiply_panels(const Product& p, int64_t first, int64_t last) {

@@ -19,39 +19,92 @@ TS_INLINE GroupHead<KIND> read_head(const uint8_t* p) {
   return head;
 }
 
-// one section of one panel for `TOKENS` tokens: adds into acc
 // Weights come from memory once, in the pass of the first tokens: asked for this far ahead, they arrive while earlier ones are multiplied.
 constexpr int PREFETCH_BYTES = 3072;
 
+// Sums by section are kept in parts: by 16 columns where those have scales of their own, else by turns where few tokens leave the multiplier waiting for itself.
+template <int KIND, int TOKENS>
+constexpr int PARTS = KINDS[KIND].meta == META_K6 || (!TS_SHORT_SUMS && TOKENS <= MOST_TOKENS / 2) ? 2 : 1;
+
+TS_INLINE int32_t four_codes(const Operand& x, int64_t token, int64_t column) {
+  int32_t four;
+  std::memcpy(&four, x.codes + token * x.stride + column, 4);
+  return four;
+}
+
+#if TS_SHORT_SUMS
+// chunks whose products may be summed by pairs in 16 bits, each at most the largest code · 127
+template <int BITS>
+constexpr int SHORT_CHUNKS = BITS == 8 ? 0 : BITS == 6 ? 2 : BITS == 5 ? 4 : 8;
+
+template <int KIND, int TOKENS>
+TS_INLINE void add_products(const uint8_t* codes, const Operand& x, int64_t token, int64_t s, vi (*whole)[PARTS<KIND, TOKENS>]) {
+  constexpr KindInfo INFO = KINDS[KIND];
+  if constexpr (INFO.bits == 8) {
+TS_UNROLL(8)
+    for (int k = 0; k < 8; k++) {
+      const Signed w = less_128(chunk_codes<INFO.bits>(codes, k));
+TS_UNROLL(16)
+      for (int i = 0; i < TOKENS; i++) whole[i][0] = dot4(whole[i][0], w, four_codes(x, token + i, s * SECTION + 4 * k));
+    }
+TS_UNROLL(16)
+    for (int i = 0; i < TOKENS; i++) {  // the 128 that were taken off
+      const int32_t* sums = x.sums + 2 * ((token + i) * x.sections + s);
+      whole[i][0] = whole[i][0] + 128 * (sums[0] + sums[1]);
+    }
+  } else {
+    constexpr int RUN = SHORT_CHUNKS<INFO.bits>;
+TS_UNROLL(8)
+    for (int start = 0; start < 8; start += RUN) {
+      vw sums[TOKENS];
+TS_UNROLL(16)
+      for (int i = 0; i < TOKENS; i++) sums[i] = vw{};
+TS_UNROLL(8)
+      for (int k = start; k < start + RUN; k++) {
+        const vb w = chunk_codes<INFO.bits>(codes, k);
+TS_UNROLL(16)
+        for (int i = 0; i < TOKENS; i++) sums[i] = dot2(sums[i], w, four_codes(x, token + i, s * SECTION + 4 * k));
+      }
+TS_UNROLL(16)
+      for (int i = 0; i < TOKENS; i++) {
+        vi& to = whole[i][INFO.meta == META_K6 ? start / 4 : 0];
+        to = add_pairs(to, sums[i]);
+      }
+    }
+  }
+}
+#else
+template <int KIND, int TOKENS>
+TS_INLINE void add_products(const uint8_t* codes, const Operand& x, int64_t token, int64_t s, vi (*whole)[PARTS<KIND, TOKENS>]) {
+  constexpr KindInfo INFO = KINDS[KIND];
+TS_UNROLL(8)
+  for (int k = 0; k < 8; k++) {
+    const vb w = chunk_codes<INFO.bits>(codes, k);
+    const int part = INFO.meta == META_K6 ? k / 4 : k % PARTS<KIND, TOKENS>;
+TS_UNROLL(16)
+    for (int i = 0; i < TOKENS; i++) whole[i][part] = dot4(whole[i][part], w, four_codes(x, token + i, s * SECTION + 4 * k));
+  }
+}
+#endif
+
+// one section of one panel for `TOKENS` tokens: adds into acc
 template <int KIND, int TOKENS>
 TS_INLINE void section(const uint8_t* p, const GroupHead<KIND>& head, const Operand& x, int64_t token, int64_t s, vf* acc) {
   constexpr KindInfo INFO = KINDS[KIND];
   const uint8_t* codes = p + section_head_bytes(INFO.meta);
   if (token == 0)
     for (int line = 0; line < section_bytes(INFO.bits) + group_bytes(INFO.meta); line += 64) ask_for_weights<TOKENS>(codes + PREFETCH_BYTES + line);
-  // two partial sums where few tokens leave the multiplier waiting for itself
-  constexpr int PARTS = INFO.meta == META_K6 || TOKENS <= 4 ? 2 : 1;
-  vi whole[TOKENS][PARTS];
+  vi whole[TOKENS][PARTS<KIND, TOKENS>];
 TS_UNROLL(16)
   for (int i = 0; i < TOKENS; i++) {
-    for (int part = 0; part < PARTS; part++) whole[i][part] = vi{};
+    for (int part = 0; part < PARTS<KIND, TOKENS>; part++) whole[i][part] = vi{};
     if constexpr (INFO.meta == META_K6) {
       const int32_t* sums = x.sums + 2 * ((token + i) * x.sections + s);
       whole[i][0] = splat(-INFO.offset * sums[0]);
       whole[i][1] = splat(-INFO.offset * sums[1]);
     }
   }
-TS_UNROLL(8)
-  for (int k = 0; k < 8; k++) {
-    vb w = chunk_codes<INFO.bits>(codes, k);
-    const int part = INFO.meta == META_K6 ? k / 4 : k % PARTS;  // a scale per 16 columns: chunks 0 … 3 and 4 … 7
-TS_UNROLL(16)
-    for (int i = 0; i < TOKENS; i++) {
-      int32_t four;
-      std::memcpy(&four, x.codes + (token + i) * x.stride + s * SECTION + 4 * k, 4);
-      whole[i][part] = dot4(whole[i][part], w, four);
-    }
-  }
+  add_products<KIND, TOKENS>(codes, x, token, s, whole);
   vf scale = head.scale, minimum = head.minimum;
   vi first{}, second{};
   if constexpr (INFO.meta == META_K) {
@@ -67,7 +120,7 @@ TS_UNROLL(16)
     int64_t at = (token + i) * x.sections + s;
     vi total;
     if constexpr (INFO.meta == META_K6) total = whole[i][0] * first + whole[i][1] * second;
-    else if constexpr (PARTS == 2) total = whole[i][0] + whole[i][1];
+    else if constexpr (PARTS<KIND, TOKENS> == 2) total = whole[i][0] + whole[i][1];
     else total = whole[i][0];
     if constexpr (INFO.meta == META_ROW) acc[i] = fma(to_float(total), splat(x.scales[at]), acc[i]);
     else acc[i] = fma(scale * x.scales[at], to_float(total), acc[i]);
@@ -119,10 +172,10 @@ static void panels(const Product& p, int64_t first, int64_t last) {
   for (int64_t start = first; start < last; start += tile) {
     const int64_t end = std::min(start + tile, last);
     int64_t token = 0;
-    if constexpr (MOST_TOKENS >= 8) {
+    if constexpr (MOST_TOKENS >= 8)
       for (; token + 8 <= p.tokens; token += 8) tokens_over<KIND, 8>(p, start, end, token);
+    if constexpr (MOST_TOKENS >= 4)
       for (; token + 4 <= p.tokens; token += 4) tokens_over<KIND, 4>(p, start, end, token);
-    }
     for (; token + 2 <= p.tokens; token += 2) tokens_over<KIND, 2>(p, start, end, token);
     for (; token < p.tokens; token++) tokens_over<KIND, 1>(p, start, end, token);
   }

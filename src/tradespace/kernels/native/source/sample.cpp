@@ -61,8 +61,7 @@ TS_INLINE vf keep(vf v, uint32_t wanted) { return (vf)_mm512_mask_mov_ps(_mm512_
 #if defined(__AVX2__)
 template <int HOW>
 TS_INLINE uint32_t compare(vf a, vf b) {
-  vf_parts x{a}, y{b};
-  uint32_t low = _mm256_movemask_ps(_mm256_cmp_ps(x.part[0], y.part[0], HOW)), high = _mm256_movemask_ps(_mm256_cmp_ps(x.part[1], y.part[1], HOW));
+  uint32_t low = _mm256_movemask_ps(_mm256_cmp_ps((__m256)a.a, (__m256)b.a, HOW)), high = _mm256_movemask_ps(_mm256_cmp_ps((__m256)a.b, (__m256)b.b, HOW));
   return low | high << 8;
 }
 TS_INLINE uint32_t reaches(vf a, vf b) { return compare<_CMP_GE_OQ>(a, b); }
@@ -237,10 +236,9 @@ static void fill_bins(const float* from, int64_t n, float top, float scale, doub
     alignas(64) double weights[LANES];
     alignas(64) int32_t bins[LANES];
     vd low = exp_double(half(v, 0)), high = exp_double(half(v, 1));
-    vi bin = __builtin_convertvector(bin_of(v, top, scale), vi);
     std::memcpy(weights, &low, sizeof low);
     std::memcpy(weights + 8, &high, sizeof high);
-    std::memcpy(bins, &bin, sizeof bin);
+    store(bins, to_int(bin_of(v, top, scale)));
     for (int i = 0; i < LANES; i++) lanes[bins[i]][i & 7] += weights[i];
   }
   for (int bin = 0; bin < BINS; bin++) {
@@ -282,7 +280,7 @@ static float find_nucleus(const float* from, int64_t n, float smallest, float le
       for (double mass : mass_BINS) total += mass;
       share = top_p * total;
     }
-    const int last = tail ? (int)bin_of(splat(least), top, scale)[0] : -1;
+    const int last = tail ? (int)first_lane(bin_of(splat(least), top, scale)) : -1;
     if (tail) mass_BINS[last] += (double)copies * std::exp((double)least);
     int bin = 0;
     while (bin < BINS - 1 && before + mass_BINS[bin] < share) before += mass_BINS[bin++];
@@ -343,13 +341,13 @@ static Drawn draw(const float* x, int64_t first, int64_t last, float most, float
     if (cut && !reaches(v, splat(limit))) continue;  // cut rows come tempered
     // 1 - u in 31 bits, rounded down
     vi8h low = __builtin_convertvector(~mix(counter) >> 33, vi8h), high = __builtin_convertvector(~mix(counter + 8 * GOLDEN) >> 33, vi8h);
-    vi missing;
-    std::memcpy(&missing, &low, sizeof low);
-    std::memcpy((char*)&missing + 32, &high, sizeof high);
+    int32_t missing[LANES];
+    std::memcpy(missing, &low, sizeof low);
+    std::memcpy(missing + 8, &high, sizeof high);
     // 2^power from above: a power of two's fraction read as a line lies over the curve
     vf power = max((v - most) * rate + shift, splat(-100.f));
-    vf bound = (vf)__builtin_convertvector((power + 127.f) * 8388608.f, vi);
-    uint32_t able = reaches(bound, to_float(missing) * 0x1p-31f) & first_lanes(last - c);
+    vf bound = as<vf>(to_int((power + 127.f) * 8388608.f));
+    uint32_t able = reaches(bound, to_float(load(missing)) * 0x1p-31f) & first_lanes(last - c);
     if (!able) continue;
     for (; able; able &= able - 1) {
       const int64_t token = c + __builtin_ctz(able);

@@ -1,107 +1,294 @@
-// Vectors of 16 lanes: AVX-512 by intrinsics where one instruction matters, else the compiler's own vector types, which it lowers to AVX2, NEON or scalars.
-// What is computed, and in which order, is the same for every instruction set.
+// Vectors of 16 lanes: one AVX-512 register, or halves of halves down to what a register of the machine holds (AVX2: two, SSE2 and NEON: four). Intrinsics where
+// one instruction matters, else the compiler's own vector types. What is computed, and in which order, is the same for every instruction set.
 #pragma once
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
 namespace ts {
 
-typedef float vf __attribute__((vector_size(64)));
-typedef int32_t vi __attribute__((vector_size(64)));
-typedef uint32_t vu __attribute__((vector_size(64)));
-typedef uint8_t vb __attribute__((vector_size(64)));
-typedef uint16_t vh __attribute__((vector_size(32)));
-#if defined(__AVX2__)
-typedef float vf8 __attribute__((vector_size(32)));
-union vf_parts { vf whole; __m256 part[2]; };
-#endif
-
 constexpr int LANES = 16;  // rows of a panel, positions of a key tile
+
+#if defined(__AVX512F__)
+#define TS_REGISTER 64
+#elif defined(__AVX2__)
+#define TS_REGISTER 32
+#else
+#define TS_REGISTER 16
+#endif
 
 #if defined(__AVX2__)
 #define TS_INLINE static inline __attribute__((always_inline))
 #define TS_APART static __attribute__((noinline))
 #define TS_PRAGMA(text) _Pragma(#text)
 #define TS_UNROLL(n) TS_PRAGMA(GCC unroll n)
-constexpr int MOST_TOKENS = 8;  // that share a pass over the codes: what the registers hold
 #else
 #define TS_INLINE static inline
 #define TS_APART static
 #define TS_UNROLL(n)
-constexpr int MOST_TOKENS = 2;
 #endif
 
-// a list, not a sum with zero: floats keep the addition
-TS_INLINE vf splat(float x) { return vf{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
-TS_INLINE vi splat(int32_t x) { return vi{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
-TS_INLINE vf load(const float* p) { vf v; std::memcpy(&v, p, sizeof v); return v; }
-TS_INLINE void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
-TS_INLINE vb load_bytes(const void* p) { vb v; std::memcpy(&v, p, sizeof v); return v; }
+// what one register holds
+constexpr int REGISTER_LANES = TS_REGISTER / 4;
+typedef float rf __attribute__((vector_size(TS_REGISTER)));
+typedef int32_t ri __attribute__((vector_size(TS_REGISTER)));
+typedef uint32_t ru __attribute__((vector_size(TS_REGISTER)));
+typedef uint8_t rb __attribute__((vector_size(TS_REGISTER)));
+typedef uint16_t rh __attribute__((vector_size(TS_REGISTER / 2)));  // as many lanes of 16 bits
+typedef int16_t rs __attribute__((vector_size(TS_REGISTER / 2)));
+typedef int8_t rc __attribute__((vector_size(TS_REGISTER / 4)));
 
-TS_INLINE vf fma(vf a, vf b, vf c) {
-#if defined(__AVX512F__)
-  return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+// Two halves. A vector wider than a register would do, but compilers keep those in memory.
+template <class H>
+struct Pair {
+  H a, b;
+};
+
+#if TS_REGISTER == 64
+typedef rf vf;
+typedef ri vi;
+typedef ru vu;
+typedef rb vb;
+constexpr int MOST_TOKENS = 8, MOST_SUMS = 24;  // tokens that share a pass over codes, sums that stay in registers
+#elif TS_REGISTER == 32
+typedef Pair<rf> vf;
+typedef Pair<ri> vi;
+typedef Pair<ru> vu;
+typedef Pair<rb> vb;
+constexpr int MOST_TOKENS = 4, MOST_SUMS = 6;
+#else
+typedef Pair<Pair<rf>> vf;
+typedef Pair<Pair<ri>> vi;
+typedef Pair<Pair<ru>> vu;
+typedef Pair<Pair<rb>> vb;
+constexpr int MOST_TOKENS = 2, MOST_SUMS = 3;
+#endif
+
+// ---------------------------------------------------------------- halves: each operation is that of both
+
+template <class V>
+struct Lane {
+  typedef std::decay_t<decltype(V{}[0])> type;
+};
+template <class H>
+struct Lane<Pair<H>> : Lane<H> {};
+
+#define TS_BOTH(op)                                                                                    \
+  template <class H>                                                                                   \
+  TS_INLINE Pair<H> operator op(Pair<H> x, Pair<H> y) {                                                \
+    return {x.a op y.a, x.b op y.b};                                                                   \
+  }                                                                                                    \
+  template <class H, class S, std::enable_if_t<std::is_arithmetic<S>::value, int> = 0>                 \
+  TS_INLINE Pair<H> operator op(Pair<H> x, S y) {                                                      \
+    const auto lane = (typename Lane<H>::type)y;                                                       \
+    return {x.a op lane, x.b op lane};                                                                 \
+  }                                                                                                    \
+  template <class H, class S, std::enable_if_t<std::is_arithmetic<S>::value, int> = 0>                 \
+  TS_INLINE Pair<H> operator op(S x, Pair<H> y) {                                                      \
+    const auto lane = (typename Lane<H>::type)x;                                                       \
+    return {lane op y.a, lane op y.b};                                                                 \
+  }
+TS_BOTH(+) TS_BOTH(-) TS_BOTH(*) TS_BOTH(/) TS_BOTH(&) TS_BOTH(|) TS_BOTH(>>) TS_BOTH(<<)
+#undef TS_BOTH
+
+#define TS_COMPARE(op)                                                                                 \
+  template <class H>                                                                                   \
+  TS_INLINE auto operator op(Pair<H> x, Pair<H> y)->Pair<decltype(x.a op y.a)> {                       \
+    return {x.a op y.a, x.b op y.b};                                                                   \
+  }                                                                                                    \
+  template <class H, class S, std::enable_if_t<std::is_arithmetic<S>::value, int> = 0>                 \
+  TS_INLINE auto operator op(Pair<H> x, S y)->Pair<decltype(x.a op x.a)> {                             \
+    const auto lane = (typename Lane<H>::type)y;                                                       \
+    return {x.a op lane, x.b op lane};                                                                 \
+  }
+TS_COMPARE(<) TS_COMPARE(>=) TS_COMPARE(==)
+#undef TS_COMPARE
+
+template <class H>
+TS_INLINE Pair<H> operator-(Pair<H> x) {
+  return {-x.a, -x.b};
+}
+
+// the lanes of `x` where the mask is set, else those of `y`
+template <class M, class V>
+TS_INLINE V select(M mask, V x, V y) {
+  return mask ? x : y;
+}
+template <class M, class H>
+TS_INLINE Pair<H> select(Pair<M> mask, Pair<H> x, Pair<H> y) {
+  return {select(mask.a, x.a, y.a), select(mask.b, x.b, y.b)};
+}
+
+template <class To>
+struct To_ {
+  template <class V>
+  TS_INLINE To bits(V v) { return (To)v; }
+  template <class V>
+  TS_INLINE To lanes(V v) { return __builtin_convertvector(v, To); }
+  TS_INLINE To load(const uint8_t* p) { To v; std::memcpy(&v, p, sizeof v); return v; }
+  TS_INLINE void store(uint8_t* p, To v) { std::memcpy(p, &v, sizeof v); }
+};
+template <class H>
+struct To_<Pair<H>> {
+  template <class V>
+  TS_INLINE Pair<H> bits(Pair<V> v) { return {To_<H>::bits(v.a), To_<H>::bits(v.b)}; }
+  template <class V>
+  TS_INLINE Pair<H> lanes(Pair<V> v) { return {To_<H>::lanes(v.a), To_<H>::lanes(v.b)}; }
+  TS_INLINE Pair<H> load(const uint8_t* p) { return {To_<H>::load(p), To_<H>::load(p + sizeof(H))}; }
+  TS_INLINE void store(uint8_t* p, Pair<H> v) { To_<H>::store(p, v.a), To_<H>::store(p + sizeof(H), v.b); }
+};
+
+// the same bits as another type
+template <class To, class V>
+TS_INLINE To as(V v) {
+  return To_<To>::bits(v);
+}
+TS_INLINE vf to_float(vi v) { return To_<vf>::lanes(v); }
+TS_INLINE vi to_int(vf v) { return To_<vi>::lanes(v); }  // towards zero
+
+TS_INLINE vf load(const float* p) { return To_<vf>::load((const uint8_t*)p); }
+TS_INLINE void store(float* p, vf v) { To_<vf>::store((uint8_t*)p, v); }
+TS_INLINE void store(int32_t* p, vi v) { To_<vi>::store((uint8_t*)p, v); }
+TS_INLINE vi load(const int32_t* p) { return To_<vi>::load((const uint8_t*)p); }
+TS_INLINE vb load_bytes(const void* p) { return To_<vb>::load((const uint8_t*)p); }
+
+TS_INLINE float first_lane(rf v) { return v[0]; }
+template <class H>
+TS_INLINE float first_lane(Pair<H> v) {
+  return first_lane(v.a);
+}
+
+// a list, not a sum with zero: floats keep the addition
+#if TS_REGISTER == 64
+#define TS_LIST(x) {x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}
+#elif TS_REGISTER == 32
+#define TS_LIST(x) {x, x, x, x, x, x, x, x}
+#else
+#define TS_LIST(x) {x, x, x, x}
+#endif
+template <class V>
+struct Splat {
+  template <class S>
+  TS_INLINE V of(S x) { return V TS_LIST(x); }
+};
+template <class H>
+struct Splat<Pair<H>> {
+  template <class S>
+  TS_INLINE Pair<H> of(S x) { return {Splat<H>::of(x), Splat<H>::of(x)}; }
+};
+TS_INLINE vf splat(float x) { return Splat<vf>::of(x); }
+TS_INLINE vi splat(int32_t x) { return Splat<vi>::of(x); }
+
+// ---------------------------------------------------------------- sums, extremes
+
+TS_INLINE rf fma(rf a, rf b, rf c) {
+#if TS_REGISTER == 64
+  return (rf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #else
   return a * b + c;  // one rounding where the machine has it: -ffp-contract=fast
 #endif
 }
 
-TS_INLINE vf max(vf a, vf b) {
-#if defined(__AVX512F__)
-  return (vf)_mm512_max_ps((__m512)a, (__m512)b);
-#elif defined(__AVX2__)
-  vf_parts x{a}, y{b};  // compilers compare wider vectors than the machine's lane by lane
-  for (int i = 0; i < 2; i++) x.part[i] = _mm256_max_ps(x.part[i], y.part[i]);
-  return x.whole;
+TS_INLINE rf max(rf a, rf b) {
+#if TS_REGISTER == 64
+  return (rf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif TS_REGISTER == 32
+  return (rf)_mm256_max_ps((__m256)a, (__m256)b);
 #else
   return a > b ? a : b;
 #endif
 }
 
-TS_INLINE vf min(vf a, vf b) {
-#if defined(__AVX512F__)
-  return (vf)_mm512_min_ps((__m512)a, (__m512)b);
-#elif defined(__AVX2__)
-  vf_parts x{a}, y{b};  // compilers compare wider vectors than the machine's lane by lane
-  for (int i = 0; i < 2; i++) x.part[i] = _mm256_min_ps(x.part[i], y.part[i]);
-  return x.whole;
+TS_INLINE rf min(rf a, rf b) {
+#if TS_REGISTER == 64
+  return (rf)_mm512_min_ps((__m512)a, (__m512)b);
+#elif TS_REGISTER == 32
+  return (rf)_mm256_min_ps((__m256)a, (__m256)b);
 #else
   return a < b ? a : b;
 #endif
 }
 
-TS_INLINE vf to_float(vi v) {
-#if defined(__AVX512F__)
-  return (vf)_mm512_cvtepi32_ps((__m512i)v);
-#else
-  return __builtin_convertvector(v, vf);
-#endif
+template <class H>
+TS_INLINE Pair<H> fma(Pair<H> x, Pair<H> y, Pair<H> z) {
+  return {fma(x.a, y.a, z.a), fma(x.b, y.b, z.b)};
+}
+template <class H>
+TS_INLINE Pair<H> max(Pair<H> x, Pair<H> y) {
+  return {max(x.a, y.a), max(x.b, y.b)};
+}
+template <class H>
+TS_INLINE Pair<H> min(Pair<H> x, Pair<H> y) {
+  return {min(x.a, y.a), min(x.b, y.b)};
 }
 
 // pairwise in a fixed tree, so that every instruction set gives the same bits
-TS_INLINE float sum(vf v) {
-  float a[LANES];
+TS_INLINE float sum(rf v) {
+  float a[REGISTER_LANES];
   std::memcpy(a, &v, sizeof v);
-  for (int half = LANES / 2; half; half /= 2)
+  for (int half = REGISTER_LANES / 2; half; half /= 2)
     for (int i = 0; i < half; i++) a[i] += a[i + half];
   return a[0];
 }
+template <class H>
+TS_INLINE float sum(Pair<H> v) {
+  return sum(v.a + v.b);
+}
 
-TS_INLINE float maximum(vf v) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_max_ps((__m512)v);
+TS_INLINE int32_t sum(ri v) {
+#if TS_REGISTER == 64
+  return _mm512_reduce_add_epi32((__m512i)v);
 #else
-  float a[LANES];
+  int32_t a[REGISTER_LANES], total = 0;
   std::memcpy(a, &v, sizeof v);
-  for (int half = LANES / 2; half; half /= 2)
+  for (int i = 0; i < REGISTER_LANES; i++) total += a[i];
+  return total;
+#endif
+}
+TS_INLINE int32_t sum(Pair<ri> v) { return sum(v.a + v.b); }
+TS_INLINE int32_t sum(Pair<Pair<ri>> v) { return sum(v.a + v.b); }
+
+TS_INLINE float maximum(rf v) {
+#if TS_REGISTER == 64
+  return _mm512_reduce_max_ps((__m512)v);
+#elif TS_REGISTER == 32
+  __m128 four = _mm_max_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+  four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
+#else
+  float a[REGISTER_LANES];
+  std::memcpy(a, &v, sizeof v);
+  for (int half = REGISTER_LANES / 2; half; half /= 2)
     for (int i = 0; i < half; i++) a[i] = a[i] > a[i + half] ? a[i] : a[i + half];
   return a[0];
 #endif
 }
+template <class H>
+TS_INLINE float maximum(Pair<H> v) {
+  return maximum(max(v.a, v.b));
+}
+
+// to whole numbers, halves to even
+TS_INLINE ri round_to_int(rf v) {
+#if TS_REGISTER == 64
+  return (ri)_mm512_cvtps_epi32((__m512)v);
+#elif TS_REGISTER == 32
+  return (ri)_mm256_cvtps_epi32((__m256)v);
+#else
+  const rf magic = rf TS_LIST(12582912.f);  // 1.5 · 2^23: adding it rounds to a whole number
+  return __builtin_convertvector((v + magic) - magic, ri);
+#endif
+}
+template <class H>
+TS_INLINE auto round_to_int(Pair<H> v) -> Pair<decltype(round_to_int(v.a))> {
+  return {round_to_int(v.a), round_to_int(v.b)};
+}
+
+TS_INLINE vf absolute(vf v) { return as<vf>(as<vu>(v) & 0x7fffffffu); }
 
 // ---------------------------------------------------------------- 16-bit floats
 
@@ -156,117 +343,208 @@ TS_INLINE uint16_t float_to_bf16(float f) {
   return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-TS_INLINE vf load_half(const uint16_t* p) {
-#if defined(__AVX512F__)
-  return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
-#elif defined(__F16C__) && defined(__AVX2__)
-  union { vf whole; __m256 part[2]; } u;
-  u.part[0] = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
-  u.part[1] = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)));
-  return u.whole;
+// Reading lanes of other widths: for each type of vector how many it takes from `p` on.
+template <class V>
+struct Read;
+template <>
+struct Read<rf> {
+  TS_INLINE rf half(const uint16_t* p) {
+#if TS_REGISTER == 64
+    return (rf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__F16C__) && TS_REGISTER == 32
+    return (rf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
 #else
-  vf v;
-  for (int i = 0; i < LANES; i++) v[i] = half_to_float(p[i]);
-  return v;
+    rf v;
+    for (int i = 0; i < REGISTER_LANES; i++) v[i] = half_to_float(p[i]);
+    return v;
+#endif
+  }
+  TS_INLINE rf bf16(const uint16_t* p) {
+    rh bits;
+    std::memcpy(&bits, p, sizeof bits);
+    return (rf)(__builtin_convertvector(bits, ru) << 16);
+  }
+  // An e4m3 code's bits, moved to where fp16 has them, are 2^-8 of its value, subnormal ones included: the exponents' biases are 7 and 15.
+  TS_INLINE rf e4m3(const int8_t* p) {
+    rc codes;
+    std::memcpy(&codes, p, sizeof codes);
+    const rs halves = (__builtin_convertvector(codes, rs) << 7) & (int16_t)0xbfff;  // the sign is kept by the widening
+    uint16_t bits[REGISTER_LANES];
+    std::memcpy(bits, &halves, sizeof bits);
+    return half(bits);
+  }
+};
+template <>
+struct Read<ri> {
+  TS_INLINE ri bytes(const uint8_t* p) {
+#if TS_REGISTER == 64
+    return (ri)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+#elif TS_REGISTER == 32
+    return (ri)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+#else
+    ri v;
+    for (int i = 0; i < REGISTER_LANES; i++) v[i] = p[i];
+    return v;
+#endif
+  }
+  TS_INLINE ri bytes(const int8_t* p) {
+#if TS_REGISTER == 64
+    return (ri)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p));
+#elif TS_REGISTER == 32
+    return (ri)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p));
+#else
+    ri v;
+    for (int i = 0; i < REGISTER_LANES; i++) v[i] = p[i];
+    return v;
+#endif
+  }
+};
+template <class H>
+struct Read<Pair<H>> {
+  static constexpr int HALF = sizeof(H) / 4;
+  TS_INLINE Pair<H> half(const uint16_t* p) { return {Read<H>::half(p), Read<H>::half(p + HALF)}; }
+  TS_INLINE Pair<H> bf16(const uint16_t* p) { return {Read<H>::bf16(p), Read<H>::bf16(p + HALF)}; }
+  TS_INLINE Pair<H> e4m3(const int8_t* p) { return {Read<H>::e4m3(p), Read<H>::e4m3(p + HALF)}; }
+  template <class B>
+  TS_INLINE Pair<H> bytes(const B* p) { return {Read<H>::bytes(p), Read<H>::bytes(p + HALF)}; }
+};
+
+TS_INLINE vf load_half(const uint16_t* p) { return Read<vf>::half(p); }
+TS_INLINE vf load_bf16(const uint16_t* p) { return Read<vf>::bf16(p); }
+TS_INLINE vf load_e4m3(const int8_t* p) { return Read<vf>::e4m3(p); }
+TS_INLINE vi widen(const uint8_t* p) { return Read<vi>::bytes(p); }  // 16 unsigned bytes
+TS_INLINE vi widen(const int8_t* p) { return Read<vi>::bytes(p); }   // 16 signed bytes
+
+// Writing them; whole numbers must fit.
+TS_INLINE void write_half(uint16_t* p, rf v) {
+#if TS_REGISTER == 64
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)min(max(v, rf TS_LIST(-65504.f)), rf TS_LIST(65504.f)), 0));
+#elif defined(__F16C__) && TS_REGISTER == 32
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)min(max(v, rf TS_LIST(-65504.f)), rf TS_LIST(65504.f)), 0));
+#else
+  for (int i = 0; i < REGISTER_LANES; i++) p[i] = float_to_half(v[i]);
 #endif
 }
-
-TS_INLINE vf load_bf16(const uint16_t* p) {
-  vh h;
-  std::memcpy(&h, p, sizeof h);
-  return (vf)(__builtin_convertvector(h, vu) << 16);
+TS_INLINE void write_bf16(uint16_t* p, rf v) {
+  const ru bits = (ru)v, rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, quiet = (bits >> 16) | 0x40u;
+  const rh narrow = __builtin_convertvector(v == v ? rounded : quiet, rh);
+  std::memcpy(p, &narrow, sizeof narrow);
 }
-
-TS_INLINE void store_half(uint16_t* p, vf v) {
-#if defined(__AVX512F__)
-  __m512 clamped = _mm512_min_ps(_mm512_max_ps((__m512)v, _mm512_set1_ps(-65504.f)), _mm512_set1_ps(65504.f));
-  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(clamped, 0));
+TS_INLINE void write_int8(int8_t* p, ri v) {
+#if TS_REGISTER == 64
+  _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8((__m512i)v));
+#elif TS_REGISTER == 32
+  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+  _mm_storel_epi64((__m128i*)p, _mm_packs_epi16(words, words));
 #else
-  for (int i = 0; i < LANES; i++) p[i] = float_to_half(v[i]);
+  for (int i = 0; i < REGISTER_LANES; i++) p[i] = (int8_t)v[i];
 #endif
 }
+#define TS_WRITE(name, pointer)                                                                        \
+  template <class H>                                                                                   \
+  TS_INLINE void name(pointer p, Pair<H> v) {                                                          \
+    name(p, v.a);                                                                                      \
+    name(p + sizeof(H) / 4, v.b);                                                                      \
+  }
+TS_WRITE(write_half, uint16_t*) TS_WRITE(write_bf16, uint16_t*) TS_WRITE(write_int8, int8_t*)
+#undef TS_WRITE
 
-TS_INLINE void store_bf16(uint16_t* p, vf v) {
-  for (int i = 0; i < LANES; i++) p[i] = float_to_bf16(v[i]);
+// `value` in the bytes whose bits are set, 0 in the others
+TS_INLINE vb spread_bits(uint64_t bits, uint8_t value) {
+#if TS_REGISTER == 64
+  return (vb)_mm512_maskz_mov_epi8(bits, _mm512_set1_epi8((char)value));
+#elif TS_REGISTER == 32
+  const __m256i bit = _mm256_set1_epi64x((long long)0x8040201008040201), byte = _mm256_set_epi64x(0x0303030303030303, 0x0202020202020202, 0x0101010101010101, 0);
+  auto half = [&](uint32_t mask) {
+    const __m256i mine = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32((int)mask), byte), bit);
+    return (rb)_mm256_and_si256(_mm256_cmpeq_epi8(mine, bit), _mm256_set1_epi8((char)value));
+  };
+  return {half((uint32_t)bits), half((uint32_t)(bits >> 32))};
+#else
+  uint8_t bytes[64];
+  for (int i = 0; i < 64; i++) bytes[i] = (uint8_t)((bits >> i & 1) * value);
+  return load_bytes(bytes);
+#endif
 }
 
 // ---------------------------------------------------------------- products of small whole numbers
 
 // acc[lane] += Σ_{j<4} w[4·lane + j] · x[j]; w unsigned bytes, x four signed bytes in one word
-TS_INLINE vi dot4(vi acc, vb w, int32_t x) {
+#if TS_REGISTER >= 32
+TS_INLINE ri dot4(ri acc, rb w, int32_t x) {
 #if defined(__AVX512VNNI__)
-  return (vi)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, _mm512_set1_epi32(x));
-#elif defined(__AVX2__)
-  union { vb whole; __m256i part[2]; } uw;
-  union { vi whole; __m256i part[2]; } ua;
-  uw.whole = w;
-  ua.whole = acc;
-  const __m256i bx = _mm256_set1_epi32(x);
-  for (int i = 0; i < 2; i++) {
-#if defined(__AVXVNNI__)
-    ua.part[i] = _mm256_dpbusd_avx_epi32(ua.part[i], uw.part[i], bx);
-#else
-    // vpmaddubsw saturates at 16 bits: 127·127·2 and 128·127·2 both fit, so the byte's top bit goes by itself
-    const __m256i ones = _mm256_set1_epi16(1), low = _mm256_and_si256(uw.part[i], _mm256_set1_epi8(0x7f));
-    const __m256i top = _mm256_andnot_si256(_mm256_set1_epi8(0x7f), uw.part[i]);
-    ua.part[i] = _mm256_add_epi32(ua.part[i], _mm256_madd_epi16(_mm256_maddubs_epi16(low, bx), ones));
-    ua.part[i] = _mm256_add_epi32(ua.part[i], _mm256_madd_epi16(_mm256_maddubs_epi16(top, bx), ones));
+  return (ri)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, _mm512_set1_epi32(x));
+#elif defined(__AVXVNNI__)
+  return (ri)_mm256_dpbusd_avx_epi32((__m256i)acc, (__m256i)w, _mm256_set1_epi32(x));
+#elif TS_REGISTER == 32
+  // vpmaddubsw saturates at 16 bits, which 255 · 127 · 2 exceeds: what lies above 127 goes by itself
+  const __m256i seven = _mm256_set1_epi8(0x7f), ones = _mm256_set1_epi16(1), by = _mm256_set1_epi32(x);
+  const __m256i low = _mm256_maddubs_epi16(_mm256_and_si256((__m256i)w, seven), by), top = _mm256_maddubs_epi16(_mm256_andnot_si256(seven, (__m256i)w), by);
+  return (ri)_mm256_add_epi32(_mm256_add_epi32((__m256i)acc, _mm256_madd_epi16(low, ones)), _mm256_madd_epi16(top, ones));
 #endif
-  }
-  return ua.whole;
+}
+TS_INLINE Pair<ri> dot4(Pair<ri> acc, Pair<rb> w, int32_t x) { return {dot4(acc.a, w.a, x), dot4(acc.b, w.b, x)}; }
 #else
+TS_INLINE vi dot4(vi acc, vb w, int32_t x) {
   // plain arrays: compilers turn these loops into their machine's vectors, and take long over extracted lanes
   int8_t b[4];
   uint8_t a[64];
   int32_t out[LANES];
   std::memcpy(b, &x, 4);
-  std::memcpy(a, &w, 64);
-  std::memcpy(out, &acc, 64);
+  To_<vb>::store(a, w);
+  store(out, acc);
   for (int lane = 0; lane < LANES; lane++)
     for (int j = 0; j < 4; j++) out[lane] += a[4 * lane + j] * b[j];
-  std::memcpy(&acc, out, 64);
-  return acc;
-#endif
+  return load(out);
 }
+#endif
+
+#if TS_REGISTER == 32 && !defined(__AVXVNNI__)
+// Without an instruction for dot4: products are summed by pairs in 16 bits as long as they fit, and in 32 bits after that.
+#define TS_SHORT_SUMS 1
+typedef int16_t rw __attribute__((vector_size(TS_REGISTER)));
+typedef Pair<rw> vw;  // two sums a lane
+
+TS_INLINE rw dot2(rw acc, rb w, int32_t x) { return acc + (rw)_mm256_maddubs_epi16((__m256i)w, _mm256_set1_epi32(x)); }
+TS_INLINE vw dot2(vw acc, vb w, int32_t x) { return {dot2(acc.a, w.a, x), dot2(acc.b, w.b, x)}; }
+TS_INLINE ri add_pairs(ri acc, rw sums) { return acc + (ri)_mm256_madd_epi16((__m256i)sums, _mm256_set1_epi16(1)); }
+TS_INLINE vi add_pairs(vi acc, vw sums) { return {add_pairs(acc.a, sums.a), add_pairs(acc.b, sums.b)}; }
+
+// Bytes of 8 bits less 128: as magnitude and sign they fit, 128 · 127 · 2.
+struct Signed {
+  vb codes, magnitude;
+};
+TS_INLINE rb magnitude(rb w) { return (rb)_mm256_abs_epi8((__m256i)w); }
+TS_INLINE Signed less_128(vb w) {
+  const vb codes{w.a ^ 0x80, w.b ^ 0x80};
+  return {codes, {magnitude(codes.a), magnitude(codes.b)}};
+}
+TS_INLINE ri dot4(ri acc, rb codes, rb magnitude, int32_t x) {
+  const __m256i by = _mm256_sign_epi8(_mm256_set1_epi32(x), (__m256i)codes);
+  return add_pairs(acc, (rw)_mm256_maddubs_epi16((__m256i)magnitude, by));
+}
+TS_INLINE vi dot4(vi acc, const Signed& w, int32_t x) { return {dot4(acc.a, w.codes.a, w.magnitude.a, x), dot4(acc.b, w.codes.b, w.magnitude.b, x)}; }
+#else
+#define TS_SHORT_SUMS 0
+#endif
 
 // acc[lane] += a[2·lane]·b[0] + a[2·lane + 1]·b[1] over pairs of bf16; b in one word
-TS_INLINE vf dot2_bf16(vf acc, vb pairs, uint32_t x) {
+TS_INLINE rf dot2_bf16(rf acc, rb pairs, uint32_t x) {
 #if defined(__AVX512BF16__)
-  return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)(__m512i)pairs, (__m512bh)_mm512_set1_epi32((int)x));
+  return (rf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)(__m512i)pairs, (__m512bh)_mm512_set1_epi32((int)x));
 #else
-  vu both = (vu)pairs;
-  vf even = (vf)(both << 16), odd = (vf)(both & 0xffff0000u);
+  ru both = (ru)pairs;
+  rf even = (rf)(both << 16), odd = (rf)(both & 0xffff0000u);
   uint32_t low = x << 16, high = x & 0xffff0000u;
   float x0, x1;
   std::memcpy(&x0, &low, 4);
   std::memcpy(&x1, &high, 4);
-  return fma(odd, splat(x1), fma(even, splat(x0), acc));
+  return fma(odd, rf TS_LIST(x1), fma(even, rf TS_LIST(x0), acc));
 #endif
 }
-
-TS_INLINE vi widen(const uint8_t* p) {  // 16 unsigned bytes
-#if defined(__AVX512F__)
-  return (vi)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
-#else
-  vi v;
-  for (int i = 0; i < LANES; i++) v[i] = p[i];
-  return v;
-#endif
-}
-
-TS_INLINE vi widen(const int8_t* p) {  // 16 signed bytes
-#if defined(__AVX512F__)
-  return (vi)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p));
-#elif defined(__AVX2__)
-  union { vi whole; __m256i part[2]; } u;
-  u.part[0] = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p));
-  u.part[1] = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8)));
-  return u.whole;
-#else
-  vi v;
-  for (int i = 0; i < LANES; i++) v[i] = p[i];
-  return v;
-#endif
+template <class F, class B>
+TS_INLINE Pair<F> dot2_bf16(Pair<F> acc, Pair<B> pairs, uint32_t x) {
+  return {dot2_bf16(acc.a, pairs.a, x), dot2_bf16(acc.b, pairs.b, x)};
 }
 
 // ---------------------------------------------------------------- exponentials
@@ -276,7 +554,7 @@ TS_INLINE vf exp(vf x) {
   x = max(x, splat(-87.f));
   x = min(x, splat(88.f));
   vf t = x * 1.44269504088896341f;
-#if defined(__AVX512F__)
+#if TS_REGISTER == 64
   vf n = (vf)_mm512_roundscale_ps((__m512)t, 8);
 #else
   vf magic = splat(12582912.f);  // 1.5 · 2^23: adding it rounds to a whole number
@@ -292,11 +570,11 @@ TS_INLINE vf exp(vf x) {
   p = fma(p, r, splat(1.6666665459e-1f));
   p = fma(p, r, splat(5.0000001201e-1f));
   p = fma(p, r * r, r + 1.0f);
-#if defined(__AVX512F__)
+#if TS_REGISTER == 64
   return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
 #else
-  vi power = (__builtin_convertvector(n, vi) + 127) << 23;
-  return p * (vf)power;
+  vi power = (to_int(n) + 127) << 23;
+  return p * as<vf>(power);
 #endif
 }
 

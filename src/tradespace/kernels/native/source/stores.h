@@ -14,23 +14,6 @@ constexpr int64_t width_bytes(int store) { return store == STORE_F32 ? 4 : store
 // whether what load_stored gives is to be multiplied by token_scales still
 constexpr bool is_scaled(int store) { return store == STORE_I8 || store == STORE_F8; }
 
-typedef int8_t vc __attribute__((vector_size(16)));
-typedef int16_t vs __attribute__((vector_size(32)));
-
-// An e4m3 code's bits, moved to where fp16 has them, are 2^-8 of its value, subnormal ones included: the exponents' biases are 7 and 15.
-TS_INLINE vf load_e4m3(const int8_t* p) {
-  vc codes;
-  std::memcpy(&codes, p, sizeof codes);
-  const vs halves = (__builtin_convertvector(codes, vs) << 7) & (int16_t)0xbfff;  // the sign is kept by the widening
-#if defined(__AVX512F__)
-  return (vf)_mm512_cvtph_ps((__m256i)halves);
-#else
-  uint16_t bits[LANES];
-  std::memcpy(bits, &halves, sizeof bits);
-  return load_half(bits);
-#endif
-}
-
 template <int STORE>
 TS_INLINE vf load_stored(const void* base, int64_t element) {
   if constexpr (STORE == STORE_F32) return load((const float*)base + element);
@@ -86,8 +69,7 @@ static inline uint16_t encode_int8(const float* x, int64_t width, Put put) {
     const vf magic = splat(12582912.f);  // 1.5 · 2^23: adding it rounds to a whole number, halves to even
     const vf whole = (max(splat(-127.f), min(splat(127.f), part(c) / by)) + magic) - magic;
     int8_t codes[LANES];
-    const vc narrow = __builtin_convertvector(__builtin_convertvector(whole, vi), vc);
-    std::memcpy(codes, &narrow, sizeof codes);
+    write_int8(codes, to_int(whole));
     for (int64_t lane = 0; lane < std::min<int64_t>(LANES, width - c); lane++) put(c + lane, codes[lane]);
   }
   return scale;

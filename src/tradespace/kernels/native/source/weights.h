@@ -135,12 +135,7 @@ TS_INLINE vb chunk_codes(const uint8_t* codes, int k) {
     vb low = BITS == 3 ? (load_bytes(codes + 64 * (k / 4)) >> (2 * (k % 4))) & 3 : chunk_codes<4>(codes, k);
     uint64_t mask;
     std::memcpy(&mask, codes + PLANE + 8 * k, 8);
-#if defined(__AVX512BW__)
-    return low | (vb)_mm512_maskz_mov_epi8(mask, _mm512_set1_epi8(1 << (BITS - 1)));
-#else
-    for (int i = 0; i < 64; i++) low[i] |= (uint8_t)((mask >> i & 1) << (BITS - 1));
-    return low;
-#endif
+    return low | spread_bits(mask, 1 << (BITS - 1));
   }
   __builtin_unreachable();
 }
