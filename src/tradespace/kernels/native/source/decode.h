@@ -21,7 +21,7 @@ static void decode_section_of(const uint8_t* panel, int group, int64_t s, float*
   if constexpr (INFO.meta == META_K6)
     for (int half = 0; half < 2; half++) half_scale[half] = scale * to_float(widen((const int8_t*)at + 16 * half));
   for (int k = 0; k < 8; k++) {
-    vu bytes = as<vu>(chunk_codes<INFO.bits>(codes, k));
+    vu bytes = as<vu>(Chunk<vb, INFO.bits>::codes(codes, k, 0));
     for (int j = 0; j < 4; j++) {
       vf code = to_float(as<vi>((bytes >> (8 * j)) & 255u) - zero);
       vf value = code * (INFO.meta == META_K6 ? half_scale[k / 4] : scale);

@@ -25,12 +25,13 @@ void multiply_panels(const Product& product, int64_t first_panel, int64_t last_p
 void multiply_integers(const Product& product, int64_t first_panel, int64_t last_panel);
 void multiply_floats(const Product& product, int64_t first_panel, int64_t last_panel);
 
-// writes 16 results of one token
-TS_INLINE void put_result(const Product& p, int64_t token, int64_t panel, vf value) {
-  float* y = p.y + token * p.y_stride + panel * LANES;
-  if (p.bias) value = value + load(p.bias + panel * LANES);
-  if (p.accumulate) value = fma(value, splat(p.scale), load(y));
-  store(y, value);
+// writes results of one token from `column` on
+template <class V>
+TS_INLINE void put_result(const Product& p, int64_t token, int64_t column, V value) {
+  uint8_t* y = (uint8_t*)(p.y + token * p.y_stride + column);
+  if (p.bias) value = value + To_<V>::load((const uint8_t*)(p.bias + column));
+  if (p.accumulate) value = fma(value, Splat<V>::of(p.scale), To_<V>::load(y));
+  To_<V>::store(y, value);
 }
 
 // A hint for a line of weights on its way from memory. A step of one token reads each line once: it passes by the larger caches, which then keep what the

@@ -37,7 +37,7 @@ static void decoded(const Product& p, int64_t index, int64_t token) {
     const float* tiles[1] = {tile};
     tile_f32<1, TOKENS>(tiles, p.x, token, s * SECTION, acc);
   }
-  for (int i = 0; i < TOKENS; i++) put_result(p, token + i, index, acc[0][i]);
+  for (int i = 0; i < TOKENS; i++) put_result(p, token + i, index * LANES, acc[0][i]);
 }
 
 template <int PANELS, int TOKENS>
@@ -51,7 +51,7 @@ static void plain_f32(const Product& p, int64_t index, int64_t token) {
     tile_f32<PANELS, TOKENS>(tiles, p.x, token, s * SECTION, acc);
   }
   for (int q = 0; q < PANELS; q++)
-    for (int i = 0; i < TOKENS; i++) put_result(p, token + i, index + q, acc[q][i]);
+    for (int i = 0; i < TOKENS; i++) put_result(p, token + i, (index + q) * LANES, acc[q][i]);
 }
 
 // 16-bit weights, fp32 activations: widened in registers, summed section by section
@@ -88,7 +88,7 @@ TS_UNROLL(16)
       for (int i = 0; i < TOKENS; i++) total[q][i] = total[q][i] + acc[q][i];
   }
   for (int q = 0; q < PANELS; q++)
-    for (int i = 0; i < TOKENS; i++) put_result(p, token + i, index + q, total[q][i]);
+    for (int i = 0; i < TOKENS; i++) put_result(p, token + i, (index + q) * LANES, total[q][i]);
 }
 
 template <int PANELS, int TOKENS>
@@ -113,7 +113,7 @@ TS_UNROLL(16)
     }
   }
   for (int q = 0; q < PANELS; q++)
-    for (int i = 0; i < TOKENS; i++) put_result(p, token + i, index + q, acc[q][i]);
+    for (int i = 0; i < TOKENS; i++) put_result(p, token + i, (index + q) * LANES, acc[q][i]);
 }
 
 // how a kind and form is computed for a block of panels and tokens

@@ -3,19 +3,35 @@
 
 namespace ts {
 
+// A panel's 16 rows by pieces: with AVX2 eight at a time, whose sums for eight tokens then stay in registers.
+#if TS_REGISTER == 32
+typedef rf pf;
+typedef ri pi;
+typedef rb pb;
+#else
+typedef vf pf;
+typedef vi pi;
+typedef vb pb;
+#endif
+constexpr int PIECE = sizeof(pf) / 4, PIECES = LANES / PIECE;
+
 template <int KIND>
 struct GroupHead {  // what a scale group, or a super-block, says about its codes: code · scale + minimum
-  vf scale, minimum;
+  pf scale[PIECES], minimum[PIECES];
 };
 
 template <int KIND>
 TS_INLINE GroupHead<KIND> read_head(const uint8_t* p) {
   constexpr Meta META = KINDS[KIND].meta;
   GroupHead<KIND> head{};
-  head.scale = load_half((const uint16_t*)p);
-  if constexpr (META == META_MIN || META == META_K) head.minimum = load_half((const uint16_t*)(p + 32));
-  if constexpr (META == META_ZERO) head.minimum = -head.scale * to_float(widen(p + 32));
-  if constexpr (META == META_SCALE) head.minimum = head.scale * (float)-KINDS[KIND].offset;
+  for (int piece = 0; piece < PIECES; piece++) {
+    pf scale = Read<pf>::half((const uint16_t*)p + piece * PIECE), minimum{};
+    if constexpr (META == META_MIN || META == META_K) minimum = Read<pf>::half((const uint16_t*)(p + 32) + piece * PIECE);
+    if constexpr (META == META_ZERO) minimum = -scale * To_<pf>::lanes(Read<pi>::bytes(p + 32 + piece * PIECE));
+    if constexpr (META == META_SCALE) minimum = scale * (float)-KINDS[KIND].offset;
+    head.scale[piece] = scale;
+    head.minimum[piece] = minimum;
+  }
   return head;
 }
 
@@ -24,7 +40,7 @@ constexpr int PREFETCH_BYTES = 3072;
 
 // Sums by section are kept in parts: by 16 columns where those have scales of their own, else by turns where few tokens leave the multiplier waiting for itself.
 template <int KIND, int TOKENS>
-constexpr int PARTS = KINDS[KIND].meta == META_K6 || (!TS_SHORT_SUMS && TOKENS <= MOST_TOKENS / 2) ? 2 : 1;
+constexpr int PARTS = KINDS[KIND].meta == META_K6 || (!TS_SHORT_SUMS && TOKENS <= 4) ? 2 : 1;
 
 TS_INLINE int32_t four_codes(const Operand& x, int64_t token, int64_t column) {
   int32_t four;
@@ -32,20 +48,21 @@ TS_INLINE int32_t four_codes(const Operand& x, int64_t token, int64_t column) {
   return four;
 }
 
+// whole[token][part] += the section's codes of one piece · the tokens' codes
 #if TS_SHORT_SUMS
 // chunks whose products may be summed by pairs in 16 bits, each at most the largest code · 127
 template <int BITS>
-constexpr int SHORT_CHUNKS = BITS == 8 ? 0 : BITS == 6 ? 2 : BITS == 5 ? 4 : 8;
+constexpr int SHORT_CHUNKS = BITS == 6 ? 2 : BITS == 5 ? 4 : 8;
 
 template <int KIND, int TOKENS>
-TS_INLINE void add_products(const uint8_t* codes, const Operand& x, int64_t token, int64_t s, vi (*whole)[PARTS<KIND, TOKENS>]) {
+TS_INLINE void add_products(const uint8_t* codes, int piece, const Operand& x, int64_t token, int64_t s, pi (*whole)[PARTS<KIND, TOKENS>]) {
   constexpr KindInfo INFO = KINDS[KIND];
   if constexpr (INFO.bits == 8) {
 TS_UNROLL(8)
     for (int k = 0; k < 8; k++) {
-      const Signed w = less_128(chunk_codes<INFO.bits>(codes, k));
+      const pb w = Chunk<pb, 8>::codes(codes, k, piece) ^ 0x80, magnitude = magnitude_of(w);
 TS_UNROLL(16)
-      for (int i = 0; i < TOKENS; i++) whole[i][0] = dot4(whole[i][0], w, four_codes(x, token + i, s * SECTION + 4 * k));
+      for (int i = 0; i < TOKENS; i++) whole[i][0] = dot4_signed(whole[i][0], w, magnitude, four_codes(x, token + i, s * SECTION + 4 * k));
     }
 TS_UNROLL(16)
     for (int i = 0; i < TOKENS; i++) {  // the 128 that were taken off
@@ -56,18 +73,18 @@ TS_UNROLL(16)
     constexpr int RUN = SHORT_CHUNKS<INFO.bits>;
 TS_UNROLL(8)
     for (int start = 0; start < 8; start += RUN) {
-      vw sums[TOKENS];
+      rw sums[TOKENS];
 TS_UNROLL(16)
-      for (int i = 0; i < TOKENS; i++) sums[i] = vw{};
+      for (int i = 0; i < TOKENS; i++) sums[i] = rw{};
 TS_UNROLL(8)
       for (int k = start; k < start + RUN; k++) {
-        const vb w = chunk_codes<INFO.bits>(codes, k);
+        const pb w = Chunk<pb, INFO.bits>::codes(codes, k, piece);
 TS_UNROLL(16)
         for (int i = 0; i < TOKENS; i++) sums[i] = dot2(sums[i], w, four_codes(x, token + i, s * SECTION + 4 * k));
       }
 TS_UNROLL(16)
       for (int i = 0; i < TOKENS; i++) {
-        vi& to = whole[i][INFO.meta == META_K6 ? start / 4 : 0];
+        pi& to = whole[i][INFO.meta == META_K6 ? start / 4 : 0];
         to = add_pairs(to, sums[i]);
       }
     }
@@ -75,11 +92,11 @@ TS_UNROLL(16)
 }
 #else
 template <int KIND, int TOKENS>
-TS_INLINE void add_products(const uint8_t* codes, const Operand& x, int64_t token, int64_t s, vi (*whole)[PARTS<KIND, TOKENS>]) {
+TS_INLINE void add_products(const uint8_t* codes, int piece, const Operand& x, int64_t token, int64_t s, pi (*whole)[PARTS<KIND, TOKENS>]) {
   constexpr KindInfo INFO = KINDS[KIND];
 TS_UNROLL(8)
   for (int k = 0; k < 8; k++) {
-    const vb w = chunk_codes<INFO.bits>(codes, k);
+    const pb w = Chunk<pb, INFO.bits>::codes(codes, k, piece);
     const int part = INFO.meta == META_K6 ? k / 4 : k % PARTS<KIND, TOKENS>;
 TS_UNROLL(16)
     for (int i = 0; i < TOKENS; i++) whole[i][part] = dot4(whole[i][part], w, four_codes(x, token + i, s * SECTION + 4 * k));
@@ -89,44 +106,50 @@ TS_UNROLL(16)
 
 // one section of one panel for `TOKENS` tokens: adds into acc
 template <int KIND, int TOKENS>
-TS_INLINE void section(const uint8_t* p, const GroupHead<KIND>& head, const Operand& x, int64_t token, int64_t s, vf* acc) {
+TS_INLINE void section(const uint8_t* p, const GroupHead<KIND>& head, const Operand& x, int64_t token, int64_t s, pf (*acc)[TOKENS]) {
   constexpr KindInfo INFO = KINDS[KIND];
   const uint8_t* codes = p + section_head_bytes(INFO.meta);
   if (token == 0)
     for (int line = 0; line < section_bytes(INFO.bits) + group_bytes(INFO.meta); line += 64) ask_for_weights<TOKENS>(codes + PREFETCH_BYTES + line);
-  vi whole[TOKENS][PARTS<KIND, TOKENS>];
+TS_UNROLL(2)
+  for (int piece = 0; piece < PIECES; piece++) {
+    if (PIECES > 1 && TOKENS > 1) asm("" ::: "memory");  // activations are read again: kept for the next piece they would crowd out the sums
+    pi whole[TOKENS][PARTS<KIND, TOKENS>];
 TS_UNROLL(16)
-  for (int i = 0; i < TOKENS; i++) {
-    for (int part = 0; part < PARTS<KIND, TOKENS>; part++) whole[i][part] = vi{};
-    if constexpr (INFO.meta == META_K6) {
-      const int32_t* sums = x.sums + 2 * ((token + i) * x.sections + s);
-      whole[i][0] = splat(-INFO.offset * sums[0]);
-      whole[i][1] = splat(-INFO.offset * sums[1]);
+    for (int i = 0; i < TOKENS; i++) {
+      for (int part = 0; part < PARTS<KIND, TOKENS>; part++) whole[i][part] = pi{};
+      if constexpr (INFO.meta == META_K6) {
+        const int32_t* sums = x.sums + 2 * ((token + i) * x.sections + s);
+        whole[i][0] = Splat<pi>::of(-INFO.offset * sums[0]);
+        whole[i][1] = Splat<pi>::of(-INFO.offset * sums[1]);
+      }
     }
-  }
-  add_products<KIND, TOKENS>(codes, x, token, s, whole);
-  vf scale = head.scale, minimum = head.minimum;
-  vi first{}, second{};
-  if constexpr (INFO.meta == META_K) {
-    scale = scale * to_float(widen(p));
-    minimum = -minimum * to_float(widen(p + 16));
-  }
-  if constexpr (INFO.meta == META_K6) {
-    first = widen((const int8_t*)p);
-    second = widen((const int8_t*)(p + 16));
-  }
+    add_products<KIND, TOKENS>(codes, piece, x, token, s, whole);
+    pf scale = head.scale[piece], minimum = head.minimum[piece];
+    pi first{}, second{};
+    if constexpr (INFO.meta == META_K) {
+      scale = scale * To_<pf>::lanes(Read<pi>::bytes(p + piece * PIECE));
+      minimum = -minimum * To_<pf>::lanes(Read<pi>::bytes(p + 16 + piece * PIECE));
+    }
+    if constexpr (INFO.meta == META_K6) {
+      first = Read<pi>::bytes((const int8_t*)p + piece * PIECE);
+      second = Read<pi>::bytes((const int8_t*)p + 16 + piece * PIECE);
+    }
 TS_UNROLL(16)
-  for (int i = 0; i < TOKENS; i++) {
-    int64_t at = (token + i) * x.sections + s;
-    vi total;
-    if constexpr (INFO.meta == META_K6) total = whole[i][0] * first + whole[i][1] * second;
-    else if constexpr (PARTS<KIND, TOKENS> == 2) total = whole[i][0] + whole[i][1];
-    else total = whole[i][0];
-    if constexpr (INFO.meta == META_ROW) acc[i] = fma(to_float(total), splat(x.scales[at]), acc[i]);
-    else acc[i] = fma(scale * x.scales[at], to_float(total), acc[i]);
-    // what is subtracted from every code, or added, comes to as much as the activations sum up to
-    if constexpr (INFO.meta == META_ROW) acc[i] = fma(splat((float)-INFO.offset), splat(x.weighted[at]), acc[i]);
-    else if constexpr (INFO.meta != META_K6) acc[i] = fma(minimum, splat(x.weighted[at]), acc[i]);
+    for (int i = 0; i < TOKENS; i++) {
+      int64_t at = (token + i) * x.sections + s;
+      pi total;
+      if constexpr (INFO.meta == META_K6) total = whole[i][0] * first + whole[i][1] * second;
+      else if constexpr (PARTS<KIND, TOKENS> == 2) total = whole[i][0] + whole[i][1];
+      else total = whole[i][0];
+      const pf value = To_<pf>::lanes(total), weighted = Splat<pf>::of(x.weighted[at]);
+      pf& sum = acc[piece][i];
+      if constexpr (INFO.meta == META_ROW) sum = fma(value, Splat<pf>::of(x.scales[at]), sum);
+      else sum = fma(scale * x.scales[at], value, sum);
+      // what is subtracted from every code, or added, comes to as much as the activations sum up to
+      if constexpr (INFO.meta == META_ROW) sum = fma(Splat<pf>::of((float)-INFO.offset), weighted, sum);
+      else if constexpr (INFO.meta != META_K6) sum = fma(minimum, weighted, sum);
+    }
   }
 }
 
@@ -136,17 +159,18 @@ TS_APART void panel(const Product& p, int64_t index, int64_t token) {
   constexpr KindInfo INFO = KINDS[KIND];
   const uint8_t* at = p.weight.panel(index);
   const int64_t sections = p.weight.sections();
-  vf acc[TOKENS];
-  for (int i = 0; i < TOKENS; i++) acc[i] = vf{};
-  vf row_scale = splat(1.f);
-  if constexpr (INFO.meta == META_ROW) row_scale = load((const float*)at);
+  pf acc[PIECES][TOKENS], row_scale[PIECES];
+  for (int piece = 0; piece < PIECES; piece++) {
+    for (int i = 0; i < TOKENS; i++) acc[piece][i] = pf{};
+    if constexpr (INFO.meta == META_ROW) row_scale[piece] = To_<pf>::load(at + piece * sizeof(pf));
+  }
   at += panel_head_bytes(INFO.meta);
   constexpr int STEP = section_bytes(INFO.bits) + section_head_bytes(INFO.meta);
   constexpr int HEAD = group_bytes(INFO.meta) + super_head_bytes(INFO.meta);
   if constexpr (HEAD == 0) {
     GroupHead<KIND> none{};
     for (int64_t s = 0; s < sections; s++, at += STEP) section<KIND, TOKENS>(at, none, p.x, token, s, acc);
-  } else if (HEAD && super_head_bytes(INFO.meta) == 0 && p.weight.group == 1) {
+  } else if (TS_REGISTER == 64 && super_head_bytes(INFO.meta) == 0 && p.weight.group == 1) {  // elsewhere it takes compilers longer than it saves
     for (int64_t s = 0; s < sections; s++, at += STEP + HEAD) section<KIND, TOKENS>(at + HEAD, read_head<KIND>(at), p.x, token, s, acc);
   } else {
     const int64_t group = super_head_bytes(INFO.meta) ? SUPER_SECTIONS : p.weight.group;
@@ -157,7 +181,12 @@ TS_APART void panel(const Product& p, int64_t index, int64_t token) {
       for (; s < end; s++, at += STEP) section<KIND, TOKENS>(at, head, p.x, token, s, acc);
     }
   }
-  for (int i = 0; i < TOKENS; i++) put_result(p, token + i, index, INFO.meta == META_ROW ? acc[i] * row_scale : acc[i]);
+  for (int piece = 0; piece < PIECES; piece++)
+    for (int i = 0; i < TOKENS; i++) {
+      pf value = acc[piece][i];
+      if constexpr (INFO.meta == META_ROW) value = value * row_scale[piece];
+      put_result(p, token + i, index * LANES + piece * PIECE, value);
+    }
 }
 
 template <int KIND, int TOKENS>

@@ -53,13 +53,13 @@ typedef rf vf;
 typedef ri vi;
 typedef ru vu;
 typedef rb vb;
-constexpr int MOST_TOKENS = 8, MOST_SUMS = 24;  // tokens that share a pass over codes, sums that stay in registers
+constexpr int MOST_TOKENS = 8, MOST_SUMS = 24;  // tokens that share a pass over codes; sums that stay in registers
 #elif TS_REGISTER == 32
 typedef Pair<rf> vf;
 typedef Pair<ri> vi;
 typedef Pair<ru> vu;
 typedef Pair<rb> vb;
-constexpr int MOST_TOKENS = 4, MOST_SUMS = 6;
+constexpr int MOST_TOKENS = 8, MOST_SUMS = 6;
 #else
 typedef Pair<Pair<rf>> vf;
 typedef Pair<Pair<ri>> vi;
@@ -450,20 +450,21 @@ TS_WRITE(write_half, uint16_t*) TS_WRITE(write_bf16, uint16_t*) TS_WRITE(write_i
 #undef TS_WRITE
 
 // `value` in the bytes whose bits are set, 0 in the others
-TS_INLINE vb spread_bits(uint64_t bits, uint8_t value) {
+TS_INLINE rb spread_bits(const uint8_t* bits, uint8_t value) {
 #if TS_REGISTER == 64
-  return (vb)_mm512_maskz_mov_epi8(bits, _mm512_set1_epi8((char)value));
+  uint64_t mask;
+  std::memcpy(&mask, bits, sizeof mask);
+  return (rb)_mm512_maskz_mov_epi8(mask, _mm512_set1_epi8((char)value));
 #elif TS_REGISTER == 32
   const __m256i bit = _mm256_set1_epi64x((long long)0x8040201008040201), byte = _mm256_set_epi64x(0x0303030303030303, 0x0202020202020202, 0x0101010101010101, 0);
-  auto half = [&](uint32_t mask) {
-    const __m256i mine = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32((int)mask), byte), bit);
-    return (rb)_mm256_and_si256(_mm256_cmpeq_epi8(mine, bit), _mm256_set1_epi8((char)value));
-  };
-  return {half((uint32_t)bits), half((uint32_t)(bits >> 32))};
+  int32_t mask;
+  std::memcpy(&mask, bits, sizeof mask);
+  const __m256i mine = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(mask), byte), bit);
+  return (rb)_mm256_and_si256(_mm256_cmpeq_epi8(mine, bit), _mm256_set1_epi8((char)value));
 #else
-  uint8_t bytes[64];
-  for (int i = 0; i < 64; i++) bytes[i] = (uint8_t)((bits >> i & 1) * value);
-  return load_bytes(bytes);
+  uint8_t bytes[TS_REGISTER];
+  for (int i = 0; i < TS_REGISTER; i++) bytes[i] = (uint8_t)((bits[i / 8] >> (i % 8) & 1) * value);
+  return To_<rb>::load(bytes);
 #endif
 }
 
@@ -483,7 +484,6 @@ TS_INLINE ri dot4(ri acc, rb w, int32_t x) {
   return (ri)_mm256_add_epi32(_mm256_add_epi32((__m256i)acc, _mm256_madd_epi16(low, ones)), _mm256_madd_epi16(top, ones));
 #endif
 }
-TS_INLINE Pair<ri> dot4(Pair<ri> acc, Pair<rb> w, int32_t x) { return {dot4(acc.a, w.a, x), dot4(acc.b, w.b, x)}; }
 #else
 TS_INLINE vi dot4(vi acc, vb w, int32_t x) {
   // plain arrays: compilers turn these loops into their machine's vectors, and take long over extracted lanes
@@ -502,28 +502,22 @@ TS_INLINE vi dot4(vi acc, vb w, int32_t x) {
 #if TS_REGISTER == 32 && !defined(__AVXVNNI__)
 // Without an instruction for dot4: products are summed by pairs in 16 bits as long as they fit, and in 32 bits after that.
 #define TS_SHORT_SUMS 1
-typedef int16_t rw __attribute__((vector_size(TS_REGISTER)));
-typedef Pair<rw> vw;  // two sums a lane
+typedef int16_t rw __attribute__((vector_size(TS_REGISTER)));  // two sums a lane
 
-TS_INLINE rw dot2(rw acc, rb w, int32_t x) { return acc + (rw)_mm256_maddubs_epi16((__m256i)w, _mm256_set1_epi32(x)); }
-TS_INLINE vw dot2(vw acc, vb w, int32_t x) { return {dot2(acc.a, w.a, x), dot2(acc.b, w.b, x)}; }
+TS_INLINE rw dot2(rw acc, rb w, int32_t x) {
+  acc = acc + (rw)_mm256_maddubs_epi16((__m256i)w, _mm256_set1_epi32(x));
+  asm("" : "+x"(acc));  // a sum at once: gcc would make all products first, keep them in memory, and add them up as a tree
+  return acc;
+}
 TS_INLINE ri add_pairs(ri acc, rw sums) { return acc + (ri)_mm256_madd_epi16((__m256i)sums, _mm256_set1_epi16(1)); }
-TS_INLINE vi add_pairs(vi acc, vw sums) { return {add_pairs(acc.a, sums.a), add_pairs(acc.b, sums.b)}; }
-
-// Bytes of 8 bits less 128: as magnitude and sign they fit, 128 · 127 · 2.
-struct Signed {
-  vb codes, magnitude;
-};
-TS_INLINE rb magnitude(rb w) { return (rb)_mm256_abs_epi8((__m256i)w); }
-TS_INLINE Signed less_128(vb w) {
-  const vb codes{w.a ^ 0x80, w.b ^ 0x80};
-  return {codes, {magnitude(codes.a), magnitude(codes.b)}};
-}
-TS_INLINE ri dot4(ri acc, rb codes, rb magnitude, int32_t x) {
+// the same with codes less 128, of which magnitude and sign fit: 128 · 127 · 2
+TS_INLINE ri dot4_signed(ri acc, rb codes, rb magnitude, int32_t x) {
   const __m256i by = _mm256_sign_epi8(_mm256_set1_epi32(x), (__m256i)codes);
-  return add_pairs(acc, (rw)_mm256_maddubs_epi16((__m256i)magnitude, by));
+  acc = add_pairs(acc, (rw)_mm256_maddubs_epi16((__m256i)magnitude, by));
+  asm("" : "+x"(acc));
+  return acc;
 }
-TS_INLINE vi dot4(vi acc, const Signed& w, int32_t x) { return {dot4(acc.a, w.codes.a, w.magnitude.a, x), dot4(acc.b, w.codes.b, w.magnitude.b, x)}; }
+TS_INLINE rb magnitude_of(rb codes) { return (rb)_mm256_abs_epi8((__m256i)codes); }
 #else
 #define TS_SHORT_SUMS 0
 #endif

@@ -105,39 +105,47 @@ TS_INLINE int64_t head_start(const KindInfo& info, int group, int64_t s) {
   return 0;
 }
 
-// chunk `k` (0 … 7) of a section's codes as 64 unsigned bytes
+// the 64 codes of chunk `k` (0 … 7) of a section as unsigned bytes; `codes` may point to the place of a register within its first chunk
 template <int BITS>
-TS_INLINE vb chunk_codes(const uint8_t* codes, int k) {
-  if constexpr (BITS == 8) return load_bytes(codes + 64 * k);
-  if constexpr (BITS == 2) return (load_bytes(codes + 64 * (k / 4)) >> (2 * (k % 4))) & 3;
+TS_INLINE rb register_codes(const uint8_t* codes, const uint8_t* bits, int k) {
+  if constexpr (BITS == 8) return To_<rb>::load(codes + 64 * k);
+  if constexpr (BITS == 2) return (To_<rb>::load(codes + 64 * (k / 4)) >> (2 * (k % 4))) & 3;
   if constexpr (BITS == 4 || BITS == 5 || BITS == 6) {
-    vb both = load_bytes(codes + 64 * (k / 2));
+    rb both = To_<rb>::load(codes + 64 * (k / 2));
 #if defined(__AVX512BW__)
-    vb nibble = (vb)_mm512_and_si512(k % 2 ? _mm512_srli_epi16((__m512i)both, 4) : (__m512i)both, _mm512_set1_epi8(15));
+    rb nibble = (rb)_mm512_and_si512(k % 2 ? _mm512_srli_epi16((__m512i)both, 4) : (__m512i)both, _mm512_set1_epi8(15));
 #else
-    vb nibble = k % 2 ? both >> 4 : both & 15;
+    rb nibble = k % 2 ? both >> 4 : both & 15;
 #endif
     if constexpr (BITS == 4) return nibble;
-    if constexpr (BITS == 6) {
-      vb high = load_bytes(codes + 256 + 64 * (k / 4));
-#if defined(__AVX512BW__)
-      // two bits of each byte to places 4 and 5: shift words so that they land there, then mask
-      const int by = 4 - 2 * (k % 4);
-      __m512i moved = by >= 0 ? _mm512_slli_epi16((__m512i)high, by) : _mm512_srli_epi16((__m512i)high, -by);
-      return (vb)_mm512_or_si512((__m512i)nibble, _mm512_and_si512(moved, _mm512_set1_epi8(0x30)));
+    if constexpr (BITS == 5) return nibble | spread_bits(bits + 8 * k, 16);
+    rb high = To_<rb>::load(codes + 256 + 64 * (k / 4));
+    // two bits of each byte to places 4 and 5: words are shifted so that they land there, and the rest is masked
+    const int by = 4 - 2 * (k % 4);
+#if TS_REGISTER == 64
+    __m512i moved = by >= 0 ? _mm512_slli_epi16((__m512i)high, by) : _mm512_srli_epi16((__m512i)high, -by);
+    return (rb)_mm512_or_si512((__m512i)nibble, _mm512_and_si512(moved, _mm512_set1_epi8(0x30)));
 #else
-      return nibble | (((high >> (2 * (k % 4))) & 3) << 4);
+    typedef uint16_t words __attribute__((vector_size(TS_REGISTER)));
+    return nibble | ((rb)(by >= 0 ? (words)high << by : (words)high >> -by) & 0x30);
 #endif
-    }
   }
-  if constexpr (BITS == 3 || BITS == 5) {
-    constexpr int PLANE = BITS == 3 ? 128 : 256;
-    vb low = BITS == 3 ? (load_bytes(codes + 64 * (k / 4)) >> (2 * (k % 4))) & 3 : chunk_codes<4>(codes, k);
-    uint64_t mask;
-    std::memcpy(&mask, codes + PLANE + 8 * k, 8);
-    return low | spread_bits(mask, 1 << (BITS - 1));
-  }
+  if constexpr (BITS == 3) return ((To_<rb>::load(codes + 64 * (k / 4)) >> (2 * (k % 4))) & 3) | spread_bits(bits + 8 * k, 4);
   __builtin_unreachable();
 }
+
+// The same for as many registers as V has, the first of which is the `place`-th of a chunk.
+template <class V, int BITS>
+struct Chunk {
+  TS_INLINE V codes(const uint8_t* section, int k, int place) {
+    return register_codes<BITS>(section + place * TS_REGISTER, section + (BITS == 3 ? 128 : 256) + place * TS_REGISTER / 8, k);
+  }
+};
+template <class H, int BITS>
+struct Chunk<Pair<H>, BITS> {
+  TS_INLINE Pair<H> codes(const uint8_t* section, int k, int place) {
+    return {Chunk<H, BITS>::codes(section, k, place), Chunk<H, BITS>::codes(section, k, place + (int)sizeof(H) / TS_REGISTER)};
+  }
+};
 
 }  // namespace ts
