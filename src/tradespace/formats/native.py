@@ -15,7 +15,7 @@ from tradespace.errors import UnsupportedError
 from tradespace.formats.codes import Codes
 from tradespace.kernels.native import load
 from tradespace.kernels.native.library import Matrix, Operand
-from tradespace.kernels.pages import prefer_huge_pages
+from tradespace.kernels.pages import huge_zeros
 from tradespace.spec import native
 from tradespace.spec.native import LANES, SECTION, round_up
 
@@ -43,7 +43,7 @@ class NativeWeight(nn.Module):
         self.library = load()
         self.kind, self.group = native.FORMAT_KINDS[format_name]
         nbytes = native.packed_bytes(format_name, rows, shape[-1])
-        self.register_buffer("packed", prefer_huge_pages(torch.empty(nbytes + 64, dtype=torch.uint8)).fill_(0))
+        self.register_buffer("packed", huge_zeros((nbytes + 64,), torch.uint8))
         self._offset = -self.packed.data_ptr() % 64  # panels begin on a cache line
         self._nbytes = nbytes
         self.register_parameter("bias", None)

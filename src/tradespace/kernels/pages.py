@@ -1,25 +1,65 @@
-"""Huge pages for large tensors: a cache read in pieces of a few KB misses the processor's address cache at nearly every piece; with pages of 2 MiB it does not.
+"""Memory in huge pages: weights and caches read in pieces of a few KB miss the processor's address cache at nearly every piece; with pages of 2 MiB they do not.
 
-Only whole aligned pages inside the tensor are asked for, so its bytes stay what they are. Linux gives them where it is set to "madvise" or "always"; elsewhere
-nothing happens.
+A matrix of a small model, or one layer's keys, is smaller than such a page. So tensors are laid one after the other into mappings of CHUNK_BYTES, and none
+of a mapping's memory is used before a tensor touches it. A mapping ends with the last tensor in it. Linux gives huge pages where it is set to "madvise" or
+"always"; elsewhere these are plain tensors.
 """
 
 from __future__ import annotations
 
 import ctypes
+import mmap
 import sys
+import threading
+import weakref
 
+import torch
 from torch import Tensor
 
 PAGE_BYTES = 2 << 20
-_MADV_HUGEPAGE = 14
+CHUNK_BYTES = 64 << 20  # room for tensors of up to half of it; larger ones have mappings of their own
+ALIGNMENT = 64
+
+_lock = threading.Lock()
+_chunk: weakref.ref[mmap.mmap] | None = None
+_used = 0  # bytes of it, from its start
 
 
-def prefer_huge_pages(tensor: Tensor) -> Tensor:
-    """`tensor`, whose memory must not have been touched yet for this to help."""
-    start = -(-tensor.data_ptr() // PAGE_BYTES) * PAGE_BYTES
-    length = (tensor.data_ptr() + tensor.nbytes) // PAGE_BYTES * PAGE_BYTES - start
-    if sys.platform == "linux" and length > 0:
-        # a kernel without them refuses, and nothing is lost
-        ctypes.CDLL(None, use_errno=True).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _MADV_HUGEPAGE)
-    return tensor
+def huge_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+    """Zeros on a cache line of their own. Their memory is not touched yet. Raises what torch and the system raise where there is none."""
+    if sys.platform != "linux" or torch.device(device).type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    count = 1
+    for size in shape:
+        count *= size
+    nbytes = count * dtype.itemsize
+    if nbytes == 0:
+        return torch.zeros(shape, dtype=dtype)
+    if nbytes > CHUNK_BYTES // 2:
+        mapping, start = _map(nbytes)
+    else:
+        mapping, start = _carve(nbytes)
+    return torch.frombuffer(mapping, dtype=dtype, count=count, offset=start).view(shape)
+
+
+def _map(nbytes: int) -> tuple[mmap.mmap, int]:
+    """A mapping of at least `nbytes`, and where its first whole page begins."""
+    mapping = mmap.mmap(-1, nbytes + PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+    try:
+        mapping.madvise(mmap.MADV_HUGEPAGE)
+    except OSError:  # a kernel without them refuses, and nothing is lost
+        pass
+    return mapping, -address % PAGE_BYTES
+
+
+def _carve(nbytes: int) -> tuple[mmap.mmap, int]:
+    global _chunk, _used
+    with _lock:
+        mapping = None if _chunk is None else _chunk()
+        if mapping is None or _used + nbytes > len(mapping):
+            mapping, _used = _map(CHUNK_BYTES)
+            _chunk = weakref.ref(mapping)
+        start = _used
+        _used = -(-(start + nbytes) // ALIGNMENT) * ALIGNMENT
+        return mapping, start

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tradespace.kernels.pages import prefer_huge_pages
+from tradespace.kernels.pages import huge_zeros
 from tradespace.spec.kv_workspace import DECODE_ROWS
 
 
@@ -28,8 +28,8 @@ class Codec(Protocol):
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """Touched now, so that the peak comes at build; torch.zeros would leave the pages for later."""
-    return prefer_huge_pages(torch.empty(shape, dtype=dtype, device=device)).zero_()
+    """Touched now, so that the peak comes at build."""
+    return huge_zeros(shape, dtype, device).zero_()
 
 
 def write(codec: Codec, planes: tuple[Tensor, ...], slots_T: Tensor, x_TKW: Tensor) -> None:

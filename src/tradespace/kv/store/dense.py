@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tradespace.kernels.pages import prefer_huge_pages
+from tradespace.kernels.pages import huge_zeros
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,8 +18,7 @@ class Dense:
 
     def allocate(self, num_slots: int, heads: int, width: int, device: torch.device | str) -> tuple[Tensor]:
         """One plane, codes_SKH for `num_slots` tokens, zeroed, so that every page is touched now and nothing in it is ever NaN by chance."""
-        codes_SKH = prefer_huge_pages(torch.empty((num_slots, heads, width), dtype=self.dtype, device=device))
-        return (codes_SKH.zero_(),)  # torch.zeros would leave the pages untouched
+        return (huge_zeros((num_slots, heads, width), self.dtype, device).zero_(),)
 
     def write(self, codes_SKH: Tensor, slots_T: Tensor, x_TKH: Tensor) -> None:
         codes_SKH.index_copy_(0, slots_T, x_TKH.to(self.dtype))
