@@ -69,15 +69,21 @@ TS_INLINE vf activate(vf x, int kind) {
 }
 
 // pairs (i, i + dims/2), or (2i, 2i + 1), of one head; angles: dims/2 times (cos, sin)
-TS_INLINE void rotate(float* head, const float* angles, int64_t dims, bool interleaved) {
+TS_INLINE void rotate(float* head, const float* __restrict angles, int64_t dims, bool interleaved) {
   const int64_t half = dims / 2;
-  for (int64_t i = 0; i < half; i++) {
-    float* first = head + (interleaved ? 2 * i : i);
-    float* second = head + (interleaved ? 2 * i + 1 : i + half);
-    const float c = angles[2 * i], s = angles[2 * i + 1], a = *first, b = *second;
-    *first = a * c - b * s;
-    *second = b * c + a * s;
-  }
+  float *__restrict first = head, *__restrict second = head + half;
+  if (interleaved)
+    for (int64_t i = 0; i < half; i++) {
+      const float c = angles[2 * i], s = angles[2 * i + 1], a = head[2 * i], b = head[2 * i + 1];
+      head[2 * i] = a * c - b * s;
+      head[2 * i + 1] = b * c + a * s;
+    }
+  else
+    for (int64_t i = 0; i < half; i++) {
+      const float c = angles[2 * i], s = angles[2 * i + 1], a = first[i], b = second[i];
+      first[i] = a * c - b * s;
+      second[i] = b * c + a * s;
+    }
 }
 
 }  // namespace ts

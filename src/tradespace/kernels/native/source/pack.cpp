@@ -5,26 +5,34 @@
 
 namespace ts {
 
+// four codes of a chunk as the word that holds them
+TS_INLINE uint32_t word_of(const uint8_t* code) {
+  uint32_t word;
+  std::memcpy(&word, code, 4);
+  return word;
+}
+
+// Codes of one row's section. A row's bytes are whole words of each plane of bytes; of planes of bits it has four bits, half a byte.
 template <int BITS>
 static void put_codes(uint8_t* section, int lane, const uint8_t* code) {
-  for (int c = 0; c < SECTION; c++) {
-    const int k = c / 4, place = lane * 4 + c % 4;
-    if constexpr (BITS == 8) section[64 * k + place] = code[c];
-    if constexpr (BITS == 4 || BITS == 5 || BITS == 6) {
-      uint8_t& both = section[64 * (k / 2) + place];
-      both = k % 2 ? (uint8_t)((both & 15) | code[c] << 4) : (uint8_t)((both & 0xf0) | (code[c] & 15));
+  auto put = [&](int64_t chunk, uint32_t word) { std::memcpy(section + 64 * chunk + 4 * lane, &word, 4); };
+  if constexpr (BITS == 8)
+    for (int k = 0; k < 8; k++) put(k, word_of(code + 4 * k));
+  if constexpr (BITS == 4 || BITS == 5 || BITS == 6)
+    for (int k = 0; k < 8; k += 2) put(k / 2, (word_of(code + 4 * k) & 0x0f0f0f0fu) | (word_of(code + 4 * k + 4) & 0x0f0f0f0fu) << 4);
+  if constexpr (BITS == 6 || BITS == 2 || BITS == 3)
+    for (int k = 0; k < 8; k += 4) {
+      uint32_t four = 0;
+      for (int i = 0; i < 4; i++) four |= (word_of(code + 4 * (k + i)) >> (BITS == 6 ? 4 : 0) & 0x03030303u) << 2 * i;
+      put((BITS == 6 ? 4 : 0) + k / 4, four);
     }
-    if constexpr (BITS == 6 || BITS == 2 || BITS == 3) {
-      uint8_t& four = section[(BITS == 6 ? 256 : 0) + 64 * (k / 4) + place];
-      const int by = 2 * (k % 4), two = BITS == 6 ? code[c] >> 4 : code[c] & 3;
-      four = (uint8_t)((four & ~(3 << by)) | two << by);
+  if constexpr (BITS == 3 || BITS == 5)
+    for (int k = 0; k < 8; k++) {
+      uint8_t bits = 0;
+      for (int i = 0; i < 4; i++) bits |= (uint8_t)((code[4 * k + i] >> (BITS - 1) & 1) << i);
+      uint8_t& both = section[(BITS == 3 ? 128 : 256) + 8 * k + lane / 2];
+      both = lane % 2 ? (uint8_t)((both & 15) | bits << 4) : (uint8_t)((both & 0xf0) | bits);
     }
-    if constexpr (BITS == 3 || BITS == 5) {
-      uint8_t& bits = section[(BITS == 3 ? 128 : 256) + 8 * k + place / 8];
-      const int bit = code[c] >> (BITS - 1) & 1;
-      bits = (uint8_t)((bits & ~(1 << place % 8)) | bit << place % 8);
-    }
-  }
 }
 
 static void put_section(int bits, uint8_t* section, int lane, const uint8_t* code) {

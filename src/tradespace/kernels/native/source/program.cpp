@@ -144,22 +144,26 @@ static void prepare(const Op& op, int64_t first, int64_t last, int64_t base = 0)
   for (int64_t unit = first; unit < last; unit++) {
     const int64_t t = unit / sections, s = unit % sections, column = s * SECTION;
     const float* in = op.in + t * op.in_stride + column;
-    alignas(64) float x[SECTION] = {0};
+    const float* up = op.flags & FLAG_GATED ? in + op.width : nullptr;
+    alignas(64) float x[SECTION], rest[2 * SECTION];
     const int64_t count = std::min<int64_t>(SECTION, op.width - column);
-    if (op.choice == ACT_IDENTITY) {
-      std::memcpy(x, in, (size_t)count * 4);
-    } else {
-      alignas(64) float gate[SECTION] = {0}, up[SECTION] = {0};
-      std::memcpy(gate, in, (size_t)count * 4);
-      if (op.flags & FLAG_GATED) std::memcpy(up, in + op.width, (size_t)count * 4);
+    if (count < SECTION) {  // a row's last section, filled up with zeros
+      std::memset(rest, 0, sizeof rest);
+      std::memcpy(rest, in, (size_t)count * 4);
+      if (up) std::memcpy(rest + SECTION, up, (size_t)count * 4);
+      in = rest;
+      if (up) up = rest + SECTION;
+    }
+    if (op.choice != ACT_IDENTITY) {
       for (int half = 0; half < SECTION; half += LANES) {
-        vf y = activate(load(gate + half), op.choice);
-        if (op.flags & FLAG_GATED) y = y * load(up + half);
+        vf y = activate(load(in + half), op.choice);
+        if (up) y = y * load(up + half);
         store(x + half, y);
       }
       for (int64_t c = count; c < SECTION; c++) x[c] = 0.f;
+      in = x;
     }
-    put_row(operand, t, x, SECTION, op.form, s);
+    put_row(operand, t, in, SECTION, op.form, s);
   }
 }
 

@@ -415,12 +415,12 @@ TS_INLINE vf load_e4m3(const int8_t* p) { return Read<vf>::e4m3(p); }
 TS_INLINE vi widen(const uint8_t* p) { return Read<vi>::bytes(p); }  // 16 unsigned bytes
 TS_INLINE vi widen(const int8_t* p) { return Read<vi>::bytes(p); }   // 16 signed bytes
 
-// Writing them; whole numbers must fit.
+// Writing them; whole numbers must fit, and what is no number stays none.
 TS_INLINE void write_half(uint16_t* p, rf v) {
 #if TS_REGISTER == 64
-  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)min(max(v, rf TS_LIST(-65504.f)), rf TS_LIST(65504.f)), 0));
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)min(rf TS_LIST(65504.f), max(rf TS_LIST(-65504.f), v)), 0));
 #elif defined(__F16C__) && TS_REGISTER == 32
-  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)min(max(v, rf TS_LIST(-65504.f)), rf TS_LIST(65504.f)), 0));
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)min(rf TS_LIST(65504.f), max(rf TS_LIST(-65504.f), v)), 0));
 #else
   for (int i = 0; i < REGISTER_LANES; i++) p[i] = float_to_half(v[i]);
 #endif

@@ -75,6 +75,24 @@ static inline uint16_t encode_int8(const float* x, int64_t width, Put put) {
   return scale;
 }
 
+// 16 bits each by `write`, sixteen at a time
+template <typename Write>
+static inline void store_words(uint16_t* to, int64_t stride, const float* x, int64_t width, Write write) {
+  for (int64_t c = 0; c < width; c += LANES) {
+    const int64_t count = std::min<int64_t>(LANES, width - c);
+    alignas(64) float part[LANES] = {0};
+    uint16_t words[LANES];
+    if (count == LANES) write(words, load(x + c));
+    else {
+      std::memcpy(part, x + c, (size_t)count * 4);
+      write(words, load(part));
+    }
+    if (stride == 1) std::memcpy(to + c, words, (size_t)count * 2);
+    else
+      for (int64_t i = 0; i < count; i++) to[(c + i) * stride] = words[i];
+  }
+}
+
 // x into elements base, base + stride, …; its scale, where the store has one, into `scale`
 static inline void store_vector(int kind, void* plane, int64_t base, int64_t stride, uint16_t* scale, const float* x, int64_t width) {
   switch (kind) {
@@ -82,11 +100,9 @@ static inline void store_vector(int kind, void* plane, int64_t base, int64_t str
       for (int64_t d = 0; d < width; d++) ((float*)plane)[base + d * stride] = x[d];
       return;
     case STORE_F16:
-      for (int64_t d = 0; d < width; d++) ((uint16_t*)plane)[base + d * stride] = float_to_half(x[d]);
-      return;
+      return store_words((uint16_t*)plane + base, stride, x, width, [](uint16_t* words, vf v) { write_half(words, v); });
     case STORE_BF16:
-      for (int64_t d = 0; d < width; d++) ((uint16_t*)plane)[base + d * stride] = float_to_bf16(x[d]);
-      return;
+      return store_words((uint16_t*)plane + base, stride, x, width, [](uint16_t* words, vf v) { write_bf16(words, v); });
     case STORE_F8:
       for (int64_t d = 0; d < width; d++) ((uint8_t*)plane)[base + d * stride] = float_to_e4m3(x[d]);
       return;
