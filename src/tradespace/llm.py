@@ -336,35 +336,37 @@ def _open(
     adapters: Mapping[str, Path],
 ) -> LLM:
     files = resolve(model, revision=revision, offline=offline, progress=progress)
-    with held_headers():
+    with held_headers() as headers:
+        before = settled_bytes()
         spec, defaults = impose(api.spec_of_files(files), pattern or "" if chosen is None else chosen.pattern), Defaults.of(files)
         stored = api.stored_weights(files, spec) if chosen is None else None
-    if chosen is None:
-        if scheduling == "fixed" and fixed["prefix_sharing"] is None:
-            fixed = {**fixed, "prefix_sharing": "off"}  # a fixed batch reserves its blocks beforehand
-        chosen = choose_plan(spec, device, budget - adapter_bytes(adapters), context, concurrency, goal, **fixed, stored=stored)
-    else:
-        check_plan(chosen, spec, {"context": context, "attention_pattern": pattern, **fixed})
-    chosen = replace(chosen, memory_bytes=budget)
-    predicted = ledger(spec, chosen, device, staging_bytes=STAGING_BYTES)
-    need = round(predicted.total_bytes().require()) + adapter_bytes(adapters)
-    if need > budget:
-        raise BudgetError(
-            f"this plan needs {format_bytes(need)}; the budget is {format_bytes(budget)}. Let the planner choose (leave --plan away), or give --memory "
-            f"{format_bytes(need * 1.02).replace(' ', '')}",
-            need_bytes=need,
-            have_bytes=budget,
-        )
-    say(f"plan: {chosen.describe()} · {chosen.kv_tokens:,} cache slots · {format_bytes(need)} predicted")
-    warm_runtime(DTYPES[chosen.weights.dense])
-    measured = {"runtime": settled_bytes()}
-    tokenizer = Tokenizer.from_files(files)
-    measured["tokenizer"] = max(0, settled_bytes() - measured["runtime"])
-    with loading_bar(show=progress) as on_load:
-        built = build_engine(
-            spec, files, chosen, device, tokenizer=tokenizer, now_bytes=settled_bytes, peak_bytes=meter.mark, on_load=on_load, scheduling=scheduling,
-            adapters=adapters,
-        )  # fmt: skip
+        tokenizer = Tokenizer.from_files(files)
+        headers.drop_vocabularies()
+        tokenizer_bytes = max(0, settled_bytes() - before)
+        if chosen is None:
+            if scheduling == "fixed" and fixed["prefix_sharing"] is None:
+                fixed = {**fixed, "prefix_sharing": "off"}  # a fixed batch reserves its blocks beforehand
+            chosen = choose_plan(spec, device, budget - adapter_bytes(adapters), context, concurrency, goal, **fixed, stored=stored)
+        else:
+            check_plan(chosen, spec, {"context": context, "attention_pattern": pattern, **fixed})
+        chosen = replace(chosen, memory_bytes=budget)
+        predicted = ledger(spec, chosen, device, staging_bytes=STAGING_BYTES)
+        need = round(predicted.total_bytes().require()) + adapter_bytes(adapters)
+        if need > budget:
+            raise BudgetError(
+                f"this plan needs {format_bytes(need)}; the budget is {format_bytes(budget)}. Let the planner choose (leave --plan away), or give --memory "
+                f"{format_bytes(need * 1.02).replace(' ', '')}",
+                need_bytes=need,
+                have_bytes=budget,
+            )
+        say(f"plan: {chosen.describe()} · {chosen.kv_tokens:,} cache slots · {format_bytes(need)} predicted")
+        warm_runtime(DTYPES[chosen.weights.dense])
+        measured = {"runtime": settled_bytes() - tokenizer_bytes, "tokenizer": tokenizer_bytes}
+        with loading_bar(show=progress) as on_load:
+            built = build_engine(
+                spec, files, chosen, device, tokenizer=tokenizer, now_bytes=settled_bytes, peak_bytes=meter.mark, on_load=on_load, scheduling=scheduling,
+                adapters=adapters,
+            )  # fmt: skip
     for note in built.notes:
         say(f"note: {note}")
     return LLM(built, device, ledger(spec, built.plan, device, staging_bytes=STAGING_BYTES), meter, measured, defaults)

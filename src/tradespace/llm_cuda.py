@@ -184,7 +184,7 @@ def open_on_device(
             with held_headers():
                 spec, defaults = impose(api.spec_of_files(files), pattern or "" if chosen is None else chosen.pattern), Defaults.of(files)
                 stored = api.stored_weights(files, spec) if chosen is None else None
-            tokenizer = Tokenizer.from_files(files)
+                tokenizer = Tokenizer.from_files(files)
         if chosen is None:
             chosen = choose_plan(spec, device, budget, context, concurrency, goal, **fixed, stored=stored)  # pyright: ignore[reportArgumentType]
         else:

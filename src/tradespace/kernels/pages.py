@@ -1,4 +1,4 @@
-"""Memory in huge pages: weights and caches read in pieces of a few KB miss the processor's address cache at nearly every piece; with pages of 2 MiB they do not.
+"""Memory in huge pages: what is read in pieces of a few KB misses the processor's address cache at nearly every piece; with pages of 2 MiB it does not.
 
 A matrix of a small model, or one layer's keys, is smaller than such a page. So tensors are laid one after the other into mappings of CHUNK_BYTES, and none
 of a mapping's memory is used before a tensor touches it. A mapping ends with the last tensor in it. Linux gives huge pages where it is set to "madvise" or
@@ -7,6 +7,7 @@ of a mapping's memory is used before a tensor touches it. A mapping ends with th
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import sys
@@ -46,10 +47,8 @@ def _map(nbytes: int) -> tuple[mmap.mmap, int]:
     """A mapping of at least `nbytes`, and where its first whole page begins."""
     mapping = mmap.mmap(-1, nbytes + PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
-    try:
+    with contextlib.suppress(OSError):  # a kernel without them refuses, and nothing is lost
         mapping.madvise(mmap.MADV_HUGEPAGE)
-    except OSError:  # a kernel without them refuses, and nothing is lost
-        pass
     return mapping, -address % PAGE_BYTES
 
 

@@ -6,7 +6,6 @@ cache. The first run compiles the kernels into an empty cache; the others find t
 
 from __future__ import annotations
 
-import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 
 from tradespace.lab.common import data_file
-from tradespace.lab.timing import first_byte_s
+from tradespace.lab.timing import first_byte_s, users_environment
 from tradespace.loading.names import Piece, hugging_face_pieces
 from tradespace.quantize.hf_config import config_from_spec, write_json
 from tradespace.quantize.shards import write_shard
@@ -73,7 +72,7 @@ def start_rows(spec: ModelSpec, memory: str, say: Callable[[str], None], *, devi
             torch.cuda.empty_cache()
         say(f"{spec.name} in bf16, {format_bytes(nbytes)} of safetensors, written")
         command = [sys.executable, "-m", "tradespace", "run", str(model), PROMPT, "--offline", "--device", device, "--memory", memory, "--max-tokens", "4"]
-        environment = os.environ | {"TRITON_CACHE_DIR": str(folder / "kernels")}
+        environment = users_environment() | {"TRITON_CACHE_DIR": str(folder / "kernels")}
         for what, runs in (("cold", 1), ("warm", warm_runs)):
             seconds = [first_byte_s(command, environment) for _ in range(runs)]
             say(f"start-up, {what}: {', '.join(f'{each:.1f}' for each in seconds)} s to the first byte")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
 import tempfile
@@ -13,11 +14,20 @@ from tradespace.errors import EngineError
 WARM_UPS = 3
 
 
+def users_environment() -> dict[str, str]:
+    """Ours, in which Python keeps what it has compiled, as it does unless somebody forbids it."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+
+
 def first_byte_s(command: Sequence[str], environment: Mapping[str, str] | None = None) -> float:
     """Seconds from starting the command to the first byte on its standard output. Raises EngineError, with the last it said, where there is none."""
+    environment = users_environment() if environment is None else environment
     start = time.perf_counter()
     # errors go to a file, not a pipe: nobody reads while it runs, and a full pipe would stop it
-    with tempfile.TemporaryFile() as errors, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, bufsize=0, env=environment) as process:
+    with (
+        tempfile.TemporaryFile() as errors,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, bufsize=0, env=environment) as process,
+    ):
         assert process.stdout is not None
         first = process.stdout.read(1)
         took = time.perf_counter() - start

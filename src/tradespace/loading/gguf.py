@@ -98,18 +98,32 @@ def _read_one(path: Path) -> GGUFFile:
 
 
 _BLOCK_BYTES = 256 * 1024  # of strings that are read at once
+_LONG_LIST = 4096
 _HELD: list[dict[tuple[Path, int, int, int, int], GGUFFile]] = []
 
 
+class HeldHeaders:
+    """Headers that are parsed already."""
+
+    def __init__(self, parsed: dict[tuple[Path, int, int, int, int], GGUFFile]):
+        self._parsed = parsed
+
+    def drop_vocabularies(self) -> None:
+        """Lets go of long lists, which are a tokenizer's and take tens of megabytes. What reads them after that finds none."""
+        for file in self._parsed.values():
+            for key in [key for key, value in file.metadata.items() if isinstance(value, list) and len(value) > _LONG_LIST]:
+                del file.metadata[key], file.metadata_types[key]
+
+
 @contextmanager
-def held_headers() -> Iterator[None]:
+def held_headers() -> Iterator[HeldHeaders]:
     """Within it a header is parsed once, however many parts of the program read it: a vocabulary of a quarter of a million strings takes half a second.
 
-    What was parsed is let go of at the end, since those strings take tens of megabytes.
+    What was parsed is let go of at the end.
     """
     _HELD.append({})
     try:
-        yield
+        yield HeldHeaders(_HELD[-1])
     finally:
         _HELD.pop()
 

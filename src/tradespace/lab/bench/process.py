@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import queue
 import signal
 import subprocess
@@ -17,6 +16,7 @@ from typing import Any
 
 from tradespace.errors import EngineError
 from tradespace.lab.bench.task import Task
+from tradespace.lab.timing import users_environment
 from tradespace.measure.memory import peak_rss_bytes
 
 TIMEOUT_S = 300
@@ -36,7 +36,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
-            env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"},
+            env={**users_environment(), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"},
         )
         self._answers: queue.Queue[str] = queue.Queue()
         threading.Thread(target=self._listen, daemon=True).start()

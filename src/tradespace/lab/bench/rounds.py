@@ -71,11 +71,15 @@ class Cell:
         """What reading alone would allow at the bandwidth measured here."""
         return statistics.median(self.read_bytes_per_s) / self.work.bytes_per_token
 
-    def share(self, engine: Engine) -> float:
-        """Of the limit that counts: bytes read (decode, batch) or operations done (prefill), over what was measured in the same rounds."""
+    def share(self, engine: Engine) -> float | None:
+        """Of the limit that counts: bytes read (decode, batch) or operations done (prefill), over what was measured in the same rounds.
+
+        None where torch's products in the engine's type are slower than in fp32: those of a chip that has no instructions for them are no limit.
+        """
         speed = statistics.median(engine.tokens_per_s)
         if self.task.kind == "prefill":
-            return speed * self.work.flops_per_token / statistics.median(self.flops_per_s[engine.dtype])
+            rate = statistics.median(self.flops_per_s[engine.dtype])
+            return None if rate < statistics.median(self.flops_per_s["fp32"]) else speed * self.work.flops_per_token / rate
         return speed / self.limit_tokens_per_s()
 
 
@@ -107,7 +111,7 @@ def measure_cell(task: Task, against: Sequence[str], *, rounds: int, tell: Tell,
         cell = Cell(task, work, [engine for engine, _ in running], absent)
         limits = stack.enter_context(Worker("limits", LIMITS))
         limits.open(task, {})
-        dtypes = sorted({engine.dtype for engine in cell.engines}) if task.kind == "prefill" else []
+        dtypes = sorted({"fp32", *(engine.dtype for engine in cell.engines)}) if task.kind == "prefill" else []
         for turn in range(rounds + 1):  # the first one is thrown away
             tell(task.label, turn + 1, steps)
             reading = limits.ask("read", size_bytes=round(work.read_bytes))

@@ -41,6 +41,8 @@ def rows_of(cell: Cell, **more: Any) -> list[dict[str, Any]]:
 def share_of(cell: Cell, engine: Engine) -> str:
     """What `Cell.share` is a share of, in words."""
     if cell.task.kind == "prefill":
+        if cell.share(engine) is None:
+            return f"nothing: torch has no {engine.dtype} products for this CPU that beat its fp32"
         return f"{engine.dtype} matmul rate, {statistics.median(cell.flops_per_s[engine.dtype]):.3g} op/s"
     return f"read bandwidth, {statistics.median(cell.read_bytes_per_s):.3g} B/s at {cell.work.read_bytes:.3g} bytes"
 
@@ -52,8 +54,14 @@ def cell_table(cell: Cell) -> Table:
         table.add_column(column, justify="right")
     for engine in cell.engines:
         ratio = spread(cell.ratios(engine), 2) if engine is not cell.ours else ""
+        share = cell.share(engine)
         table.add_row(
-            engine.name, spread(engine.tokens_per_s, 0), ratio, f"{cell.share(engine):.0%}", format_seconds(engine.startup_s), format_bytes(engine.peak_bytes)
+            engine.name,
+            spread(engine.tokens_per_s, 0),
+            ratio,
+            "–" if share is None else f"{share:.0%}",
+            format_seconds(engine.startup_s),
+            format_bytes(engine.peak_bytes),
         )
     return table
 
