@@ -10,8 +10,10 @@ import sys
 from functools import lru_cache
 from pathlib import Path
 
+import torch
+
 from tradespace.errors import EngineError
-from tradespace.kernels import native
+from tradespace.kernels import native, pages
 from tradespace.kernels.native.compiler import SANITIZERS, compile_library, find_compiler
 from tradespace.kernels.native.library import Library
 
@@ -37,8 +39,14 @@ def _load(isa: str | None = None) -> Library:
     return Library(isa or "sanitized", str(compile_library(extra=SANITIZERS)))
 
 
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Each tensor in an allocation of its own, between the sanitizer's guards."""
+    return torch.zeros(shape, dtype=dtype, device=device)
+
+
 def pytest_configure() -> None:
     native.load = _load  # what formats.native and model.recorded import
+    pages.huge_zeros = _zeros
 
 
 def examples(count: int) -> int:
