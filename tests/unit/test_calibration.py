@@ -7,7 +7,7 @@ import pytest
 
 from tradespace.cost import calibration
 from tradespace.cost.calibration import Constant
-from tradespace.cost.time import decode_time
+from tradespace.cost.time import decode_time, rates_for
 from tradespace.measure.record import read_record
 from tradespace.spec.device_zoo import find_device
 from tradespace.spec.kv import KVPlan
@@ -23,7 +23,7 @@ from tradespace.lab.gpu_speed import PREDICTED_STEP, PREDICTED_TOKENS, plan_for,
 from tradespace.units import GiB
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
-RECORD = RESULTS / "calibration.json"
+RECORD, AVX2_RECORD = RESULTS / "calibration.json", RESULTS / "calibration_avx2.json"
 # bytes repeat; seconds depend on the day, and the cost model states them with two digits
 TOLERANCE = {"bytes": 0.25, "of the rate": 0.25}
 # the leftover of a process: a small difference of large figures, held to what it may err the total by
@@ -41,13 +41,39 @@ def test_what_is_stated_was_measured(record):
         assert abs(stated(name) - figure.median) <= allowed, f"{name}: {stated(name):.4g} stated, {figure.median:.4g} measured"
 
 
+def test_what_is_stated_without_avx512_was_measured_there():
+    """A record of the same experiment on another CPU: its shares of the native kernels' rates."""
+    record = read_record(AVX2_RECORD)
+    assert "avx512f" not in record.device["instruction_sets"]
+    shares = {name: figure for name, figure in record.figures.items() if name.startswith("native-avx2 ")}
+    assert len(shares) == len(calibration.NATIVE_AVX2_MEASURED) * 3
+    for name, figure in shares.items():
+        assert abs(stated(name) - figure.median) <= TOLERANCE[figure.unit] * figure.median, f"{name}: {stated(name):.4g} stated, {figure.median:.4g} measured"
+
+
+def test_the_native_kernels_shares_are_those_of_the_instruction_set():
+    """The planner's predicted speeds of one shape on two CPUs alike but for AVX-512."""
+    model, wide = find_model("smollm2-135m"), find_device("epyc-9654")
+    narrow = replace(wide, instruction_sets=tuple(name for name in wide.instruction_sets if not name.startswith("avx512")))
+    assert narrow.instruction_sets != wide.instruction_sets
+    weights = WeightPlan(default="q4_0", layout="native")
+    plan = Plan(
+        model=model.name, weights=weights, kv=KVPlan(), attention="native", linear="native", max_sequences=1, max_context=1024, step_tokens=512, kv_tokens=1024
+    )
+    sources = {rates_for(device, plan.weights, "prefill").source for device in (wide, narrow)}
+    assert len(sources) == 2
+    assert any("AVX2" in source for source in sources)
+
+
 def test_every_constant_that_calls_itself_measured_has_a_figure(record):
     """Bytes; and where the record has them (they need a quiet machine) the shares of the rates."""
     names = [name for name, held in vars(calibration).items() if isinstance(held, Constant) and held.source.startswith("measured")]
     assert names
     assert not set(names) - set(record.figures)
     if any(figure.unit == "of the rate" for figure in record.figures.values()):
-        shares = [" ".join(key) for key, held in calibration.EFFICIENCY.items() if held.source.startswith("measured") and key[0] != "cuda step"]
+        shares = [
+            " ".join(key) for key, held in calibration.EFFICIENCY.items() if held.source.startswith("measured") and key[0] not in ("cuda step", "native-avx2")
+        ]
         assert not set(shares) - set(record.figures)
 
 

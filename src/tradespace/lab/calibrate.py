@@ -36,6 +36,11 @@ LEFTOVERS = (
 SPEEDS = (("fp32", "sdpa"), ("bf16", "sdpa"), ("int8", "sdpa"), ("fp32", "native"), ("bf16", "native"), ("int8", "native"), ("q4_0", "native"))
 
 
+def kind_of(attention: str) -> str:
+    """What `cost/calibration.py` calls this machine under this attention kernel."""
+    return calibration.native_kind(this_machine().instruction_sets) if attention == "native" else "cpu"
+
+
 # ---------------------------------------------------------------------------------------------------------------- in a process of its own
 
 
@@ -135,7 +140,7 @@ def shares(weights: str, attention: str) -> dict[str, float]:
             predict = prefill_time if phase == "prefill" else decode_time
             terms = dict(predict(llm.spec, llm.plan, this_machine(), work).terms)
             term = terms.get("bandwidth" if phase == "decode" else "compute", 0.0)
-            kind = "native" if attention == "native" else "cpu"
+            kind = kind_of(attention)
             left_s = median(measured_s) - terms.get("overhead", 0.0)
             found[phase] = calibration.find_calibration(kind, weights, phase).efficiency * term / max(left_s, 1e-9)
     return found
@@ -179,7 +184,7 @@ def share_figures(say: Callable[[str], None], *, rounds: int) -> dict[str, Figur
     """What only a quiet machine can say."""
     found: dict[str, Figure] = {}
     for weights, attention in SPEEDS:
-        kind = "native" if attention == "native" else "cpu"
+        kind = kind_of(attention)
         runs = [measure("shares", weights, attention) for _ in range(rounds)]
         for phase in runs[0]:
             figure = found[f"{kind} {weights} {phase}"] = Figure.of([run[phase] for run in runs], "of the rate")
