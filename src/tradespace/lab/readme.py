@@ -1,5 +1,7 @@
 """Renders the tables of the README and of docs/howto/serve.md: what stands between `<!-- record: NAME -->` and `<!-- end -->` is never typed by hand.
 
+`<!-- record: NAME VARIANT -->` is the record of the same experiment on another machine, results/NAME_VARIANT.json.
+
 python -m tradespace.lab.readme            rewrites them
 python -m tradespace.lab.readme --check    exit code 1 and the names where they and the records differ
 """
@@ -15,21 +17,24 @@ from tradespace.lab.experiments import EXPERIMENTS
 from tradespace.measure.record import Record, read_record, write_atomically
 
 RENDERED = ("README.md", "docs/howto/serve.md")
-_SECTION = re.compile(r"<!-- record: (?P<name>[\w-]+) -->\n(?P<body>.*?)<!-- end -->", re.DOTALL)
+_SECTION = re.compile(r"<!-- record: (?P<name>[\w-]+)(?: (?P<variant>\w+))? -->\n(?P<body>.*?)<!-- end -->", re.DOTALL)
 
 
 def render(text: str, results: Path) -> str:
     """`text` with every marked section replaced by the table of its record. Raises InputError for a section that no experiment or record fills."""
 
     def section(match: re.Match[str]) -> str:
-        name = match["name"]
+        name, variant = match["name"], match["variant"]
         if name not in EXPERIMENTS:
             raise InputError(f"README: no experiment '{name}'. Known: {', '.join(EXPERIMENTS)}")
         path = results / EXPERIMENTS[name].file
+        if variant:
+            path = path.with_stem(f"{path.stem}_{variant}")
+        opening = f"<!-- record: {name}{f' {variant}' if variant else ''} -->"
         if not path.exists():  # said, not left out: a section promises figures
-            return f"<!-- record: {name} -->\n*Not measured yet: `tradespace lab run {name}`.*\n<!-- end -->"
+            return f"{opening}\n*Not measured yet: `tradespace lab run {name}`.*\n<!-- end -->"
         record = read_record(path)
-        return f"<!-- record: {name} -->\n{EXPERIMENTS[name].markdown(record)}\n{circumstances(record)}\n<!-- end -->"
+        return f"{opening}\n{EXPERIMENTS[name].markdown(record)}\n{circumstances(record)}\n<!-- end -->"
 
     rendered = _SECTION.sub(section, text)
     if text.count("<!-- record:") != len(_SECTION.findall(text)):
