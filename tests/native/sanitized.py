@@ -39,7 +39,7 @@ def _load(isa: str | None = None) -> Library:
     return Library(isa or "sanitized", str(compile_library(extra=SANITIZERS)))
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu", *, purpose: str) -> torch.Tensor:
     """Each tensor in an allocation of its own, between the sanitizer's guards."""
     return torch.zeros(shape, dtype=dtype, device=device)
 

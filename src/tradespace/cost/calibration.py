@@ -143,8 +143,8 @@ NATIVE_MEASURED = {
 NATIVE_AVX2_MEASURED = {
     "fp32": {"decode": 0.94, "few rows": 0.46, "prefill": 0.77},
     "bf16": {"decode": 0.73, "few rows": 0.47, "prefill": 0.53},
-    "int8": {"decode": 0.73, "few rows": 0.72, "prefill": 0.81},
-    "q4_0": {"decode": 0.75, "few rows": 1.1, "prefill": 1.3},
+    "int8": {"decode": 0.67, "few rows": 0.71, "prefill": 0.81},
+    "q4_0": {"decode": 0.65, "few rows": 1.05, "prefill": 1.35},
 }
 
 

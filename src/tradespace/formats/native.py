@@ -43,7 +43,7 @@ class NativeWeight(nn.Module):
         self.library = load()
         self.kind, self.group = native.FORMAT_KINDS[format_name]
         nbytes = native.packed_bytes(format_name, rows, shape[-1])
-        self.register_buffer("packed", huge_zeros((nbytes + 64,), torch.uint8))
+        self.register_buffer("packed", huge_zeros((nbytes + 64,), torch.uint8, purpose="weights"))
         self._offset = -self.packed.data_ptr() % 64  # panels begin on a cache line
         self._nbytes = nbytes
         self.register_parameter("bias", None)

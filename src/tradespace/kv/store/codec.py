@@ -29,7 +29,7 @@ class Codec(Protocol):
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
     """Touched now, so that the peak comes at build."""
-    return huge_zeros(shape, dtype, device).zero_()
+    return huge_zeros(shape, dtype, device, purpose="cache").zero_()
 
 
 def write(codec: Codec, planes: tuple[Tensor, ...], slots_T: Tensor, x_TKW: Tensor) -> None:

@@ -18,7 +18,7 @@ class Dense:
 
     def allocate(self, num_slots: int, heads: int, width: int, device: torch.device | str) -> tuple[Tensor]:
         """One plane, codes_SKH for `num_slots` tokens, zeroed, so that every page is touched now and nothing in it is ever NaN by chance."""
-        return (huge_zeros((num_slots, heads, width), self.dtype, device).zero_(),)
+        return (huge_zeros((num_slots, heads, width), self.dtype, device, purpose="cache").zero_(),)
 
     def write(self, codes_SKH: Tensor, slots_T: Tensor, x_TKH: Tensor) -> None:
         codes_SKH.index_copy_(0, slots_T, x_TKH.to(self.dtype))
