@@ -1,4 +1,4 @@
-"""C++ → a shared library in the cache, once per source, compiler, flags and instruction set. Takes ten to twenty seconds on two cores, then none.
+"""C++ → a shared library in the cache, once per source, compiler, flags and instruction set. Takes ten to twenty-five seconds on two cores, then none.
 
 The name of the file is a hash of all that went into it, it is written under another name and renamed, and a lock lets one of several first users compile while
 the others wait. Compilers are tried in this order: $CXX, g++, c++, clang++, and the `ziglang` package (`pip install ziglang`).
