@@ -1,9 +1,8 @@
 """Memory in huge pages: what is read in pieces of a few KB misses the processor's address cache at nearly every piece; with pages of 2 MiB it does not.
 
 A matrix of a small model, or one layer's keys, is smaller than such a page. So tensors are laid one after the other into mappings of CHUNK_BYTES, and none
-of a mapping's memory is used before a tensor touches it. A mapping ends with the last tensor in it, so those that live and die together share them and
-no others. Linux gives huge pages where it is set to "madvise" or
-"always"; elsewhere these are plain tensors.
+of a mapping's memory is used before a tensor touches it. A mapping ends with the last tensor in it, so those that live and die together share them and no
+others. Linux gives huge pages where it is set to "madvise" or "always"; elsewhere these are plain tensors.
 """
 
 from __future__ import annotations
