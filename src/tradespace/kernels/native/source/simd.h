@@ -471,20 +471,11 @@ TS_INLINE rb spread_bits(const uint8_t* bits, uint8_t value) {
 // ---------------------------------------------------------------- products of small whole numbers
 
 // acc[lane] += Σ_{j<4} w[4·lane + j] · x[j]; w unsigned bytes, x four signed bytes in one word
-#if TS_REGISTER >= 32
-TS_INLINE ri dot4(ri acc, rb w, int32_t x) {
-#if defined(__AVX512VNNI__)
-  return (ri)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, _mm512_set1_epi32(x));
+#if TS_REGISTER == 64
+TS_INLINE ri dot4(ri acc, rb w, int32_t x) { return (ri)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, _mm512_set1_epi32(x)); }
 #elif defined(__AVXVNNI__)
-  return (ri)_mm256_dpbusd_avx_epi32((__m256i)acc, (__m256i)w, _mm256_set1_epi32(x));
-#elif TS_REGISTER == 32
-  // vpmaddubsw saturates at 16 bits, which 255 · 127 · 2 exceeds: what lies above 127 goes by itself
-  const __m256i seven = _mm256_set1_epi8(0x7f), ones = _mm256_set1_epi16(1), by = _mm256_set1_epi32(x);
-  const __m256i low = _mm256_maddubs_epi16(_mm256_and_si256((__m256i)w, seven), by), top = _mm256_maddubs_epi16(_mm256_andnot_si256(seven, (__m256i)w), by);
-  return (ri)_mm256_add_epi32(_mm256_add_epi32((__m256i)acc, _mm256_madd_epi16(low, ones)), _mm256_madd_epi16(top, ones));
-#endif
-}
-#else
+TS_INLINE ri dot4(ri acc, rb w, int32_t x) { return (ri)_mm256_dpbusd_avx_epi32((__m256i)acc, (__m256i)w, _mm256_set1_epi32(x)); }
+#elif TS_REGISTER == 16
 TS_INLINE vi dot4(vi acc, vb w, int32_t x) {
   // plain arrays: compilers turn these loops into their machine's vectors, and take long over extracted lanes
   int8_t b[4];

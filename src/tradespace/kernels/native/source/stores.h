@@ -66,10 +66,8 @@ static inline uint16_t encode_int8(const float* x, int64_t width, Put put) {
   const uint16_t scale = float_to_half(maximum(largest) / 127.f);
   const vf by = splat(std::max(half_to_float(scale), TINY));
   for (int64_t c = 0; c < width; c += LANES) {
-    const vf magic = splat(12582912.f);  // 1.5 · 2^23: adding it rounds to a whole number, halves to even
-    const vf whole = (max(splat(-127.f), min(splat(127.f), part(c) / by)) + magic) - magic;
     int8_t codes[LANES];
-    write_int8(codes, to_int(whole));
+    write_int8(codes, round_to_int(max(splat(-127.f), min(splat(127.f), part(c) / by))));
     for (int64_t lane = 0; lane < std::min<int64_t>(LANES, width - c); lane++) put(c + lane, codes[lane]);
   }
   return scale;
