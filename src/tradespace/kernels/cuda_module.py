@@ -69,9 +69,12 @@ def _check(result: int, call: str) -> None:
         raise UnsupportedError(f"{call} failed with error {result} of the CUDA driver")
 
 
-def _prefer_shared(handle: ctypes.c_void_p) -> None:
-    """A kernel that runs beside one with much shared memory leaves a multiprocessor's division as that one needs it: to divide it anew it must be empty."""
-    _check(_driver().cuFuncSetAttribute(handle, CARVE_OUT, 100), "cuFuncSetAttribute")
+@lru_cache(maxsize=4096)
+def prefer_shared(handle: int) -> None:
+    """A kernel that runs beside one with much shared memory leaves a multiprocessor's division as that one needs it: to divide it anew it must be empty. Else
+    one that finds no room there lies twice on another, and those after it as well, to the end of the step.
+    """
+    _check(_driver().cuFuncSetAttribute(ctypes.c_void_p(handle), CARVE_OUT, 100), "cuFuncSetAttribute")
 
 
 @lru_cache(maxsize=1)
@@ -177,5 +180,6 @@ def load(path: Path, name: str, instance: str, device: torch.device) -> Function
         module, handle = ctypes.c_void_p(), ctypes.c_void_p()
         _check(driver.cuModuleLoadData(ctypes.byref(module), cubin), "cuModuleLoadData")
         _check(driver.cuModuleGetFunction(ctypes.byref(handle), module, name.encode()), f"cuModuleGetFunction of {name}")
-        _prefer_shared(handle)
+        assert handle.value is not None
+        prefer_shared(handle.value)
         return Function(driver, handle, module)

@@ -195,14 +195,15 @@ def _memory(spec: ModelSpec, device: DeviceSpec, requests: int, say: Callable[[s
     return rows
 
 
-def _predictions(spec: ModelSpec, device: DeviceSpec, say: Callable[[str], None]) -> list[dict[str, Any]]:
-    """The planner's speeds beside the measured: decode of each cell, and prefill where one prompt is read alone."""
+def _predictions(spec: ModelSpec, device: DeviceSpec, say: Callable[[str], None], part: str) -> list[dict[str, Any]]:
+    """The planner's speeds beside the measured: decode of each cell of one sequence ("alone") or of several, and prefill where one prompt is read alone."""
     rows = []
+    cells = [cell for cell in CELLS if (cell[0] == 1) == (part == "alone")]
     for weights in PREDICTED:
         plan = plan_for(spec, weights, "bf16", sequences=256, context=32_768, step=PREDICTED_STEP, memory_bytes=72 * GiB)
         bench = Bench(spec, plan)
         plan = bench.built.plan
-        for sequences, prompt in CELLS:
+        for sequences, prompt in cells:
             first, all_tokens = [], []
             for _ in range(REPEATS):
                 first.append(bench.run(bench.prompts(sequences, prompt, prompt), 1)[0])
@@ -210,11 +211,11 @@ def _predictions(spec: ModelSpec, device: DeviceSpec, say: Callable[[str], None]
             decoded = sequences * PREDICTED_TOKENS / (statistics.median(all_tokens) - statistics.median(first))
             what = f"{sequences} at once, prompts of {prompt:,}"
             expected = predicted_decode(spec, plan, device, sequences, prompt, 1 + PREDICTED_TOKENS)
-            rows.append(_row("predictions", f"decode, {what}", weights, [decoded], "tok/s") | _beside(expected, decoded))
+            rows.append(_row(part, f"decode, {what}", weights, [decoded], "tok/s") | _beside(expected, decoded))
             said = f"{weights}, {what}: {decoded:,.0f} tok/s ({rows[-1]['off']:+.0%})"
             if sequences == 1:
                 speeds = [prompt / seconds for seconds in first[1:]]
-                row = _row("predictions", f"prefill, {what}", weights, speeds, "tok/s")
+                row = _row(part, f"prefill, {what}", weights, speeds, "tok/s")
                 rows.append(row | _beside(predicted_prefill(spec, plan, device, prompt), row["value"]))
                 said += f", prefill {row['value']:,.0f} ({rows[-1]['off']:+.0%})"
             say(said)
@@ -258,7 +259,8 @@ def run(*, quick: bool, say: Callable[[str], None], only: Sequence[str]) -> Reco
         "decode": lambda: _decodes(spec, device, say),
         "mixes": lambda: _mixes(spec, device, say),
         "memory": lambda: _memory(spec, device, 200 if quick else 2000, say),
-        "predictions": lambda: _predictions(spec, device, say),
+        "predictions": lambda: _predictions(spec, device, say, "predictions"),
+        "alone": lambda: _predictions(spec, device, say, "alone"),
         "start-up": lambda: _starts(find_model("llama-3-8b"), say),
         "70B": lambda: _large(device, say),
     }

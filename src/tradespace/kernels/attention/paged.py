@@ -115,14 +115,14 @@ def paged_decode(
     launch(
         decode_kernel, (B * mixer.K, splits), q_BNH,
         q_BNH, *_pointers(planes), tables_BM, lengths_B, present(sinks_N, q_BNH), out_BNHv, scratch.partial, scratch.sums, scratch.counters,
-        *numbers, splits, mixer.K, *strides, **flags, GATHER=gather, num_warps=tiles.warps, num_stages=tiles.stages, pdl=pdl,
+        *numbers, splits, mixer.K, *strides, **flags, GATHER=gather, num_warps=tiles.warps, num_stages=tiles.stages, pdl=pdl, beside=True,
     )  # fmt: skip
     if gather:
         shared = {name: flags[name] for name in ("HV", "N", "LEAST", "SPLIT", "WINDOW", "SINKS")}
         launch(
             gather_kernel, (B * mixer.N, ceil_div(mixer.Hv, GATHERED_CHANNELS)), q_BNH,
             scratch.partial, scratch.sums, present(sinks_N, q_BNH), lengths_B, out_BNHv, numbers[2], splits, mixer.N, out_BNHv.stride(0), out_BNHv.stride(1),
-            **shared, C=GATHERED_CHANNELS, num_warps=2, pdl=pdl,
+            **shared, C=GATHERED_CHANNELS, num_warps=2, pdl=pdl, beside=True,
         )  # fmt: skip
     return out_BNHv
 

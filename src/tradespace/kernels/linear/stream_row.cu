@@ -12,8 +12,10 @@
 // The weights are the left operand of the tensor cores' product, the activations one or two columns of the right one. Which columns of the chunk a lane holds is
 // free as long as both sides agree: a lane takes what lies in 16 bytes.
 // Integer codes meet integers: activations of each 128 columns become 16-bit ones of one scale (the largest is 32,512 of them), as two 8-bit digits, a column of
-// the right operand each. int8 then needs no decoding at all and int4 three instructions for eight weights; sums are exact, and what rounding the activations
-// loses, 2^-17 of the largest of 128, is far below what rounding the result to bf16 does. fp8 is decoded to bf16 and meets the activations as they are.
+// the right operand each. int8 then needs no decoding at all and int4 two instructions for eight weights: the upper four bits stay where they are, and their sums
+// are 16 times too large. An int4 unit has two scales a row, so its second 128 columns meet columns of the right operand of their own: every sum is then in the
+// lane that knows its scale. Sums are exact, and what rounding the activations loses, 2^-17 of the largest of 128, is far below what rounding the result to bf16
+// does. fp8 is decoded to bf16 and meets the activations as they are.
 //
 // Needs compute capability 9.0 (programmatic dependent launch, bulk copies). Layouts: kernels/linear/packed.py.
 
@@ -30,8 +32,8 @@ struct Product {
     float* next_squares;      // (2, rows / 32 rounded up): of each block of 32 rows the first 16, then of each the others
     float* partial;           // 2 · 32 numbers a block
     int* counters;            // one a group of rows, zero between kernels
-    u64 block_bytes;          // from one block of rows to the next
-    u64 scale_words;          // from one word of a row's scales to the next
+    u32 block_bytes;          // from one block of rows to the next; all codes are fewer than 2^32
+    u32 scale_words;          // from one word of a row's scales to the next
     int columns;
     int num_squares;
     int groups;               // of 16 rows of the result
@@ -42,7 +44,7 @@ struct Product {
     float eps;
 };
 
-constexpr int WARPS = 8, UNIT = 2048, ROWS = 16, PACE = 2;
+constexpr int WARPS = 8, UNIT = 2048, ROWS = 16, PACE = 1;
 enum { INT8, FP8, INT4 };
 
 template <int KIND>
@@ -65,8 +67,10 @@ __device__ __forceinline__ void multiply_run(float (&c)[4], const u32 (&p)[4], c
 }
 
 // Activations in place, 128 of them by eight lanes: bf16 in order → two digits of 16-bit integers, each as the lanes of a product read it: (digit, t, half, j),
-// words of the columns c, c + 64, c + 1, c + 65 with c = 32 half + 8 t + 2 j. Their scale and their sum. `x`: where the 128 begin, of each eight lanes.
-__device__ __forceinline__ void to_integers(u32* x, float* scale, int* sum, int lane) {
+// words of the columns c, c + 64, c + 1, c + 65 with c = 32 half + 8 t + 2 j. `mark`: their scale, and what codes without a sign add to the sums of the products
+// (as bits); both for sums of 16 times the products in int4. `x`: where the 128 begin, of each eight lanes.
+template <int KIND>
+__device__ __forceinline__ void to_integers(u32* x, float2* mark, int lane) {
     const int half = lane & 1, t = lane >> 1 & 3, place = 16 * half + 4 * t;  // in words: 32 half + 8 t columns
     const uint4 near = *(const uint4*)(x + place), far = *(const uint4*)(x + place + 32);
     const u32 a[4] = {near.x, near.y, near.z, near.w}, b[4] = {far.x, far.y, far.z, far.w};
@@ -93,7 +97,7 @@ __device__ __forceinline__ void to_integers(u32* x, float* scale, int* sum, int 
     for (int step = 1; step < 8; step <<= 1) total += __shfl_xor_sync(0xffffffff, total, step);
     *(uint4*)(x + t * 8 + half * 4) = make_uint4(above[0], above[1], above[2], above[3]);
     *(uint4*)(x + 32 + t * 8 + half * 4) = make_uint4(below[0], below[1], below[2], below[3]);
-    if ((lane & 7) == 0) *scale = largest * (1.0f / 32512.0f), *sum = total;
+    if ((lane & 7) == 0) *mark = make_float2(largest * (KIND == INT4 ? 1.0f / 32512.0f / 16.0f : 1.0f / 32512.0f), __uint_as_float(total * (8 * 16)));
 }
 
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + __expf(-x)); }
@@ -106,11 +110,10 @@ __device__ __forceinline__ float activated(float x, int name) {
 }
 
 // One unit of bytes of bf16's kind: acc += 16 rows of weights times x's columns, chains of sums side by side
-__device__ __forceinline__ void meet_floats(float (&acc)[4][4], const u8* slot, const u16* x, int lane) {
+__device__ __forceinline__ void meet_floats(float (&acc)[4][4], const uint4* own, const u16* x, int lane) {
     const int t = lane & 3;
     const bool first = lane < 4;  // the lanes that hold the right operand's first column
     const uint4 none = make_uint4(0, 0, 0, 0);
-    const uint4* own = (const uint4*)slot + lane;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const uint4 low = first ? *(const uint4*)(x + half * 32 + t * 8) : none, high = first ? *(const uint4*)(x + 64 + half * 32 + t * 8) : none;
@@ -127,32 +130,31 @@ __device__ __forceinline__ void meet_floats(float (&acc)[4][4], const u8* slot, 
     }
 }
 
-// One chunk of 128 columns of integers: rows g and g + 8 of it times the digits of x
+// One unit of integers: acc += rows g and g + 8 of it times x, of the columns whose scale this lane knows. `first`, `second`: what this lane holds of the right
+// operand's columns for the first and the second chunk (int4 alone has one): digits, or zeros.
 template <int KIND>
-__device__ __forceinline__ void meet_chunk(float (&acc)[4], const uint4* above, const uint4* below, const u32* x, float x_scale, int x_sum, float scale, float scale_below,
-                                           int lane) {
-    const uint4 none = make_uint4(0, 0, 0, 0);
-    const uint4* digits = (const uint4*)(x + (lane >> 2) * 32 + (lane & 3) * 8);
-    const bool holds = lane < 8;  // the first column: the upper digits, the second: the lower ones
-    const uint4 near = holds ? digits[0] : none, far = holds ? digits[1] : none;
-    int c[2][4] = {};
+__device__ __forceinline__ void meet_integers(float (&acc)[2], const uint4* codes, const uint4* first, const uint4* second, float2 mark, float scale, float scale_below) {
+    int low[4] = {}, high[4] = {};
     if (KIND == INT4) {
-        const uint4 w = above[0], v = below[0];
-        constexpr u32 mask = 0x0f0f0f0f;
-        multiply_bytes<KIND == INT8>(c[0], w.x & mask, v.x & mask, w.x >> 4 & mask, v.x >> 4 & mask, near.x, far.x);
-        multiply_bytes<KIND == INT8>(c[1], w.y & mask, v.y & mask, w.y >> 4 & mask, v.y >> 4 & mask, near.y, far.y);
-        multiply_bytes<KIND == INT8>(c[0], w.z & mask, v.z & mask, w.z >> 4 & mask, v.z >> 4 & mask, near.z, far.z);
-        multiply_bytes<KIND == INT8>(c[1], w.w & mask, v.w & mask, w.w >> 4 & mask, v.w >> 4 & mask, near.w, far.w);
+        constexpr u32 lower = 0x0f0f0f0f, upper = 0xf0f0f0f0;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const uint4 w = codes[half * 64], v = codes[half * 64 + 32], near = (half ? second : first)[0], far = (half ? second : first)[1];
+            multiply_bytes<false>(low, w.x & lower, v.x & lower, w.y & lower, v.y & lower, near.x, near.y);
+            multiply_bytes<false>(high, w.x & upper, v.x & upper, w.y & upper, v.y & upper, far.x, far.y);
+            multiply_bytes<false>(low, w.z & lower, v.z & lower, w.w & lower, v.w & lower, near.z, near.w);
+            multiply_bytes<false>(high, w.z & upper, v.z & upper, w.w & upper, v.w & upper, far.z, far.w);
+        }
     } else {
-        const uint4 w = above[0], v = below[0], u = above[64], s = below[64];
-        multiply_bytes<KIND == INT8>(c[0], w.x, v.x, u.x, s.x, near.x, far.x);
-        multiply_bytes<KIND == INT8>(c[1], w.y, v.y, u.y, s.y, near.y, far.y);
-        multiply_bytes<KIND == INT8>(c[0], w.z, v.z, u.z, s.z, near.z, far.z);
-        multiply_bytes<KIND == INT8>(c[1], w.w, v.w, u.w, s.w, near.w, far.w);
+        const uint4 w = codes[0], v = codes[32], u = codes[64], s = codes[96], near = first[0], far = first[1];
+        multiply_bytes<true>(low, w.x, v.x, w.y, v.y, near.x, near.y);
+        multiply_bytes<true>(high, u.x, s.x, u.y, s.y, far.x, far.y);
+        multiply_bytes<true>(low, w.z, v.z, w.w, v.w, near.z, near.w);
+        multiply_bytes<true>(high, u.z, s.z, u.w, s.w, far.z, far.w);
     }
-    const int shift = KIND == INT4 ? 8 * x_sum : 0;
-    acc[0] += (float)((c[0][0] + c[1][0]) * 256 + (c[0][1] + c[1][1]) - shift) * (x_scale * scale);
-    acc[2] += (float)((c[0][2] + c[1][2]) * 256 + (c[0][3] + c[1][3]) - shift) * (x_scale * scale_below);
+    const int many = KIND == INT4 ? 16 : 1, shift = KIND == INT4 ? (int)__float_as_uint(mark.y) : 0;
+    acc[0] += (float)((low[0] * 256 + low[1]) * many + (high[0] * 256 + high[1]) - shift) * (mark.x * scale);
+    acc[1] += (float)((low[2] * 256 + low[3]) * many + (high[2] * 256 + high[3]) - shift) * (mark.x * scale_below);
 }
 
 template <int KIND, int SLOTS>
@@ -184,50 +186,48 @@ __device__ __forceinline__ void stream_row(const Product& a) {
     at += held_groups * ROWS * 4;
     float* weights = (float*)at;  // likewise
     at += held_groups * ROWS * 4;
-    float* x_scales = (float*)at;  // (padded / 128) of integers
-    int* x_sums = (int*)(at + padded / 128 * 4);
+    float2* marks = (float2*)at;  // (padded / 128) of integers
+    uint4* zeros = (uint4*)(shared + 32);  // two of them
 
     let_next_begin();
 
     // ------------------------------------------------------------------------------------ weights: before the kernel before this one has ended
     const u64 policy = read_once();
+    const int g = lane >> 2, t = lane & 3;
     int coming = begin + warp, coming_tile = coming / units_of_tile, coming_unit = coming % units_of_tile;  // the next unit to ask for
-    const u8* source = 0;
-    const u32* source_scale = 0;
-    const u32 target = shared_address(ring) + lane * 16, target_scale = shared_address(ring) + UNIT + lane * 4;
-    const auto find = [&] {  // this lane's 16 bytes of the unit's first eight rows, and the first of its scales
-        const int row = row_of(coming_tile), g = lane >> 2, t = lane & 3;
-        source = a.codes + (u64)(row >> 5) * a.block_bytes + (u64)coming_unit * (2 * UNIT) + (row >> 4 & 1) * (KIND == INT4 ? 1024 : UNIT) +
-                 g * (KIND == INT4 ? 64 : 128) + t * 16;
-        if (KIND == INT4) source_scale = a.scale + (u64)coming_unit * a.scale_words + row + g;
+    u32 source = 0, source_scale = 0;  // this lane's 16 bytes of the unit's first eight rows, and the first of its scales
+    const u32 target = shared_address(ring) + lane * 16;
+    const auto find = [&] {
+        const int row = row_of(coming_tile);
+        source = (u32)(row >> 5) * a.block_bytes + coming_unit * (2 * UNIT) + (row >> 4 & 1) * (KIND == INT4 ? 1024 : UNIT) + g * (KIND == INT4 ? 64 : 128) + t * 16;
+        if (KIND == INT4) source_scale = coming_unit * a.scale_words + row + g;
     };
     find();
-    const auto ask = [&](int slot) {
+    const auto ask = [&](u32 to) {  // into the slot where this lane's 16 bytes begin at `to`
         if (coming < end) {
-            const u32 to = target + slot * Shape<KIND>::slot;
+            const u8* from = a.codes + source;
             if (KIND == INT4) {
-                copy16(to, source, policy);
-                copy16(to + 512, source + 512, policy);
+                copy16(to, from, policy);
+                copy16(to + 512, from + 512, policy);
                 if (coming_unit * 256 + 128 < a.columns) {
-                    copy16(to + 1024, source + 2048, policy);
-                    copy16(to + 1536, source + 2560, policy);
+                    copy16(to + 1024, from + 2048, policy);
+                    copy16(to + 1536, from + 2560, policy);
                 }
-                copy4(target_scale + slot * Shape<KIND>::slot, source_scale);
-                copy4(target_scale + slot * Shape<KIND>::slot + 128, source_scale + 8);
+                copy4(to + UNIT - lane * 12, a.scale + source_scale);
+                copy4(to + UNIT - lane * 12 + 128, a.scale + source_scale + 8);
             } else {
-                copy16(to, source, policy);
-                copy16(to + 512, source + 1024, policy);
-                copy16(to + 1024, source + 64, policy);
-                copy16(to + 1536, source + 1088, policy);
+                copy16(to, from, policy);
+                copy16(to + 512, from + 1024, policy);
+                copy16(to + 1024, from + 64, policy);
+                copy16(to + 1536, from + 1088, policy);
             }
         }
         close_copies();
         coming += WARPS;
         coming_unit += WARPS;
-        if (coming_unit < units_of_tile) {
-            source += WARPS * 2 * UNIT;
-            if (KIND == INT4) source_scale += WARPS * a.scale_words;
-        } else {
+        source += WARPS * 2 * UNIT;
+        if (KIND == INT4) source_scale += WARPS * a.scale_words;
+        if (coming_unit >= units_of_tile) {
             while (coming_unit >= units_of_tile) coming_unit -= units_of_tile, ++coming_tile;
             find();
         }
@@ -236,8 +236,9 @@ __device__ __forceinline__ void stream_row(const Product& a) {
 #pragma unroll
     for (int slot = 0; slot < SLOTS; ++slot) {
         if (slot >= PACE) wait_copies<PACE - 1>();
-        ask(slot);
+        ask(target + slot * Shape<KIND>::slot);
     }
+    if (threadIdx.x < 8) ((u32*)zeros)[threadIdx.x] = 0;
     for (int i = threadIdx.x; i < a.window * pieces * WARPS * ROWS; i += WARPS * 32) sums[i] = 0.0f;
     for (int i = threadIdx.x; i < held_tiles * ROWS; i += WARPS * 32)
         factors[i] = KIND == INT4 ? 1.0f : __uint_as_float(a.scale[row_of(first_tile + i / ROWS) + i % ROWS]);
@@ -263,53 +264,62 @@ __device__ __forceinline__ void stream_row(const Product& a) {
 #pragma unroll 1
         for (int some = warp * 4; some < chunks; some += WARPS * 4) {
             const int chunk = min(some + (lane >> 3), chunks - 1);  // the last one by several: they write the same after all have read
-            to_integers((u32*)x + chunk * 64, x_scales + chunk, x_sums + chunk, lane);
+            to_integers<KIND>((u32*)x + chunk * 64, marks + chunk, lane);
         }
         __syncthreads();
     }
 
     // ------------------------------------------------------------------------------------ the products
-    float acc[4][4] = {};
+    float acc[4][4] = {}, two_rows[2] = {};  // of floats, of integers
     const auto put = [&](int tile) {
-        if ((lane & 3) == 0) {
-            float* to = sums + (tile * WARPS + warp) * ROWS + (lane >> 2);
-            to[0] = (acc[0][0] + acc[1][0]) + (acc[2][0] + acc[3][0]);
-            to[8] = (acc[0][2] + acc[1][2]) + (acc[2][2] + acc[3][2]);
-        }
+        float* to = sums + (tile * WARPS + warp) * ROWS + g;
+        float above = two_rows[0], below = two_rows[1];
+        if (KIND == FP8) above = (acc[0][0] + acc[1][0]) + (acc[2][0] + acc[3][0]), below = (acc[0][2] + acc[1][2]) + (acc[2][2] + acc[3][2]);
+        if (KIND == INT4) above += __shfl_xor_sync(0xffffffff, above, 1), below += __shfl_xor_sync(0xffffffff, below, 1);
+        if (t == 0) to[0] = above, to[8] = below;
 #pragma unroll
         for (int m = 0; m < 4; ++m)
 #pragma unroll
             for (int i = 0; i < 4; ++i) acc[m][i] = 0.0f;
+        two_rows[0] = two_rows[1] = 0.0f;
     };
-    int slot = 0, tile = (begin + warp) / units_of_tile, unit = (begin + warp) % units_of_tile, index = begin + warp;
+    // of integers: where this lane finds its part of the right operand, (chunk, digit, t), and how far that moves with a unit: lanes that hold none see zeros
+    constexpr int DIGITS = 256;  // bytes of a chunk's
+    const u8 *own_digits = (const u8*)x + (lane >> 3) * DIGITS + (g & 1) * (DIGITS / 2) + t * 32, *none = (const u8*)zeros;
+    const u8 *first_digits = lane < 8 ? own_digits : none, *second_digits = lane >> 3 == 1 ? own_digits : none;
+    const int first_step = lane < 8 ? Shape<KIND>::columns * 2 : 0, second_step = lane >> 3 == 1 ? Shape<KIND>::columns * 2 : 0;
+    int tile = (begin + warp) / units_of_tile, unit = (begin + warp) % units_of_tile, index = begin + warp;
+    // The slot in turn, as two addresses that differ from lane to lane: of a copy to an address that it finds to be the same offset for a whole warp, the
+    // compiler of CUDA 13.0 makes an illegal instruction.
+    const uint4* mine = (const uint4*)ring + lane;
+    u32 to = target;
     for (int done = 0; done < held_groups; done += a.window) {
         const int opening = first_group + done, closing = opening + a.window < first_group + held_groups ? opening + a.window : first_group + held_groups;
         const int first = opening * pieces, until = closing * units_of_group < end ? closing * units_of_group : end;  // the window's first tile, and its end
-        int last = tile;
-        const bool any = index < until;
+        bool some = false;  // whether there are sums that are not put away
         for (; index < until; index += WARPS) {
-            if (tile != last) put(last - first), last = tile;
             wait_copies<SLOTS - 1>();
-            const u8* held = ring + slot * Shape<KIND>::slot;
-            const uint4* own = (const uint4*)held + lane;
             if (KIND == FP8) {
-                meet_floats(acc, held, x + unit * Shape<KIND>::columns, lane);
+                meet_floats(acc, mine, x + unit * Shape<KIND>::columns, lane);
             } else if (KIND == INT8) {
-                meet_chunk<KIND>(acc[0], own, own + 32, (const u32*)x + unit * 64, x_scales[unit], 0, 1.0f, 1.0f, lane);
-            } else {
-                const u32 scale = *((const u32*)(held + UNIT) + lane), below = *((const u32*)(held + UNIT) + 32 + lane);
-#pragma unroll
-                for (int half = 0; half < 2; ++half)
-                    if (unit * 256 + half * 128 < a.columns)
-                        meet_chunk<KIND>(acc[half], own + half * 64, own + half * 64 + 32, (const u32*)x + (unit * 2 + half) * 64, x_scales[unit * 2 + half],
-                                         x_sums[unit * 2 + half], from_half(scale >> (half * 16)), from_half(below >> (half * 16)), lane);
+                meet_integers<KIND>(two_rows, mine, (const uint4*)(first_digits + unit * first_step), mine, marks[unit], 1.0f, 1.0f);
+            } else {  // of a chunk that only pads, activations and scales are zero
+                const u32 *scales = (const u32*)(mine - lane) + UNIT / 4 + lane, scale = scales[0], below = scales[32], half = (t & 1) * 16;
+                meet_integers<KIND>(two_rows, mine, (const uint4*)(first_digits + unit * first_step), (const uint4*)(second_digits + unit * second_step),
+                                    marks[unit * 2 + (t & 1)], from_half(scale >> half), from_half(below >> half));
             }
-            ask(slot);
-            if (++slot == SLOTS) slot = 0;
+            ask(to);
+            const bool around = to == target + (SLOTS - 1) * Shape<KIND>::slot;
+            to = around ? target : to + Shape<KIND>::slot;
+            mine = around ? (const uint4*)ring + lane : mine + Shape<KIND>::slot / 16;
             unit += WARPS;
-            while (unit >= units_of_tile) unit -= units_of_tile, ++tile;
+            some = true;
+            if (unit >= units_of_tile) {
+                put(tile - first), some = false;
+                while (unit >= units_of_tile) unit -= units_of_tile, ++tile;
+            }
         }
-        if (any) put(last - first);
+        if (some) put(tile - first);
         __syncthreads();
 
         // -------------------------------------------------------------------------------- sums of a group's rows, and what surrounds the product

@@ -36,7 +36,7 @@ class _Product(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("codes", "scale", "x", "squares", "bias", "residual", "next_weight")),
         *((name, ctypes.c_void_p) for name in ("out", "next_x", "next_squares", "partial", "counters")),
-        *((name, ctypes.c_uint64) for name in ("block_bytes", "scale_words")),
+        *((name, ctypes.c_uint32) for name in ("block_bytes", "scale_words")),
         *((name, ctypes.c_int) for name in ("columns", "num_squares", "groups", "whole", "gated", "wide", "window")),
         ("eps", ctypes.c_float),
     )
@@ -80,7 +80,7 @@ def takes(
 def fits(weight: PackedWeight, *, gated: str | None) -> bool:
     """Whether this kernel multiplies with such a weight on the device where it lies."""
     layout, groups = weight.layout, weight.rows // ROWS // (2 if gated else 1)
-    if weight.codes.device.type != "cuda" or layout.kind not in KINDS or gated not in ACTIVATIONS or weight.columns % 8:
+    if weight.codes.device.type != "cuda" or layout.kind not in KINDS or gated not in ACTIVATIONS or weight.columns % 8 or weight.codes.nbytes >= 2**32:
         return False
     if weight.zero is not None or (layout.kind == "int4" and layout.group != 128) or weight.rows % (ROWS * (2 if gated else 1)):
         return False

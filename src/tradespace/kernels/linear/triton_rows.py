@@ -21,9 +21,9 @@ from tradespace.kernels.linear.packed import PackedWeight
 from tradespace.kernels.linear.scratch import Scratch
 from tradespace.kernels.linear.stream_row import stream_row, takes
 from tradespace.kernels.linear.triton_rows_kernel import rows_kernel
-from tradespace.kernels.linear.triton_rows_tiles import RowTiles, find_tiles
+from tradespace.kernels.linear.triton_rows_tiles import RowTiles, edition, find_tiles
 from tradespace.kernels.triton_launch import ceil_div, launch, padded, present
-from tradespace.spec.cuda import FEW_ROWS, squares_tiles
+from tradespace.spec.cuda import FEW_ROWS, Layout, squares_tiles
 
 AHEAD = 2  # chunks of coded weights that are asked for early: 1.4% of an int8 decode step on an H100; rows that lie as they are gain nothing
 SHARED_SHARE = 208 / 227  # of a program's shared memory that its tiles may take while they come
@@ -104,55 +104,84 @@ def rows_linear(
         )
     layout = weight.layout
     grouped = layout.group is not None and layout.group > 0
-    M = max(8, padded(T))
-    tiles, K, split = _tiling(weight, T, gated=gated is not None, tiles=tiles)
+    found = _settings(
+        layout, weight.zero is not None, weight.rows, C, max(8, padded(T)), gated or "none", bias_R is not None, residual_TR is not None,
+        0 if squares_TS is None else squares_TS.shape[1], None if next_norm is None else next_norm.squares_TS.shape[1], x_TC.dtype, pdl, weight.codes.device,
+        tiles, edition(),
+    )  # fmt: skip
     codes = weight.codes if layout.plain else weight.codes.view(torch.int16)
-    if eight == torch.float8_e4m3fn and interprets():  # which has no such numbers
+    if found.bare:
         codes, x_TC = codes.view(torch.uint8), x_TC.view(torch.uint8)
     scale, zero = (x.view(torch.int32) if grouped and x is not None else x for x in (weight.scale, weight.zero))
     none = x_TC
-    flags: dict[str, Any] = {
-        "KIND": layout.kind,
-        "BYTES": layout.scale_bytes if grouped else 0,
-        "NESTED": max(1, layout.nested),
-        "ZERO": weight.zero is not None,
-        "GROUPS": layout.columns // layout.group if grouped and layout.group else 1,
-        "M": M,
-        "N": tiles.N,
-        "K": K,
-        "SPLIT": split > 1,
-        "GATED": gated or "none",
-        "BIAS": bias_R is not None,
-        "RESIDUAL": residual_TR is not None,
-        "SQUARES": 0 if squares_TS is None else padded(squares_TS.shape[1]),
-        "NEXT": 0 if next_norm is None else 1,
-        "HALVES": next_norm is not None and next_norm.squares_TS.shape[1] > squares_tiles(R),
-        "EVEN": C % K == 0,
-        "FAST": (x_TC.dtype == torch.bfloat16 or eight is not None) and not interprets(),
-        "TYPE": TYPES[torch.bfloat16 if eight is not None else x_TC.dtype],
-        "STAGES": tiles.stages,
-        "AHEAD": AHEAD if pdl and not layout.plain else 0,
-    }
     launch(
-        rows_kernel, (ceil_div(R, tiles.N), split), x_TC,
+        rows_kernel, found.grid, x_TC,
         x_TC, present(x_scale_T, none), codes, present(scale, none), present(zero, none), present(weight.nested, none), table_of(x_TC.device),
         present(weight.offset, none), present(bias_R, none), present(residual_TR, none), present(squares_TS, none), out,
         *((none, none, none) if next_norm is None else (next_norm.weight_R, next_norm.x_TR, next_norm.squares_TS)),
         scratch.partial, scratch.counters,
         T, R, C, x_TC.stride(0), codes.stride(0), 0 if scale is None else scale.stride(0), out.stride(0),
         0 if residual_TR is None else residual_TR.stride(0), 0 if next_norm is None else next_norm.x_TR.stride(0), weight.first_row,
-        layout.groups(C), R, split, 0 if squares_TS is None else squares_TS.shape[1], eps,
-        **flags, num_warps=tiles.warps, num_stages=tiles.stages, pdl=pdl,
+        found.groups, R, found.grid[1], 0 if squares_TS is None else squares_TS.shape[1], eps,
+        **found.flags, pdl=pdl, same=found,
     )  # fmt: skip
     return out
 
 
-def _tiling(weight: PackedWeight, T: int, *, gated: bool, tiles: RowTiles | None = None) -> tuple[RowTiles, int, int]:
-    """(tiles, columns of a step, splits) of a product of T rows."""
-    layout, C = weight.layout, weight.columns
-    R, M = weight.rows // 2 if gated else weight.rows, max(8, padded(T))
-    tiles = tiles or find_tiles(layout.kind, layout.group or 0, M, R, C, gated=gated, device=weight.codes.device)
+@dataclass(frozen=True, slots=True, eq=False)
+class _Settings:
+    """What of a launch follows from shapes and kinds alone. bare: 8-bit floats go as bytes, which Triton's interpreter has no other name for."""
+
+    grid: tuple[int, int]
+    groups: int
+    bare: bool
+    flags: dict[str, Any]
+
+
+@lru_cache(maxsize=4096)
+def _settings(
+    layout: Layout, zero: bool, rows: int, C: int, M: int, gated: str, bias: bool, residual: bool, squares: int, next_squares: int | None,
+    dtype: torch.dtype, pdl: bool, device: torch.device, tiles: RowTiles | None, edition: int,
+) -> _Settings:  # fmt: skip
+    """Found once for each kind of product: finding it takes longer than a launch, and a prompt's step has hundreds of products.
+
+    rows: of the weight, both halves; M: tokens, padded; squares, next_squares: partial sums of squares that are read and written; edition: of the tiles.
+    """
+    R, halves = rows // (1 if gated == "none" else 2), gated != "none"
+    grouped = layout.group is not None and layout.group > 0
+    tiles, K, split = _tiling(layout, R, C, M, gated=halves, tiles=tiles, device=device)
+    eight = layout.kind in ("w8a8", "f8a8")
+    flags: dict[str, Any] = {
+        "KIND": layout.kind,
+        "BYTES": layout.scale_bytes if grouped else 0,
+        "NESTED": max(1, layout.nested),
+        "ZERO": zero,
+        "GROUPS": layout.columns // layout.group if grouped and layout.group else 1,
+        "M": M,
+        "N": tiles.N,
+        "K": K,
+        "SPLIT": split > 1,
+        "GATED": gated,
+        "BIAS": bias,
+        "RESIDUAL": residual,
+        "SQUARES": padded(squares) if squares else 0,
+        "NEXT": 0 if next_squares is None else 1,
+        "HALVES": next_squares is not None and next_squares > squares_tiles(R),
+        "EVEN": C % K == 0,
+        "FAST": (dtype == torch.bfloat16 or eight) and not interprets(),
+        "TYPE": TYPES[torch.bfloat16 if eight else dtype],
+        "STAGES": tiles.stages,
+        "AHEAD": AHEAD if pdl and not layout.plain else 0,
+        "num_warps": tiles.warps,
+        "num_stages": tiles.stages,
+    }
+    return _Settings((ceil_div(R, tiles.N), split), layout.groups(C), layout.kind == "f8a8" and interprets(), flags)
+
+
+def _tiling(layout: Layout, R: int, C: int, M: int, *, gated: bool, tiles: RowTiles | None, device: torch.device) -> tuple[RowTiles, int, int]:
+    """(tiles, columns of a step, splits) of a product of M rows, padded."""
+    tiles = tiles or find_tiles(layout.kind, layout.group or 0, M, R, C, gated=gated, device=device)
     K = tiles.K if layout.plain else layout.columns
     bytes_of_step = K * (tiles.N * layout.bits // 8 * (2 if gated else 1) + M * (1 if layout.kind in ("w8a8", "f8a8") else 2))
-    stages = max(1, min(tiles.stages, shared_bytes(weight.codes.device) // bytes_of_step))
+    stages = max(1, min(tiles.stages, shared_bytes(device) // bytes_of_step))
     return replace(tiles, stages=stages), K, tiles.split_for(R, C, K, M, gated=gated)

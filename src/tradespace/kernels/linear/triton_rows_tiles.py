@@ -52,6 +52,14 @@ class RowTiles:
         return -(-steps // -(-steps // split))  # none that would have nothing to do
 
 
+_measurements = [0]  # how often measured tiles were kept
+
+
+def edition() -> int:
+    """Changes when tiles do: what was found before is then out of date."""
+    return _measurements[0]
+
+
 @lru_cache(maxsize=1)
 def _table() -> dict[str, dict[str, dict[str, dict]]]:
     return json.loads(FILE.read_text(encoding="utf-8"))
@@ -94,6 +102,7 @@ def keep_measured(path: Path, found: Mapping[tuple[str, int, int], RowTiles]) ->
         os.fsync(stream.fileno())
     temporary.replace(path)
     read_measured.cache_clear()
+    _measurements[0] += 1
 
 
 def measured_tiles(path: Path, kind: str, M: int, size: int) -> RowTiles | None:

@@ -57,6 +57,6 @@ def add_norm(
         x_TD, none if residual_TD is None else residual_TD, weight_D, none if bias_D is None else bias_D, out_TD, none if held is None else held, eps, D,
         x_TD.stride(0), 0 if residual_TD is None else residual_TD.stride(0), out_TD.stride(0), 0 if held is None else held.stride(0),
         D=block, LAYER=kind == "layer", RESIDUAL=residual_TD is not None, BIAS=bias_D is not None,
-        num_warps=min(16, max(1, block // 512)), pdl=pdl,
+        num_warps=min(16, max(1, block // 512)), pdl=pdl, beside=True,
     )  # fmt: skip
     return out_TD

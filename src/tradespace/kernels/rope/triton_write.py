@@ -169,6 +169,6 @@ def rope_write(
         H=mixer.H, HV=mixer.Hv, HP=padded(mixer.H), HVP=padded(mixer.Hv),
         DIMS=0 if mixer.rope is None else mixer.rope.dims,
         INTERLEAVED=mixer.rope is not None and mixer.rope.interleaved, NORMS=q_norm_H is not None, CODE=planes.code, KEPT=k_out_TKH is not None,
-        HEADS=heads, FAST=not interprets(), num_warps=4, pdl=pdl,
+        HEADS=heads, FAST=not interprets(), num_warps=4, pdl=pdl, beside=True,
     )  # fmt: skip
     return q_out_TNH
