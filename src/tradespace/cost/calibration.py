@@ -69,6 +69,7 @@ OP_STARTS: dict[str, Constant] = {
     "mps": Constant(1, "assumed: as cuda"),
 }
 STEP_OPS = Constant(30, "assumed: embedding, final norm, logits and sampling of one step")
+CAPTURED_STEP_OPS = Constant(5, "assumed: embedding, first norm, sampling and transfers of a captured step: 60 µs on an H100")
 # eager operations per sequence and layer in attention: gather keys, gather values, then the kernel
 KERNEL_OPS: dict[str, Constant] = {
     "reference": Constant(8, "assumed: cast, product, mask, softmax, product, per sequence"),
@@ -170,11 +171,11 @@ def native_kind(instruction_sets: Collection[str]) -> str:
 # codes meet that many rows in registers; of its dense matmul rate at 64 sequences ("several rows": codes are decoded in registers), at 256 ("few rows":
 # into memory in every step) and in prefill. Formats that were not measured have the shares of the one whose kernel is theirs but for how codes are unpacked.
 CUDA_STEP_MEASURED = {
-    "bf16": {"decode": 0.94, "few rows": 0.45, "prefill": 0.63},
-    "int8": {"decode": 0.88, "several": 0.68, "several rows": 0.165, "few rows": 0.24, "prefill": 0.55},
-    "fp8": {"decode": 0.86, "several": 0.64, "several rows": 0.165, "few rows": 0.24, "prefill": 0.55},
-    "fp8-a8": {"decode": 0.68, "few rows": 0.62, "prefill": 0.94},
-    "int4-g128": {"decode": 0.76, "several": 0.49, "several rows": 0.175, "few rows": 0.27, "prefill": 0.55},
+    "bf16": {"decode": 0.89, "few rows": 0.48, "prefill": 0.63},
+    "int8": {"decode": 0.93, "several": 0.68, "several rows": 0.165, "few rows": 0.24, "prefill": 0.55},
+    "fp8": {"decode": 0.92, "several": 0.64, "several rows": 0.165, "few rows": 0.24, "prefill": 0.55},
+    "fp8-a8": {"decode": 0.62, "few rows": 0.64, "prefill": 0.94},
+    "int4-g128": {"decode": 0.86, "several": 0.49, "several rows": 0.175, "few rows": 0.27, "prefill": 0.55},
 }
 
 
@@ -185,7 +186,7 @@ def _cuda_step_calibrations() -> dict[tuple[str, str, str], Calibration]:
         source = "measured on an H100" if like == name else f"as {like}, measured on an H100"
         held = CUDA_STEP_MEASURED[like]
         shares = {"several": held["decode"], "several rows": held["few rows"]} | held
-        found |= {("cuda step", name, phase): Calibration(share, source, "2026-11-27") for phase, share in shares.items()}
+        found |= {("cuda step", name, phase): Calibration(share, source, "2026-11-28") for phase, share in shares.items()}
     return found
 
 

@@ -108,6 +108,11 @@ def layer_ops(kernel: str) -> float:
     return {"native": 0.0, "paged": calibration.PAGED_LAYER_OPS.value}.get(kernel, calibration.LAYER_OPS.value)
 
 
+def step_ops(kernel: str) -> float:
+    """Operations of a decode step beside its layers."""
+    return calibration.CAPTURED_STEP_OPS.value if kernel == "paged" else calibration.STEP_OPS.value
+
+
 def peer_work(summary: Summary, tokens: float, e: int, degree: int) -> tuple[float, int]:
     """(bytes, transfers) of tensor parallelism: two ring all-reduces a layer, each moving 2·(d - 1)/d of T·D·e (arXiv:1909.08053)."""
     if degree == 1:
@@ -201,7 +206,7 @@ def decode_beside(
         read_bytes=sequences * (cached + written + scores + states + logits + remade_bytes),
         paged_bytes=sequences * cached if axes.kernel == "paged" and sequences > 1 else 0.0,
         flops=sequences * (flops + remade_flops) / degree,
-        num_ops=per_layer * model.L + calibration.STEP_OPS.value,
+        num_ops=per_layer * model.L + step_ops(axes.kernel),
         peer_bytes=peer_bytes,
         peer_transfers=transfers,
     )
