@@ -28,6 +28,16 @@ class TokenModel(Protocol):
     def logits(self, hidden_TD: Tensor, rows: Tensor) -> Tensor: ...
 
 
+class DecodeFrame(Protocol):
+    """What `model.decode_frame.DecodeFrame` offers: inputs of a decode step that are filled in place."""
+
+    sequences: int
+
+    def fill(self, row: int, token: int, position: int, blocks: tuple[int, ...]) -> None: ...
+
+    def run(self, count: int) -> Tensor: ...
+
+
 class Rows:
     """Which running request has which row of what the cache keeps beside its blocks (tails, token ids). Those that have ended or were preempted give theirs
     back.
@@ -63,12 +73,15 @@ class Runner:
         self._slot_blocks = 0 if plan.kv.places_tokens else self.block_size  # 0: the cache finds tokens their slots itself
         self._rows = Rows(plan.max_sequences)
         self._logit_rows = plan.logit_rows
+        make = getattr(transformer, "decode_frame", None)
+        self._frame: DecodeFrame | None = None
+        if make is not None and self._slot_blocks:
+            self._frame = make(plan.max_sequences, -(-plan.max_context // self.block_size))
 
     @property
     def vocab_size(self) -> int:
         return self.transformer.spec.V
 
-    @torch.inference_mode()
     def execute(self, step: Step) -> Tensor:
         """Compute a step: all its keys and values are in the cache afterwards. Returns logits (R, V) in fp32, R = step.num_logits, in its sequences' order.
 
@@ -76,6 +89,27 @@ class Runner:
         """
         if step.copies:
             self.cache.copy_blocks(step.copies)
+        if self._fills_frame(step):
+            assert self._frame is not None
+            return self._frame.run(len(step.sequences))
+        return self._execute(step)
+
+    def _fills_frame(self, step: Step) -> bool:
+        """Fills the frame where every sequence brings its newest token and wants one row of logits; False where one does not, or there is no frame."""
+        frame, sequences = self._frame, step.sequences
+        if frame is None or len(sequences) > frame.sequences:
+            return False
+        for row, item in enumerate(sequences):
+            request, start = item.request, item.start
+            if item.num_tokens != 1 or item.draft_tokens or start + 1 != len(request.token_ids):
+                return False
+            if request.params.adapter is not None or request.params.prompt_logprobs is not None:
+                return False
+            frame.fill(row, request.token_ids[start], start, request.blocks)
+        return True
+
+    @torch.inference_mode()
+    def _execute(self, step: Step) -> Tensor:
         tokens: list[int] = []
         spans: list[Span] = []
         rows: list[int] = []

@@ -18,6 +18,7 @@ from tradespace.kernels.native.library import Cache, Matrix, Step
 from tradespace.kernels.native.program import Buffer, Program
 from tradespace.kernels.view import StepBatch
 from tradespace.kv.cache import KVCache
+from tradespace.model.decode_frame import DecodeFrame
 from tradespace.model.feed_forward import FeedForward
 from tradespace.model.layer import AttentionMixer, Layer
 from tradespace.model.parts import Norm
@@ -210,6 +211,10 @@ class Recorded:
             self.head.add(ops.FINISH_LOGITS, out=self.out, width=spec.V, scale=spec.logit_scale, softcap=spec.logit_softcap or 0.0, flags=ops.ROWS)
 
     # ------------------------------------------------------------------------------------------------ running
+
+    def decode_frame(self, sequences: int, width: int) -> DecodeFrame:
+        """For decode steps of at most `sequences` sequences of `width` blocks over the recorded cache; good until another is recorded."""
+        return DecodeFrame(self, sequences, width)
 
     def forward(self, tokens_T: Tensor, positions_T: Tensor, batch: StepBatch, cache: KVCache | None = None) -> Tensor:
         """hidden_TD in the step's own buffer: valid until the next call. The cache is the one that `record` was given."""

@@ -58,6 +58,14 @@ class Program:
         op.wait = int(before is not None and not by_row)
         self.ops.append(op)
 
+    def then(self, other: Program) -> Program:
+        """Both, one after the other."""
+        both = Program(self.library)
+        both.ops, both.keep = [*self.ops, *map(Op.from_buffer_copy, other.ops)], [*self.keep, *other.keep]
+        if self.ops and other.ops:
+            both.ops[len(self.ops)].wait = 1
+        return both
+
     def run(self, step: Step, scratch: Tensor, threads: int, nanoseconds: Tensor | None = None) -> None:
         """One call into the library for all operations. `scratch` is (threads, floats); `nanoseconds`, int64, one per operation, is added to."""
         if self._array is None:
