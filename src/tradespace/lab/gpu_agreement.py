@@ -4,6 +4,9 @@ SmolLM2's file is opened twice for each way: on the card, and on the CPU in torc
 held-out text is scored in both (large products, attention of whole prompts and chunks), then prompts are continued greedily (products of few rows, attention
 over pages, graphs). Activations are bf16 on the card and fp32 on the CPU, so log-probabilities agree to bf16's rounding and ties may fall the other way.
 
+What the CPU says takes minutes, and a card stands idle meanwhile: it is kept in the cache folder, under the name of all that defines it, and `python -m
+tradespace.lab.gpu_agreement [MODEL]` works it out on any machine beforehand. TRADESPACE_HOME says where: carry the folder to the card's machine.
+
 `compute-sanitizer --tool memcheck python -m tradespace lab run gpu-agreement --quick` runs the kernels of a step under the checker of memory accesses.
 """
 
@@ -11,14 +14,18 @@ from __future__ import annotations
 
 import gc
 import statistics
+import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from tradespace.engine.request import SamplingParams
 from tradespace.errors import TradespaceError, UnsupportedError
 from tradespace.lab.agreement import token_window
 from tradespace.lab.common import command_line, markdown_table, read_text
+from tradespace.lab.kept import kept
 from tradespace.llm import LLM, open
+from tradespace.loading.resolve import resolve
 from tradespace.measure.record import Figure, Record, new_record
 
 WAYS = (
@@ -30,6 +37,8 @@ POSITIONS, ANSWER = 384, 48
 PROMPTS = ("The capital of France is", "In the beginning", "Water boils when", "She opened the door and")
 LOSS_LIMIT = 0.005  # of the loss, what the two may differ by
 MEMORY = "6GiB"
+MODEL = "smollm2-135m"
+RECIPE = 1  # raised when what the CPU is asked changes
 
 
 def scores(llm: LLM, ids: Sequence[int]) -> list[float]:
@@ -48,21 +57,52 @@ def answers(llm: LLM, tokens: int) -> list[tuple[int, ...]]:
     return [completion.output_ids for prompts in (PROMPTS, PROMPTS[:1]) for completion in llm.generate(list(prompts), params)]
 
 
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What a device made of one way: log-probabilities of the text, and the tokens of each answer. `torch`: its version."""
+
+    scores: list[float]
+    answers: list[list[int]]
+    torch: str
+
+
+def said_by(device: str, model: str, weights: str, store: str, positions: int, tokens: int) -> Said:
+    """Opens the model on "cuda" or the "cpu" (in torch's own operations) and asks."""
+    import torch
+
+    attention = "sdpa" if device == "cpu" else None
+    llm = open(model, memory=MEMORY, context=1024, concurrency=4, weights=weights, kv_store=store, device=device, attention=attention)
+    try:
+        ids = token_window(llm.tokenizer, read_text("pd-books", "valid.txt"), positions)
+        return Said(scores(llm, ids), [list(answer) for answer in answers(llm, tokens)], torch.__version__)
+    finally:
+        llm.close()
+        gc.collect()
+
+
+def said_by_cpu(model: str, weights: str, store: str, positions: int, tokens: int) -> Said:
+    """As it was kept, or asked now and kept."""
+    size = sum(path.stat().st_size for path in resolve(model, progress=False).weights)
+    settings = {
+        "model": model,
+        "bytes": size,
+        "weights": weights,
+        "store": store,
+        "positions": positions,
+        "tokens": tokens,
+        "prompts": PROMPTS,
+        "recipe": RECIPE,
+    }
+    found = kept("gpu-agreement", settings, lambda folder: asdict(said_by("cpu", model, weights, store, positions, tokens)))
+    return Said(**found)
+
+
 def compared(model: str, weights: str, store: str, positions: int, tokens: int) -> dict[str, Any]:
     """One way on both devices."""
-    found: dict[str, tuple[list[float], list[tuple[int, ...]]]] = {}
-    for device in ("cuda", "cpu"):
-        attention = "sdpa" if device == "cpu" else None
-        llm = open(model, memory=MEMORY, context=1024, concurrency=4, weights=weights, kv_store=store, device=device, attention=attention)
-        try:
-            ids = token_window(llm.tokenizer, read_text("pd-books", "valid.txt"), positions)
-            found[device] = scores(llm, ids), answers(llm, tokens)
-        finally:
-            llm.close()
-            gc.collect()
-    differences = [abs(a - b) for a, b in zip(found["cuda"][0], found["cpu"][0], strict=True)]
-    same = [next((n for n, (a, b) in enumerate(zip(x, y, strict=True)) if a != b), len(x)) for x, y in zip(found["cuda"][1], found["cpu"][1], strict=True)]
-    losses = {device: -statistics.fmean(scored) for device, (scored, _) in found.items()}
+    gpu, cpu = said_by("cuda", model, weights, store, positions, tokens), said_by_cpu(model, weights, store, positions, tokens)
+    differences = [abs(a - b) for a, b in zip(gpu.scores, cpu.scores, strict=True)]
+    same = [next((n for n, (a, b) in enumerate(zip(x, y, strict=True)) if a != b), len(x)) for x, y in zip(gpu.answers, cpu.answers, strict=True)]
+    losses = {"cuda": -statistics.fmean(gpu.scores), "cpu": -statistics.fmean(cpu.scores)}
     return {
         "weights": weights,
         "store": store,
@@ -71,7 +111,9 @@ def compared(model: str, weights: str, store: str, positions: int, tokens: int) 
         "loss_cuda": losses["cuda"],
         "loss_cpu": losses["cpu"],
         "same_tokens": sum(same),
+        "same": same,
         "tokens": tokens * (len(PROMPTS) + 1),
+        "cpu_torch": cpu.torch,
         "holds": abs(losses["cuda"] / losses["cpu"] - 1) <= LOSS_LIMIT,
     }
 
@@ -84,7 +126,7 @@ def run(*, quick: bool, say: Callable[[str], None], model: str | None = None) ->
 
     if not torch.cuda.is_available():
         raise UnsupportedError("gpu-agreement compares a CUDA device with the CPU, and torch sees no such device")
-    model, rows = model or "smollm2-135m", []
+    model, rows = model or MODEL, []
     for weights, store in QUICK if quick else WAYS:
         try:
             row = compared(model, weights, store, 96 if quick else POSITIONS, 8 if quick else ANSWER)
@@ -114,3 +156,9 @@ def markdown(record: Record) -> str:
         for row in record.rows
     ]
     return markdown_table(("weights", "cache", "mean difference, nat", "loss GPU / CPU", "equal tokens", "holds"), rows) + f"\n\n{record.notes}"
+
+
+if __name__ == "__main__":
+    for way in WAYS:
+        found = said_by_cpu(sys.argv[1] if len(sys.argv) > 1 else MODEL, *way, POSITIONS, ANSWER)
+        print(f"{way[0]}, cache {way[1]}: loss {-statistics.fmean(found.scores):.4f}", flush=True)
