@@ -1,5 +1,5 @@
-"""Trainings that an experiment need not repeat. The result of each finished one is kept in the cache folder, under the name of all that defines it; one that
-was cut goes on from its own checkpoints, bit for bit. TRADESPACE_HOME says where: the folder can be carried to another machine and back.
+"""What an experiment need not work out again, trainings above all. Each finished result is kept in the cache folder, under the name of all that defines it; a
+training that was cut goes on from its own checkpoints, bit for bit. TRADESPACE_HOME says where: the folder can be carried to another machine and back.
 """
 
 from __future__ import annotations
