@@ -98,7 +98,8 @@ class Sampler:
         step more than the constraint does.
         """
         assert logits_RV.shape[0] == len(rows), f"{logits_RV.shape[0]} rows of logits for {len(rows)} samples"
-        tokens = self._choose(logits_RV if self.num_tokens is None else logits_RV[:, : self.num_tokens], rows) if rows else []
+        whole = self.num_tokens is None or self.num_tokens == logits_RV.shape[1]
+        tokens = self._choose(logits_RV if whole else logits_RV[:, : self.num_tokens], rows) if rows else []
         found = []
         for index, (token, row) in enumerate(zip(tokens, rows, strict=True)):
             count = row.params.logprobs

@@ -6,7 +6,8 @@ Memory: two rows of logits for each thread, or for each row where there are fewe
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from math import inf, log
 
 import torch
@@ -34,6 +35,8 @@ class NativeSampling:
         # objects over the array's entries, made once: an index makes a new one each time
         self._array, self._choices = array, [array[row] for row in range(max_rows)]
         self._scratch_address = ctypes.c_void_p(self._scratch.data_ptr())
+        self._last: Callable[[], Tensor | None] = lambda: None  # what `_rows_of` saw last, if it is still there, and what it found
+        self._found = (0, 0)
 
     @property
     def nbytes(self) -> int:
@@ -72,11 +75,13 @@ class NativeSampling:
         return found
 
     def _rows_of(self, logits_RV: Tensor) -> tuple[int, int]:
-        """Address of the first row, and bytes from one to the next."""
-        stride, step = logits_RV.stride()
-        assert logits_RV.dtype == torch.float32 and (step == 1 or logits_RV.shape[1] == 1), f"rows of {logits_RV.dtype}, {step} apart"
-        assert 0 < logits_RV.shape[1] <= self.vocab_size, f"{logits_RV.shape[1]} logits a row; made for {self.vocab_size}"
-        return logits_RV.data_ptr(), 4 * stride
+        """Address of the first row, and bytes from one to the next. The step's own buffer comes again and again: it is looked at once."""
+        if logits_RV is not self._last():
+            stride, step = logits_RV.stride()
+            assert logits_RV.dtype == torch.float32 and (step == 1 or logits_RV.shape[1] == 1), f"rows of {logits_RV.dtype}, {step} apart"
+            assert 0 < logits_RV.shape[1] <= self.vocab_size, f"{logits_RV.shape[1]} logits a row; made for {self.vocab_size}"
+            self._last, self._found = weakref.ref(logits_RV), (logits_RV.data_ptr(), 4 * stride)
+        return self._found
 
     def _run(self, choices: Sequence[Choice], V: int) -> list[int | None]:
         self.library.ts_sample(self._array, len(choices), V, self._scratch_address, self.threads)
