@@ -151,7 +151,7 @@ def test_unknown_names_suggest_what_is_at_hand(cli, folder, monkeypatch):
     cli("plan", "smolm2-135", "--memory", "1GiB", "--device", "rtx-4090").failed(2, "smollm2-135m")
     monkeypatch.chdir(folder.parent)
     cli("plan", f"{folder.name}x", "--memory", "1GiB", "--device", "rtx-4090").failed(2, folder.name)
-    cli("run", f"{folder.name}x", "why", "--memory", "1GiB").failed(2, f"Did you mean {folder.name}?")
+    cli("run", f"{folder.name}x", "why", "--memory", "1GiB").failed(2, f"Did you mean {folder.name}")
 
 
 def test_one_need_everywhere(cli):
