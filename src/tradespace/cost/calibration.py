@@ -167,9 +167,10 @@ def native_kind(instruction_sets: Collection[str]) -> str:
     return "native-avx2" if "avx2" in instruction_sets and not {"avx512f", "avx_vnni"} & set(instruction_sets) else "native"
 
 
-# the CUDA step on an H100 80GB, Llama-3-8B shape: of the data sheet's bandwidth at one sequence (beside PAGED_LAYER_OPS a layer) and, "several", at 32, where
-# codes meet that many rows in registers; of its dense matmul rate at 64 sequences ("several rows": codes are decoded in registers), at 256 ("few rows":
-# into memory in every step) and in prefill. Formats that were not measured have the shares of the one whose kernel is theirs but for how codes are unpacked.
+# the CUDA step on an H100 80GB, Llama-3-8B shape: of the data sheet's bandwidth at one sequence (beside PAGED_LAYER_OPS a layer and CAPTURED_STEP_OPS) and,
+# "several", at 32, where codes meet that many rows in registers; of its dense matmul rate at 64 sequences ("several rows": codes are decoded in registers), at
+# 256 ("few rows": into memory in every step) and in prefill. Formats that were not measured have the shares of the one whose kernel is theirs but for how codes
+# are unpacked.
 CUDA_STEP_MEASURED = {
     "bf16": {"decode": 0.89, "few rows": 0.48, "prefill": 0.63},
     "int8": {"decode": 0.93, "several": 0.68, "several rows": 0.165, "few rows": 0.24, "prefill": 0.55},

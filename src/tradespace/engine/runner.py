@@ -88,7 +88,8 @@ class Runner:
         A sequence with drafts has a row for its last known token and one for each draft; one whose prompt is not through has none.
         """
         if step.copies:
-            self.cache.copy_blocks(step.copies)
+            with torch.inference_mode():
+                self.cache.copy_blocks(step.copies)
         if self._fills_frame(step):
             assert self._frame is not None
             return self._frame.run(len(step.sequences))

@@ -12,6 +12,7 @@ tradespace.lab.gpu_agreement [MODEL]` works it out on any machine beforehand. TR
 
 from __future__ import annotations
 
+import argparse
 import gc
 import statistics
 import sys
@@ -159,6 +160,15 @@ def markdown(record: Record) -> str:
 
 
 if __name__ == "__main__":
-    for way in WAYS:
-        found = said_by_cpu(sys.argv[1] if len(sys.argv) > 1 else MODEL, *way, POSITIONS, ANSWER)
-        print(f"{way[0]}, cache {way[1]}: loss {-statistics.fmean(found.scores):.4f}", flush=True)
+    parser = argparse.ArgumentParser(
+        prog="python -m tradespace.lab.gpu_agreement",
+        description="Works out and keeps what the CPU says, before a card is there.",
+        epilog=f"Example: python -m tradespace.lab.gpu_agreement {MODEL}",
+    )
+    parser.add_argument("model", nargs="?", default=MODEL, help="a model as `tradespace run` takes it")
+    wanted = parser.parse_args().model
+    try:
+        for way in WAYS:
+            print(f"{way[0]}, cache {way[1]}: loss {-statistics.fmean(said_by_cpu(wanted, *way, POSITIONS, ANSWER).scores):.4f}", flush=True)
+    except TradespaceError as error:
+        sys.exit(f"error: {error}")
