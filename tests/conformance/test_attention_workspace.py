@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
+from torch._C._profiler import _EventType
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conformance.attention_cases import make_case
@@ -16,16 +19,44 @@ from tradespace.spec.mixers import Attention
 
 
 def peak_bytes(call) -> int:
-    """Most bytes alive at once that `call` allocated, temporaries inside operators included."""
+    """Most bytes alive at once that `call` allocated, temporaries inside operators included; what it frees of others (collected garbage, say) is not its own."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as prof:
         kept = call()
-    events = [event for event in prof.profiler.kineto_results.events() if event.name() == "[memory]"]
+    pending, records = list(prof.profiler.kineto_results.experimental_event_tree()), []
+    while pending:
+        event = pending.pop()
+        pending += event.children
+        if event.tag == _EventType.Allocation:
+            records.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
+    alive: dict[int, int] = {}
     live = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
+    for _, pointer, size in sorted(records, key=lambda record: record[0]):
+        if size > 0:
+            alive[pointer] = size
+        live += size if size > 0 else -alive.pop(pointer, 0)
         peak = max(peak, live)
     del kept
     return peak
+
+
+def test_garbage_collected_meanwhile_is_not_counted():
+    """A tensor of an earlier measurement, in a cycle, freed in this one: its bytes must not hide ours."""
+
+    class Cycle:
+        def __init__(self):
+            self.itself, self.tensor = self, torch.zeros(500_000)
+
+    def collect_and_allocate():
+        gc.collect()
+        return torch.zeros(1_000_000)
+
+    gc.collect()
+    gc.disable()
+    try:
+        assert peak_bytes(lambda: (Cycle(), None)[1]) == 2_000_000
+        assert peak_bytes(collect_and_allocate) == 4_000_000
+    finally:
+        gc.enable()
 
 
 MIXERS = {
