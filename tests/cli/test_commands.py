@@ -9,7 +9,7 @@ import click
 import pytest
 import typer
 
-from tradespace.cli.main import app
+from tradespace.cli.main import MODULES, app_of, module_of
 
 WIDTH = 100
 
@@ -23,7 +23,7 @@ def commands() -> Iterator[tuple[list[str], click.Command]]:
             for name, child in children.items():
                 yield from walk(child, [*path, name])
 
-    yield from walk(typer.main.get_command(app), [])
+    yield from walk(typer.main.get_command(app_of()), [])
 
 
 COMMANDS = [pytest.param(path, command, id=" ".join(path)) for path, command in commands()]
@@ -35,6 +35,20 @@ def widest(text: str) -> int:
 
 def test_all_the_commands_of_the_issue_are_there():
     assert {path[0] for path, _ in commands()} >= {"doctor", "pull", "models", "plan", "run", "chat", "demo", "lab"}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_each_module_registers_the_commands_that_the_table_says(module):
+    alone = typer.main.get_command(app_of(module))
+    assert tuple(alone.commands) == MODULES[module]  # pyright: ignore[reportAttributeAccessIssue]
+    assert all(module_of([command, "--help"]) == (module,) for command in MODULES[module])
+
+
+def test_a_command_imports_its_own_module_alone(shell):
+    done = shell("models", "--json", before="import atexit, sys; atexit.register(lambda: print(sorted(m for m in sys.modules if m.startswith('tradespace.cli.'))))")
+    assert done.code == 0
+    imported = done.out.splitlines()[-1]
+    assert "'tradespace.cli.pull'" in imported and "'tradespace.cli.doctor'" not in imported and "'tradespace.cli.run'" not in imported
 
 
 @pytest.mark.parametrize(("path", "command"), COMMANDS)

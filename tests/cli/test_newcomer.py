@@ -109,12 +109,12 @@ def test_every_neighbour_has_an_answer(cli):
     """Given to every command: either it is that command's own, or the answer names the tool."""
     from typer.main import get_command
 
-    from tradespace.cli.main import app
+    from tradespace.cli.main import app_of
     from tradespace.cli.neighbours import NEIGHBOURS, check_neighbours
     from tradespace.cli.settings import leaves, words_of
     from tradespace.errors import InputError
 
-    for name, command in leaves(get_command(app).commands).items():  # pyright: ignore[reportAttributeAccessIssue]
+    for name, command in leaves(get_command(app_of()).commands).items():  # pyright: ignore[reportAttributeAccessIssue]
         own = words_of(command)
         for flag, neighbour in NEIGHBOURS.items():
             if flag in own:

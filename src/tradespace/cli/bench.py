@@ -34,11 +34,11 @@ FileFormat = Annotated[
 OurWeights = Annotated[str | None, typer.Option("--weights", help="Weight format of our engine alone. Default: as the file has them, or the planner's.")]
 Plan = Annotated[str | None, typer.Option("--plan", help="A plan for our engine, from `tradespace plan --save`.")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Where to write the record, e.g. results/bench.json.")]
+bench_serve.register(bench)
+bench_tiles.register(bench)
 
 
 def register(app: typer.Typer) -> None:
-    bench_serve.register(bench)
-    bench_tiles.register(bench)
     app.add_typer(bench, name="bench")
 
 

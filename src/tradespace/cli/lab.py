@@ -16,11 +16,11 @@ from tradespace.cli.training_options import parse_duration
 from tradespace.errors import InputError
 
 lab = typer.Typer(no_args_is_help=True, help="Measure, and keep the record.\n\nExample: tradespace lab run memory")
+lab_claims.register(lab)
+lab_cache.register(lab)
 
 
 def register(app: typer.Typer) -> None:
-    lab_claims.register(lab)
-    lab_cache.register(lab)
     app.add_typer(lab, name="lab")
 
 

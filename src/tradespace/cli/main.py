@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from functools import cache
+from importlib import import_module
 from typing import Annotated, Any
 
 import typer
 
 import tradespace
-from tradespace.cli import bench, chat, demo, doctor, evaluate, fit, lab, plan, pull, quantize, run, serve, train
 from tradespace.cli.neighbours import check_neighbours
 from tradespace.cli.options import error_dict, print_json
 from tradespace.cli.settings import read_config, read_variables, take_config, words_of
@@ -22,16 +23,22 @@ from tradespace.errors import TradespaceError
 
 EXIT_FAILURE, EXIT_INTERRUPTED = 1, 130
 
-app = typer.Typer(
-    name="tradespace",
-    help="State a memory budget; get the plan, the text, and the proof.\n\nExample: tradespace run smollm2-135m --memory 900MiB 'Why is the sky blue?'\n\n"
-    "Every flag can also come from TRADESPACE_<FLAG> or from a YAML file: --config FILE. Shell completion: tradespace --install-completion\n\n"
-    "Exit codes: 0 good, 1 our failure, 2 usage, 3 the budget cannot be met.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+# the commands that each module registers, in the order of the help
+MODULES = {
+    "doctor": ("doctor",),
+    "pull": ("pull", "models"),
+    "plan": ("plan",),
+    "fit": ("fit",),
+    "run": ("run",),
+    "serve": ("serve",),
+    "quantize": ("quantize",),
+    "train": ("train", "finetune", "distill"),
+    "evaluate": ("eval",),
+    "chat": ("chat",),
+    "demo": ("demo",),
+    "bench": ("bench",),
+    "lab": ("lab",),
+}
 
 
 def _version(asked: bool) -> None:
@@ -40,7 +47,6 @@ def _version(asked: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def options(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")] = False,
     config: Annotated[str | None, typer.Option("--config", help="YAML with flags as keys; may stand anywhere on the line.")] = None,
@@ -48,8 +54,28 @@ def options(
     """State a memory budget; get the plan, the text, and the proof."""
 
 
-for part in (doctor, pull, plan, fit, run, serve, quantize, train, evaluate, chat, demo, bench, lab):
-    part.register(app)
+@cache
+def app_of(*modules: str) -> typer.Typer:
+    """The command line with the commands of these modules alone, which are all that is imported; without any, the whole one."""
+    app = typer.Typer(
+        name="tradespace",
+        help="State a memory budget; get the plan, the text, and the proof.\n\nExample: tradespace run smollm2-135m --memory 900MiB 'Why is the sky blue?'\n\n"
+        "Every flag can also come from TRADESPACE_<FLAG> or from a YAML file: --config FILE. Shell completion: tradespace --install-completion\n\n"
+        "Exit codes: 0 good, 1 our failure, 2 usage, 3 the budget cannot be met.",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="rich",
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(options)
+    for module in modules or MODULES:
+        import_module(f"tradespace.cli.{module}").register(app)
+    return app
+
+
+def module_of(arguments: list[str]) -> tuple[str, ...]:
+    """The module of the command that the line begins with: most of a command's start is importing, so the others' modules stay where they are."""
+    return tuple(module for module, commands in MODULES.items() if arguments[:1] and arguments[0] in commands)
 
 
 def _say(error: BaseException, exit_code: int, *, as_json: bool) -> None:
@@ -60,10 +86,11 @@ def _say(error: BaseException, exit_code: int, *, as_json: bool) -> None:
 
 def run_app(arguments: list[str]) -> None:
     """Settings, then other tools' flags, then typer."""
-    app_command = typer.main.get_command(app)
+    arguments, config = take_config(arguments)
+    # a file of settings may speak of every command
+    app_command = typer.main.get_command(app_of(*module_of(arguments)) if config is None else app_of())
     commands = getattr(app_command, "commands", {})
     read_variables(commands)
-    arguments, config = take_config(arguments)
     defaults = read_config(config, commands) if config is not None else {}
     name, command, rest = "", app_command, arguments
     inner: dict[str, Any] = commands
