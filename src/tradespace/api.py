@@ -156,6 +156,7 @@ def plan(
     pattern: str | None = None,
     revision: str | None = None,
     offline: bool = False,
+    only_best: bool = False,
 ) -> Frontier:
     """Every plan for `model` within a budget, evaluated: `.best`, `.pareto`, `.why_not`, `.to_dicts()`.
 
@@ -166,6 +167,7 @@ def plan(
     stored         how the checkpoint holds its weights, where that is quantized: run as they are, they lose nothing (a local GGUF file states it itself)
     pattern        an attention pattern imposed on the model, such as "sliding:1024": its quality is unknown until it is measured
     pins           fixes an axis: {"weights": "int4", "kv_store": "bf16", "attention": "sdpa", "layout": "paged"}
+    only_best      where only `.best` will be asked for: the same one, found sooner
 
     Raises InputError for names and numbers that make no sense. A budget that nothing fits is not an error here: `.best` is then None, and `.nearest`
     says what would fit.
@@ -188,6 +190,7 @@ def plan(
         runnable_only=runnable_only,
         pins=dict(pins or {}),
         stored=stored,
+        only_best=only_best,
     )
 
 

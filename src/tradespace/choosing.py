@@ -51,6 +51,7 @@ def choose_plan(
         runnable_only=True,
         pins=pins,
         stored=stored,
+        only_best=True,
     )
     if frontier.best is None:
         raise api.no_plan(frontier)

@@ -104,6 +104,25 @@ def test_the_best_follows_the_rule():
     assert found.best.quality.require() <= QUALITY_LIMIT and found.best.serves_all
 
 
+@settings(max_examples=12, deadline=None)
+@given(st.floats(-0.1, 1.1), st.booleans(), st.sampled_from([None, "int4", "q4_0"]), st.booleans())
+def test_the_best_alone_is_the_best_of_all(share, runnable_only, stored, on_cpu):
+    """Weights of the checkpoint's own and not, plans that stream, nothing that fits: what is not priced would not have been chosen."""
+    own = WeightPlan(default=stored) if stored else None
+    device = cpu(disk_bytes_per_s=Estimate(1e8, "cited: test")) if on_cpu else DEVICE
+    budget = max(1, int(LEAST + share * (FULL - LEAST))) + (int(calibration.RESERVE_BYTES.value) if on_cpu else 0)
+    asked = {"memory_bytes": budget, "runnable_only": runnable_only, "stored": own}
+    whole, alone = plan_frontier(MODEL, device, WORKLOAD, **asked), plan_frontier(MODEL, device, WORKLOAD, **asked, only_best=True)
+    assert (whole.best is None) == (alone.best is None)
+    if whole.best is None:
+        assert len(alone.candidates) == len(whole.candidates)
+        assert whole.smallest.plan == alone.smallest.plan
+        return
+    assert alone.best is not None
+    assert whole.best.plan == alone.best.plan
+    assert len(alone.candidates) <= len(whole.candidates)
+
+
 def test_runnable_only():
     found = plan_frontier(MODEL, cpu(), WORKLOAD, runnable_only=True)
     assert found.best is not None and found.best.runs == () and found.best.plan.cannot_run() == ()

@@ -32,6 +32,29 @@ QUALITY_LIMIT = 0.05  # nats per token
 MIN_BITS = 4  # fewer bits a weight lose so much everywhere that figures were published that they come last
 
 
+
+def quality_key(quality: Estimate, weights: WeightPlan, kv: KVPlan) -> tuple[float, float, float]:
+    """Smaller is better: within the limit, then by loss, then unknown, of fewer bits last."""
+    if quality.value is None:
+        return (2.0, -FORMATS[weights.default].bits, -kv.min_bits)
+    return (0.0, 0.0, 0.0) if quality.value <= QUALITY_LIMIT else (1.0, quality.value, 0.0)
+
+
+def least_comfort(weights: WeightPlan) -> int:
+    """The comfort of a plan with these weights and all layers resident."""
+    return 2 if FORMATS[weights.default].bits < MIN_BITS else 0
+
+
+def rounded(kv: KVPlan, requantized: bool) -> float:
+    """How many of weights and cache are not as the checkpoint and the activations have them."""
+    return float(requantized) + (kv.min_bits < 16)
+
+
+def best_preference(quality: Estimate, weights: WeightPlan, kv: KVPlan, requantized: bool) -> tuple[float, ...]:
+    """What no plan with these weights and this cache comes before in `Candidate.preference`."""
+    return (least_comfort(weights), *quality_key(quality, weights, kv), rounded(kv, requantized))
+
+
 @dataclass(frozen=True)
 class Question:
     """What was asked; every candidate points at it."""
@@ -113,25 +136,19 @@ class Candidate:
     @property
     def quality_key(self) -> tuple[float, float, float]:
         """Smaller is better: what the rule above says about quality."""
-        loss = self.quality.value
-        if loss is None:
-            return (2.0, -FORMATS[self.weights.default].bits, -self.kv.min_bits)
-        return (0.0, 0.0, 0.0) if loss <= QUALITY_LIMIT else (1.0, loss, 0.0)
+        return quality_key(self.quality, self.weights, self.kv)
 
     @property
     def comfort(self) -> int:
         """0: all layers resident in at least MIN_BITS bits; 1: layers streamed; 2: fewer bits."""
-        if FORMATS[self.weights.default].bits < MIN_BITS:
-            return 2
-        return 1 if self.placement.streamed_layers else 0
+        return max(least_comfort(self.weights), 1 if self.placement.streamed_layers else 0)
 
     @property
     def preference(self) -> tuple[float, ...]:
         """Smaller is better: comfort, quality, own formats and a cache of floats, speed, shared prefixes, bytes, and at last the smaller loss."""
         loss = float("inf") if self.quality.value is None else self.quality.value
         grain = float(self.kv.block_size) if self.kv.prefix_sharing else float("inf")
-        rounded = float(self.requantized) + (self.kv.min_bits < 16)
-        return (self.comfort, *self.quality_key, rounded, self.request_s, grain, float(self.total_bytes), loss)
+        return (self.comfort, *self.quality_key, rounded(self.kv, self.requantized), self.request_s, grain, float(self.total_bytes), loss)
 
     @property
     def objectives(self) -> tuple[float, ...]:

@@ -29,7 +29,7 @@ from tradespace.cost.summary import (
 )
 from tradespace.cost.time import Rates, StepTime, decode_phase, rates_for, request_seconds, step_time
 from tradespace.cost.traffic import Axes, StepWork, decode_beside, prefill_beside, weight_read_bytes, with_weights
-from tradespace.planner.candidate import Candidate, Question
+from tradespace.planner.candidate import Candidate, Question, best_preference
 from tradespace.planner.parts import Cache, Part, Placements, Room, StepBytes
 from tradespace.planner.space import Space
 from tradespace.spec import cuda, native
@@ -296,8 +296,8 @@ class Pricer:
 
     # ------------------------------------------------------------------------------------------------------------ candidates
 
-    def candidates(self) -> Iterator[Candidate]:
-        """Every plan of the space, priced."""
+    def pairs(self) -> Iterator[tuple[Part, Cache]]:
+        """Weights and caches that go together."""
         numbers = count()
         for weights in self.space.weights:
             for degree in self.space.degrees:
@@ -305,11 +305,35 @@ class Pricer:
                 for store in self.space.stores_for(weights):
                     for layout, block in self.space.layouts:
                         cache = self.cache(store, layout, block)
-                        if cache.refused:
-                            continue
-                        for kernel in self.kernels_for(weights, cache.kv):
-                            for step_tokens in self.step_sizes(kernel):
-                                yield from self._placed(part, cache, kernel, step_tokens)
+                        if not cache.refused:
+                            yield part, cache
+
+    def plans_of(self, part: Part, cache: Cache) -> Iterator[Candidate]:
+        """Every plan of the space with these weights and this cache, priced."""
+        for kernel in self.kernels_for(part.weights, cache.kv):
+            for step_tokens in self.step_sizes(kernel):
+                yield from self._placed(part, cache, kernel, step_tokens)
+
+    def candidates(self) -> Iterator[Candidate]:
+        """Every plan of the space, priced."""
+        for part, cache in self.pairs():
+            yield from self.plans_of(part, cache)
+
+    def rivals(self, eligible: Callable[[Candidate], bool]) -> Iterator[Candidate]:
+        """Those plans of the space among which the best eligible one is: what cannot come before one that was found is not priced."""
+
+        def bound(pair: tuple[Part, Cache]) -> tuple[float, ...]:
+            part, cache = pair
+            return best_preference(self.quality(part, cache), part.weights, cache.kv, part.requantized)
+
+        best: tuple[float, ...] | None = None
+        for part, cache in sorted(self.pairs(), key=bound):
+            if best is not None and bound((part, cache)) > best:
+                return
+            for found in self.plans_of(part, cache):
+                if eligible(found) and (best is None or found.preference < best):
+                    best = found.preference
+                yield found
 
     def step_sizes(self, kernel: str) -> tuple[int, ...]:
         """Budgets of tokens per step. The native step goes through its tokens in blocks: larger steps than a few hundred cost buffers and gain nothing."""
@@ -401,3 +425,15 @@ def price(question: Question, space: Space) -> tuple[Candidate, ...]:
     """Every plan of `space`, priced for `question`."""
     with _uncollected():
         return tuple(Pricer(question, space).candidates())
+
+
+def price_rivals(question: Question, space: Space, eligible: Callable[[Candidate], bool]) -> tuple[Candidate, ...]:
+    """Enough plans of `space` to have the best eligible one among them; all where none is eligible."""
+    with _uncollected():
+        return tuple(Pricer(question, space).rivals(eligible))
+
+
+def anything_fits(question: Question, space: Space) -> bool:
+    """Whether memory suffices for any plan of `space`."""
+    with _uncollected():
+        return any(candidate.fits_memory for candidate in Pricer(question, space).candidates())

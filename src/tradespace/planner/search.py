@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import takewhile
 from math import ceil
 
 from tradespace.errors import BudgetError, InputError
 from tradespace.planner.candidate import Candidate, Question
 from tradespace.planner.pareto import non_dominated
-from tradespace.planner.price import price
+from tradespace.planner.price import anything_fits, price, price_rivals
 from tradespace.planner.reject import Rejection, rejections
 from tradespace.planner.space import Space, build_space
 from tradespace.spec.device import DeviceSpec
@@ -24,6 +24,11 @@ from tradespace.spec.workload import Workload
 from tradespace.units import MiB, format_bytes
 
 MIN_CONTEXT = 64  # below this nobody is helped by a nearest plan
+
+
+def may_be_chosen(candidate: Candidate, *, runnable_only: bool) -> bool:
+    """Whether it fits and, where one is to be run, runs."""
+    return candidate.fits and not (runnable_only and candidate.runs)
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class Frontier:
     @cached_property
     def eligible(self) -> tuple[Candidate, ...]:
         """What may be chosen: plans that fit and, when one is to be run, that run."""
-        return tuple(c for c in self.candidates if c.fits and not (self.runnable_only and c.runs))
+        return tuple(c for c in self.candidates if may_be_chosen(c, runnable_only=self.runnable_only))
 
     @cached_property
     def pareto(self) -> tuple[Candidate, ...]:
@@ -142,8 +147,9 @@ def plan_frontier(
     staging_bytes: int | None = None,
     tokenizer_bytes: int | None = None,
     stored: WeightPlan | None = None,
+    only_best: bool = False,
 ) -> Frontier:
-    """Price every plan for `model` on `device`.
+    """Price every plan for `model` on `device`; with `only_best` as many as it takes to know the best one.
 
     `memory_bytes` is the budget of the pool that the model computes in, on each device (None: what is free there); `host_memory_bytes` that of the host
     beside a device (None: not checked). `stored` is how the checkpoint holds its weights, where that is quantized. `runnable_only` chooses among plans
@@ -164,9 +170,10 @@ def plan_frontier(
         staging_bytes=staging_bytes,
         tokenizer_bytes=tokenizer_bytes,
     )
-    if not any(candidate.fits_memory for candidate in price(question, space.frugal())):
+    if not anything_fits(question, space.frugal()):
         space = space.of_smallest_steps()
-    return Frontier(question, space, runnable_only, price(question, space))
+    priced = price_rivals(question, space, partial(may_be_chosen, runnable_only=runnable_only)) if only_best else price(question, space)
+    return Frontier(question, space, runnable_only, priced)
 
 
 def budget_error(frontier: Frontier) -> BudgetError:
