@@ -54,7 +54,7 @@ from tradespace.units import format_bytes
 
 STAGING_BYTES = int(calibration.STAGING_BYTES.value)
 RESERVE_BYTES = int(calibration.RESERVE_BYTES.value)
-SHORT_STEP = 128  # tokens, at most, of a native step that is rehearsed
+SHORT_STEP = 16  # tokens, at most, of a native step that is rehearsed
 
 
 @dataclass

@@ -3,7 +3,7 @@
 Two kinds, by `tokenizer.ggml.model`: "gpt2" is byte-level BPE with explicit merges, whose text is first split by the regular expressions
 that `tokenizer.ggml.pre` names; "llama" is SentencePiece's BPE (Llama 1 and 2, Mistral, Gemma), which merges the neighbours whose
 concatenation is the vocabulary's best-scored piece. The second has no merges in the file: every way to cut a piece in two known pieces is
-one, ranked by the piece's score; for a vocabulary of 262144 pieces these are half a million, and take about two seconds.
+one, ranked by the piece's score (`piece_merges.py`).
 
 Formats: the GGUF specification; Kudo and Richardson, arXiv:1808.06226 (SentencePiece); Sennrich et al., arXiv:1508.07909 (BPE).
 """
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tradespace.errors import CorruptFileError, UnsupportedError
+from tradespace.loading.piece_merges import find_merges
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -210,17 +211,12 @@ def _sentence_piece(metadata: Mapping[str, Any], vocabulary: _Vocabulary, where:
 
 def _merges_by_score(vocabulary: _Vocabulary, scores: Sequence[float]) -> list[tuple[str, str]]:
     """Every cut of a piece into two pieces, best-scored piece first; the cuts of one piece in the order of their ids."""
-    tokens, ids, types = vocabulary.tokens, vocabulary.ids, vocabulary.types
+    tokens, types = vocabulary.tokens, vocabulary.types
     # Bytes, control and user-defined tokens are found in other ways, never by merging text
     pieces = [token_id for token_id in range(len(tokens)) if types[token_id] in (NORMAL, UNUSED) and len(tokens[token_id]) <= MAX_PIECE_CHARS]
     pieces.sort(key=lambda token_id: -scores[token_id])  # stable: of equal scores the smaller id first
-    merges: list[tuple[str, str]] = []
-    for token_id in pieces:
-        piece = tokens[token_id]
-        cuts = [(left, right) for at in range(1, len(piece)) if (left := ids.get(piece[:at])) is not None and (right := ids.get(piece[at:])) is not None]
-        cuts.sort()
-        merges += [(tokens[left], tokens[right]) for left, right in cuts]  # the vocabulary's own strings, not copies
-    return merges
+    _, left, right = find_merges(tokens, pieces)
+    return list(zip(map(tokens.__getitem__, left.tolist()), map(tokens.__getitem__, right.tolist()), strict=True))
 
 
 def _add_special_tokens(tokenizer: "Tokenizer", vocabulary: _Vocabulary) -> None:
