@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 import tradespace
+from tradespace import light_torch
 from tradespace.cli.neighbours import check_neighbours
 from tradespace.cli.options import error_dict, print_json
 from tradespace.cli.settings import read_config, read_variables, take_config, words_of
@@ -39,6 +40,7 @@ MODULES = {
     "bench": ("bench",),
     "lab": ("lab",),
 }
+RUNS_MODELS = ("run", "chat", "serve", "demo")  # and does nothing else with torch
 
 
 def _version(asked: bool) -> None:
@@ -87,6 +89,8 @@ def _say(error: BaseException, exit_code: int, *, as_json: bool) -> None:
 def run_app(arguments: list[str]) -> None:
     """Settings, then other tools' flags, then typer."""
     arguments, config = take_config(arguments)
+    if arguments[:1] and arguments[0] in RUNS_MODELS:
+        light_torch.begin()
     # a file of settings may speak of every command
     app_command = typer.main.get_command(app_of(*module_of(arguments)) if config is None else app_of())
     commands = getattr(app_command, "commands", {})

@@ -17,6 +17,9 @@ def variants(task: Task) -> dict[str, dict[str, Any]]:
 
 class Session:
     def __init__(self, task: Task, settings: dict[str, Any]):
+        from tradespace import light_torch
+
+        light_torch.begin()  # as `tradespace run` does
         import tradespace as ts
         from tradespace import api
         from tradespace.choosing import choose_plan, read_plan
