@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import yaml
 
 from tradespace import api
 from tradespace.build import check_runs
@@ -62,6 +61,8 @@ def read_plan(plan: Plan | str | Path) -> Plan:
     """A Plan as it is, or out of the YAML file that `tradespace plan --save` wrote. Raises InputError naming what is wrong."""
     if isinstance(plan, Plan):
         return plan
+    import yaml
+
     path = Path(plan)
     try:
         if path.stat().st_size > MAX_PLAN_BYTES:

@@ -45,7 +45,9 @@ def test_each_module_registers_the_commands_that_the_table_says(module):
 
 
 def test_a_command_imports_its_own_module_alone(shell):
-    done = shell("models", "--json", before="import atexit, sys; atexit.register(lambda: print(sorted(m for m in sys.modules if m.startswith('tradespace.cli.'))))")
+    done = shell(
+        "models", "--json", before="import atexit, sys; atexit.register(lambda: print(sorted(m for m in sys.modules if m.startswith('tradespace.cli.'))))"
+    )
     assert done.code == 0
     imported = done.out.splitlines()[-1]
     assert "'tradespace.cli.pull'" in imported and "'tradespace.cli.doctor'" not in imported and "'tradespace.cli.run'" not in imported

@@ -6,7 +6,9 @@ import sys
 import pytest
 
 BEGIN = "from tradespace import light_torch\nassert light_torch.begin()\nimport sys, torch\nassert 'torch._decomp' not in sys.modules\n"
-IS_WHOLE = "assert type(sys.modules['torch._meta_registrations']).__name__ == 'module' and torch._meta_registrations is sys.modules['torch._meta_registrations']"
+IS_WHOLE = (
+    "assert type(sys.modules['torch._meta_registrations']).__name__ == 'module' and torch._meta_registrations is sys.modules['torch._meta_registrations']"
+)
 
 
 def python(code: str, environment: dict[str, str]) -> str:
@@ -50,7 +52,9 @@ def test_commands_that_run_models_do_without(shell, cli, folder, flags):
     import torch._decomp  # noqa: F401
 
     command = ("run", folder, "once", "--max-tokens", "6", "--json", *flags)
-    light = shell(*command, before="import atexit, sys; atexit.register(lambda: print('torch' in sys.modules, 'torch._decomp' in sys.modules, file=sys.stderr))")
+    light = shell(
+        *command, before="import atexit, sys; atexit.register(lambda: print('torch' in sys.modules, 'torch._decomp' in sys.modules, file=sys.stderr))"
+    )
     assert light.code == 0, light.err
     assert light.err.splitlines()[-1] == "True False"
     whole = cli(*command)

@@ -44,7 +44,7 @@ MISTAKES = [
     (f"plan llama-2-7b --memory 16GB {FOUR} --plot picture.pdf", 2, [".html"]),
     ("plan llama-2-7b --config nowhere.yaml", 2, ["no such file"]),
     ("plann llama-2-7b", 2, ["plan"]),
-    ("run smollm2-135m --temperature hot hello", 2, ["--temperature", "valid number"]),
+    ("run smollm2-135m --temperature hot hello", 2, ["--temperature", "is not a valid"]),
     ("fit --memory 100MB --device rtx-4090", 3, ["smollm2-135m"]),
 ]
 

@@ -16,7 +16,6 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import yaml
 
 from tradespace.errors import InputError
 
@@ -90,6 +89,8 @@ def read_config(path: str, commands: Mapping[str, Any]) -> dict[str, Any]:
     file = Path(path).expanduser()
     if not file.is_file():
         raise InputError(f"--config {path}: there is no such file. Give a YAML file with flags as keys, such as 'memory: 6GiB'")
+    import yaml  # where there is such a file
+
     try:
         settings = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

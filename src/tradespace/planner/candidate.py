@@ -32,7 +32,6 @@ QUALITY_LIMIT = 0.05  # nats per token
 MIN_BITS = 4  # fewer bits a weight lose so much everywhere that figures were published that they come last
 
 
-
 def quality_key(quality: Estimate, weights: WeightPlan, kv: KVPlan) -> tuple[float, float, float]:
     """Smaller is better: within the limit, then by loss, then unknown, of fewer bits last."""
     if quality.value is None:
