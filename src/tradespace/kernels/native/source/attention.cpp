@@ -76,6 +76,12 @@ static void clear(Partial& p) {
   store(p.total, vf{});
 }
 
+// With 16 registers, what multiplies a vector is read again for the next one: kept for it, it would crowd out one of the sums, and a sum that waits in memory
+// takes three times as long as one in a register.
+TS_INLINE void read_again(int vector) {
+  if (TS_REGISTER == 32 && vector) asm("" ::: "memory");
+}
+
 // `ahead`, where it is not null, are the tiles of the chunk that this thread computes next: they are asked for one line at a time, while this one is computed,
 // since pages are too short a run in memory for the hardware to see them coming.
 template <int STORE, int NQ, int TILES>
@@ -94,12 +100,11 @@ TS_INLINE void score_tiles(const Attention& a, const Block& b, int first_row, co
   for (int64_t d = 0; d < a.cache.key_width; d++) {
     if (next && d * LANES * WIDTH % 64 == 0)
       for (int t = 0; t < TILES; t++) __builtin_prefetch((const char*)a.cache.keys + (next[t] + d * LANES) * WIDTH, 0, 2);
-    vf k[TILES];
-    for (int t = 0; t < TILES; t++) k[t] = load_stored<STORE>(a.cache.keys, tiles[t] + d * LANES);
+    for (int t = 0; t < TILES; t++) {
+      read_again(t);
+      const vf k = load_stored<STORE>(a.cache.keys, tiles[t] + d * LANES);
 TS_UNROLL(12)
-    for (int i = 0; i < NQ; i++) {
-      vf q = splat(b.q[first_row + i][d]);
-      for (int t = 0; t < TILES; t++) acc[i][t] = fma(k[t], q, acc[i][t]);
+      for (int i = 0; i < NQ; i++) acc[i][t] = fma(k, splat(b.q[first_row + i][d]), acc[i][t]);
     }
   }
   scores += first_tile * LANES;
@@ -139,13 +144,11 @@ TS_INLINE void weigh_rows(const Attention& a, int first_row, const Tiles& chunk,
         const char* row = (const char*)a.cache.values + (next->values[j / LANES] + j % LANES * width + c) * width_bytes(STORE);
         for (int64_t byte = 0; byte < VECTORS * LANES * width_bytes(STORE); byte += 64) __builtin_prefetch(row + byte, 0, 2);
       }
-      vf x[VECTORS];
-      for (int v = 0; v < VECTORS; v++) x[v] = load_stored<STORE>(a.cache.values, rows[j] + c + v * LANES);
+      for (int v = 0; v < VECTORS; v++) {
+        read_again(v);
+        const vf x = load_stored<STORE>(a.cache.values, rows[j] + c + v * LANES);
 TS_UNROLL(6)
-      for (int i = 0; i < NQ; i++) {
-        vf p = splat(scores[(first_row + i) * CHUNK + j]);
-TS_UNROLL(4)
-        for (int v = 0; v < VECTORS; v++) acc[i][v] = fma(p, x[v], acc[i][v]);
+        for (int i = 0; i < NQ; i++) acc[i][v] = fma(splat(scores[(first_row + i) * CHUNK + j]), x, acc[i][v]);
       }
     }
     for (int i = 0; i < NQ; i++)
@@ -333,11 +336,44 @@ static void whole_block(const Attention& a, const Block& b, float* scratch, cons
   finish(a, b, all);
 }
 
+// chunks of a block that have room for their partial results at once, beside a result for each block
+static int64_t wave_of(const Attention& a, int64_t num_blocks) { return std::max<int64_t>(1, (a.slots - num_blocks) / num_blocks); }
+
+// The chunks of a wave, `done` and those behind it, as units of work. Units without a chunk behind them are left out, so that all threads get as many. Neighbouring
+// blocks that see the same chunks, such as those of a sequence's heads, take turns: what they read of one chunk lies side by side in memory.
+struct Units {
+  struct Run {
+    int64_t end, first, count;  // of units, of blocks
+  } runs[MOST_SPLIT];
+  int64_t total = 0, piece;
+
+  Units(const Block* blocks, int64_t num_blocks, int64_t done, int64_t wave, const Worker& worker) {
+    int64_t num_runs = 0;
+    for (int64_t i = 0; i < num_blocks; i++) {
+      const bool alike = i && blocks[i].first == blocks[i - 1].first && blocks[i].last == blocks[i - 1].last;
+      if (!alike) runs[num_runs++] = {0, i, 0};
+      total += std::clamp<int64_t>(blocks[i].last - blocks[i].first - done, 0, wave);
+      runs[num_runs - 1].count++;
+      runs[num_runs - 1].end = total;
+    }
+    piece = std::max<int64_t>(1, total / (8 * worker.count));
+  }
+
+  // the block of a unit, and its chunk's place in the wave
+  int64_t find(int64_t unit, int64_t* chunk) const {
+    int64_t r = 0;
+    while (unit >= runs[r].end) r++;
+    unit -= r ? runs[r - 1].end : 0;
+    *chunk = unit / runs[r].count;
+    return runs[r].first + unit % runs[r].count;
+  }
+};
+
 // few blocks and long contexts: the chunks themselves are shared out, a wave of partial results at a time
 template <int STORE>
 static void split_blocks(Worker& worker, const Attention& a, const Step& step, int64_t num_blocks, const Block* blocks) {
   const int64_t floats = partial_floats(a.cache.value_width);
-  const int64_t kept = num_blocks, wave = std::max<int64_t>(1, (a.slots - kept) / num_blocks);
+  const int64_t kept = num_blocks, wave = wave_of(a, num_blocks);
   auto at = [&](int64_t slot) {
     float* base = a.partials + slot * floats;
     Partial p;
@@ -358,24 +394,15 @@ static void split_blocks(Worker& worker, const Attention& a, const Step& step, i
   for (int64_t i = 0; i < num_blocks; i++) waves = std::max(waves, (blocks[i].last - blocks[i].first + wave - 1) / wave);
   for (int64_t w = 0; w < waves; w++) {
     int64_t first, last;
-    // units without a chunk behind them are left out, so that all threads get as many
-    int64_t ends[MOST_SPLIT], total = 0;
-    for (int64_t i = 0; i < num_blocks; i++) ends[i] = total += std::clamp<int64_t>(blocks[i].last - blocks[i].first - w * wave, 0, wave);
-    const int64_t piece = std::max<int64_t>(1, total / (8 * worker.count));
-    auto find = [&](int64_t unit, int64_t* chunk) {
-      int64_t i = 0;
-      while (unit >= ends[i]) i++;
-      *chunk = unit - (i ? ends[i - 1] : 0);
-      return i;
-    };
-    while (worker.take(total, piece, &first, &last))
+    const Units units(blocks, num_blocks, w * wave, wave, worker);
+    while (worker.take(units.total, units.piece, &first, &last))
       for (int64_t unit = first; unit < last; unit++) {
         int64_t chunk, chunk_after;
-        const int64_t i = find(unit, &chunk);
+        const int64_t i = units.find(unit, &chunk);
         Tiles tiles;
         const Tiles* next = nullptr;
-        if (unit + 1 < total) {
-          const Block& after = blocks[find(unit + 1, &chunk_after)];
+        if (unit + 1 < units.total) {
+          const Block& after = blocks[units.find(unit + 1, &chunk_after)];
           next = ask_for(a, after, after.first + w * wave + chunk_after, &tiles);
         }
         Partial p = at(kept + i * wave + chunk);
@@ -395,20 +422,44 @@ static void split_blocks(Worker& worker, const Attention& a, const Step& step, i
   }
 }
 
-template <int STORE>
-static void attend_with(Worker& worker, const Attention& a, const Step& step) {
+// The blocks of a step that has so few that their chunks are shared out; 0 where it has more.
+static int64_t few_blocks(const Worker& worker, const Attention& a, const Step& step, Block* blocks) {
   int64_t total = 0;
   for (int64_t s = 0; s < step.num_sequences && total <= MOST_SPLIT; s++) total += blocks_of(a, step, s) * a.cache.heads;
-  if (worker.count > 1 && total < 4 * worker.count && total <= MOST_SPLIT && 2 * total <= a.slots) {
-    Block blocks[MOST_SPLIT];
-    int64_t made = 0;
-    for (int64_t s = 0; s < step.num_sequences; s++)
-      for (int head = 0; head < a.cache.heads; head++)
-        for (int64_t i = 0; i < blocks_of(a, step, s); i++) blocks[made++] = make_block(a, step, s, head, i);
-    split_blocks<STORE>(worker, a, step, made, blocks);
-    return;
+  if (worker.count == 1 || total >= 4 * worker.count || total > MOST_SPLIT || 2 * total > a.slots) return 0;
+  int64_t made = 0;
+  for (int64_t s = 0; s < step.num_sequences; s++)
+    for (int head = 0; head < a.cache.heads; head++)
+      for (int64_t i = 0; i < blocks_of(a, step, s); i++) blocks[made++] = make_block(a, step, s, head, i);
+  return made;
+}
+
+constexpr int64_t EXPECTED_UNITS = 2;
+
+void expect_attention(const Worker& worker, const Attention& a, const Step& step) {
+  Block blocks[MOST_SPLIT];
+  const int64_t count = few_blocks(worker, a, step, blocks), width = width_bytes(a.cache.store);
+  if (count == 0) return;
+  const Units units(blocks, count, 0, wave_of(a, count), worker);
+  const int64_t first = units.total * worker.index / worker.count / units.piece * units.piece;
+  for (int64_t unit = first; unit < std::min(first + EXPECTED_UNITS, units.total); unit++) {
+    int64_t chunk;
+    const Block& b = blocks[units.find(unit, &chunk)];
+    Tiles tiles;
+    if (!ask_for(a, b, b.first + chunk, &tiles)) return;
+    for (int t = 0; t < tiles.count; t++) {
+      const char *keys = (const char*)a.cache.keys + tiles.keys[t] * width, *values = (const char*)a.cache.values + tiles.values[t] * width;
+      for (int64_t byte = 0; byte < a.cache.key_width * LANES * width; byte += 64) __builtin_prefetch(keys + byte, 0, 2);
+      for (int64_t byte = 0; byte < a.cache.value_width * LANES * width; byte += 64) __builtin_prefetch(values + byte, 0, 2);
+    }
   }
-  total = 0;
+}
+
+template <int STORE>
+static void attend_with(Worker& worker, const Attention& a, const Step& step) {
+  Block few[MOST_SPLIT];
+  if (const int64_t made = few_blocks(worker, a, step, few)) return split_blocks<STORE>(worker, a, step, made, few);
+  int64_t total = 0;
   for (int64_t s = 0; s < step.num_sequences; s++) total += blocks_of(a, step, s) * a.cache.heads;
   float* scratch = a.partials + 2 * worker.index * partial_floats(a.cache.value_width);
   const int64_t size = std::max<int64_t>(1, std::min<int64_t>(8, total / (8 * worker.count)));

@@ -49,6 +49,7 @@ struct Attention {
 
 int64_t partial_floats(int64_t value_width);
 void attend(Worker& worker, const Attention& a, const Step& step);
+void expect_attention(const Worker& worker, const Attention& a, const Step& step);  // `attend` comes next: asks for what this thread reads first
 void expect_key(const Cache& cache, const Step& step, int64_t sequence, int64_t position, int head);  // write_key will come for it
 void write_key(const Cache& cache, const Step& step, int64_t sequence, int64_t position, int head, const float* k);
 void write_value(const Cache& cache, const Step& step, int64_t sequence, int64_t position, int head, const float* v);

@@ -25,6 +25,14 @@ void multiply_panels(const Product& product, int64_t first_panel, int64_t last_p
 void multiply_integers(const Product& product, int64_t first_panel, int64_t last_panel);
 void multiply_floats(const Product& product, int64_t first_panel, int64_t last_panel);
 
+// One token's weights come from memory, which gives more of them when a thread reads in several places at once: of its run of panels [begin, end) the first of
+// each half, the second of each half, and so on. A unit is one such pair, of which a run has `stream_panels`.
+constexpr int STREAMS = 2;
+TS_INLINE int64_t stream_panels(int64_t begin, int64_t end) { return (end - begin + STREAMS - 1) / STREAMS; }
+TS_INLINE bool by_streams(const Product& p) { return p.tokens == 1 && is_integer(p.weight.kind) && p.form == FORM_INT8; }
+void expect_weights(const Worker& worker, const Product& product);  // `multiply` comes next: asks for what this thread reads first
+void multiply_streams(const Product& product, int64_t begin, int64_t end, int64_t first_unit, int64_t last_unit);
+
 // writes results of one token from `column` on
 template <class V>
 TS_INLINE void put_result(const Product& p, int64_t token, int64_t column, V value) {

@@ -186,10 +186,24 @@ static Product of_tokens(const Product& p, int64_t first, int64_t last) {
 
 void multiply_tokens(const Product& p, int64_t first, int64_t last) { multiply_panels(of_tokens(p, first, last), 0, p.weight.panels()); }
 
+constexpr int64_t EXPECTED_BYTES = 1024;
+
+void expect_weights(const Worker& worker, const Product& p) {
+  if (!by_streams(p)) return;
+  const int64_t panels = p.weight.panels(), begin = panels * worker.index / worker.count, end = panels * (worker.index + 1) / worker.count;
+  for (int64_t index = begin; index < end; index += std::max<int64_t>(1, stream_panels(begin, end)))
+    for (int64_t byte = 0; byte < std::min(EXPECTED_BYTES, p.weight.panel_bytes); byte += 64) ask_for_weights<1>(p.weight.panel(index) + byte);
+}
+
 void multiply(Worker& worker, const Product& p) {
   const int64_t panels = p.weight.panels();
   // several pieces a thread, so that one which loses its core for a while leaves the rest to the others; whole blocks of four panels
   int64_t piece = std::max<int64_t>(4, round_up((panels + 8 * worker.count - 1) / (8 * worker.count), 4)), first, last;
+  if (by_streams(p)) {
+    int64_t begin, end;
+    while (worker.take_of_run(panels, STREAMS, piece / STREAMS, &begin, &end, &first, &last)) multiply_streams(p, begin, end, first, last);
+    return;
+  }
   if (p.tokens >= 8) piece = std::max<int64_t>(piece / 2, std::max<int64_t>(1, 16384 / p.weight.panel_bytes));
   while (worker.take(panels, piece, &first, &last)) multiply_panels(p, first, last);
 }

@@ -36,7 +36,8 @@ TS_INLINE GroupHead<KIND> read_head(const uint8_t* p) {
 }
 
 // Weights come from memory once, in the pass of the first tokens: asked for this far ahead, they arrive while earlier ones are multiplied.
-constexpr int PREFETCH_BYTES = 3072;
+template <int TOKENS>
+constexpr int PREFETCH_BYTES = TOKENS == 1 ? 1024 : 3072;
 
 // Sums by section are kept in parts: by 16 columns where those have scales of their own, else by turns where few tokens leave the multiplier waiting for itself.
 template <int KIND, int TOKENS>
@@ -110,7 +111,7 @@ TS_INLINE void section(const uint8_t* p, const GroupHead<KIND>& head, const Oper
   constexpr KindInfo INFO = KINDS[KIND];
   const uint8_t* codes = p + section_head_bytes(INFO.meta);
   if (token == 0)
-    for (int line = 0; line < section_bytes(INFO.bits) + group_bytes(INFO.meta); line += 64) ask_for_weights<TOKENS>(codes + PREFETCH_BYTES + line);
+    for (int line = 0; line < section_bytes(INFO.bits) + group_bytes(INFO.meta); line += 64) ask_for_weights<TOKENS>(codes + PREFETCH_BYTES<TOKENS> + line);
 TS_UNROLL(2)
   for (int piece = 0; piece < PIECES; piece++) {
     if (PIECES > 1 && TOKENS > 1) asm("" ::: "memory");  // activations are read again: kept for the next piece they would crowd out the sums
@@ -210,10 +211,72 @@ static void panels(const Product& p, int64_t first, int64_t last) {
   }
 }
 
+// Panels `index[0]`, `index[1]` … side by side, for one token.
+template <int KIND>
+TS_APART void side_by_side(const Product& p, const int64_t* index) {
+  constexpr KindInfo INFO = KINDS[KIND];
+  constexpr int STEP = section_bytes(INFO.bits) + section_head_bytes(INFO.meta), HEAD = group_bytes(INFO.meta) + super_head_bytes(INFO.meta);
+  const int64_t sections = p.weight.sections(), group = HEAD == 0 ? sections : super_head_bytes(INFO.meta) ? SUPER_SECTIONS : p.weight.group;
+  const uint8_t* at[STREAMS];
+  pf acc[STREAMS][PIECES][1];
+  for (int q = 0; q < STREAMS; q++) {
+    at[q] = p.weight.panel(index[q]) + panel_head_bytes(INFO.meta);
+    for (int piece = 0; piece < PIECES; piece++) acc[q][piece][0] = pf{};
+  }
+  if (HEAD > 0 && super_head_bytes(INFO.meta) == 0 && group == 1) {  // most often: then a scale is read where it is needed
+    for (int64_t s = 0; s < sections; s++)
+      for (int q = 0; q < STREAMS; q++) {
+        section<KIND, 1>(at[q] + HEAD, read_head<KIND>(at[q]), p.x, 0, s, acc[q]);
+        at[q] += STEP + HEAD;
+      }
+  } else {
+    for (int64_t s = 0; s < sections;) {
+      GroupHead<KIND> head[STREAMS] = {};
+      for (int q = 0; q < STREAMS; q++) {
+        if constexpr (HEAD > 0) head[q] = read_head<KIND>(at[q]);
+        at[q] += HEAD;
+      }
+      const int64_t end = std::min(s + group, sections);
+      for (; s < end; s++)
+        for (int q = 0; q < STREAMS; q++) {
+          section<KIND, 1>(at[q], head[q], p.x, 0, s, acc[q]);
+          at[q] += STEP;
+        }
+    }
+  }
+  for (int q = 0; q < STREAMS; q++)
+    for (int piece = 0; piece < PIECES; piece++) {
+      pf value = acc[q][piece][0];
+      if constexpr (INFO.meta == META_ROW) value = value * To_<pf>::load(p.weight.panel(index[q]) + piece * sizeof(pf));
+      put_result(p, 0, index[q] * LANES + piece * PIECE, value);
+    }
+}
+
+template <int KIND>
+static void streams(const Product& p, int64_t begin, int64_t end, int64_t first, int64_t last) {
+  const int64_t apart = stream_panels(begin, end);
+  for (int64_t unit = first; unit < last; unit++) {
+    const int64_t index[STREAMS] = {begin + unit, begin + unit + apart};
+    if (index[1] < end) side_by_side<KIND>(p, index);
+    else panel<KIND, 1>(p, index[0], 0);
+  }
+}
+
+#define TS_INTEGER_KINDS(CASE) \
+  CASE(I8_ROW) CASE(Q8) CASE(Q4) CASE(Q4_MIN) CASE(Q5) CASE(Q5_MIN) CASE(Q4_ZERO) CASE(Q3) CASE(Q3_ZERO) CASE(Q2) CASE(Q2_ZERO) CASE(Q4_K) CASE(Q5_K) CASE(Q6_K)
+
+void multiply_streams(const Product& p, int64_t begin, int64_t end, int64_t first, int64_t last) {
+  switch (p.weight.kind) {
+#define CASE(KIND) case KIND: return streams<KIND>(p, begin, end, first, last);
+    TS_INTEGER_KINDS(CASE)
+#undef CASE
+  }
+}
+
 void multiply_integers(const Product& p, int64_t first, int64_t last) {
   switch (p.weight.kind) {
 #define CASE(KIND) case KIND: return panels<KIND>(p, first, last);
-    CASE(I8_ROW) CASE(Q8) CASE(Q4) CASE(Q4_MIN) CASE(Q5) CASE(Q5_MIN) CASE(Q4_ZERO) CASE(Q3) CASE(Q3_ZERO) CASE(Q2) CASE(Q2_ZERO) CASE(Q4_K) CASE(Q5_K) CASE(Q6_K)
+    TS_INTEGER_KINDS(CASE)
 #undef CASE
   }
 }

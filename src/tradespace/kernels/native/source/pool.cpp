@@ -153,6 +153,22 @@ bool Worker::take(int64_t total, int64_t size, int64_t* first, int64_t* last) {
   return false;
 }
 
+bool Worker::take_of_run(int64_t total, int64_t streams, int64_t size, int64_t* begin, int64_t* end, int64_t* first, int64_t* last) {
+  for (int turn = 0; turn < count; turn++) {
+    const int64_t whose = (index + turn) % count;
+    *begin = total * whose / count;
+    *end = total * (whose + 1) / count;
+    const int64_t units = (*end - *begin + streams - 1) / streams;
+    std::atomic<int64_t>& taken = team->seats[(size_t)whose].units;
+    if (taken.load(std::memory_order_relaxed) >= units) continue;
+    *first = taken.fetch_add(size, std::memory_order_relaxed);
+    if (*first >= units) continue;
+    *last = *first + size < units ? *first + size : units;
+    return true;
+  }
+  return false;
+}
+
 // never destroyed: at exit the threads may still sleep in it
 static Team& team() {
   static Team* found = new Team();

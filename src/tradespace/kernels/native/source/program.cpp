@@ -118,7 +118,7 @@ static void heads(const Op& op, const Step& step, int64_t first, int64_t last, f
   }
 }
 
-static void attention(Worker& worker, const Op& op, const Step& step) {
+static Attention attention_of(const Op& op) {
   Attention a;
   a.cache = op.cache;
   a.q = op.in;
@@ -132,7 +132,7 @@ static void attention(Worker& worker, const Op& op, const Step& step) {
   a.softcap = op.softcap;
   a.partials = op.partials;
   a.slots = op.slots;
-  attend(worker, a, step);
+  return a;
 }
 
 static int64_t sections_of(const Op& op) { return (op.width + SECTION - 1) / SECTION; }
@@ -240,11 +240,17 @@ static void run_one(Worker& worker, const Op& op, const Step& step, float* scrat
       }
       share(worker, rows * all, &first, &last);
       return heads(op, step, first, last, scratch);
-    case OP_ATTEND: return attention(worker, op, step);
+    case OP_ATTEND: return attend(worker, attention_of(op), step);
     case OP_PREPARE:
     case OP_ACTIVATE: share(worker, rows * sections_of(op), &first, &last); return prepare(op, first, last);
     case OP_FINISH_LOGITS: return finish_logits(worker, op, step);
   }
+}
+
+// Before it waits for the others, a thread asks for what it reads first in the operation that they all wait for: memory works meanwhile.
+static void expect(const Worker& worker, const Op& op, const Step& step, int64_t base) {
+  if (op.kind == OP_PRODUCT) expect_weights(worker, product_of(op, op.flags & FLAG_ROWS ? step.num_rows : step.num_tokens, base));
+  if (op.kind == OP_ATTEND) expect_attention(worker, attention_of(op), step);
 }
 
 constexpr int64_t BLOCK_TOKENS = 64;  // whose rows stay in the second-level cache from one operation to the next
@@ -266,6 +272,7 @@ static void run(Worker& worker, void* argument) {
   for (int64_t i = 0; i < run.count;) {
     const Op& op = run.ops[i];
     if (op.wait) {
+      if (step.num_tokens == 1) expect(worker, op, step, base);
       worker.barrier();
       lap(i - 1);  // waiting counts for the operation that is waited for
     }
