@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-
 from tradespace import api
 from tradespace.build import check_runs
 from tradespace.errors import InputError, UnsupportedError

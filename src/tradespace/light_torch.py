@@ -8,11 +8,13 @@ one takes it over as soon as anything imports what is built on it, or asks it fo
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 import threading
 from collections.abc import Sequence
-from importlib import metadata
 from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 
 DEFERRED = "torch._meta_registrations"
@@ -46,16 +48,22 @@ _lock = threading.RLock()
 
 def begin() -> bool:
     """Before the first `import torch` of a process. False where nothing was done: torch is imported already, is another version, or is not there."""
-    if "torch" in sys.modules:
-        return False
-    try:
-        if not metadata.version("torch").startswith(VERSIONS):
-            return False
-    except metadata.PackageNotFoundError:
+    if "torch" in sys.modules or not _installed().startswith(VERSIONS):
         return False
     sys.modules[DEFERRED] = _Deferred(DEFERRED)
     sys.meta_path.insert(0, _watch)  # pyright: ignore[reportArgumentType]
     return True
+
+
+def _installed() -> str:
+    """The version of the torch that would be imported, "" where none is found: read from its file, as asking for a distribution's takes longer."""
+    found = find_spec("torch")
+    try:
+        text = (Path(found.origin).parent / "version.py").read_text() if found is not None and found.origin is not None else ""
+    except OSError:
+        return ""
+    stated = re.search(r"^__version__ = ['\"]([^'\"]+)", text, re.MULTILINE)
+    return stated.group(1) if stated else ""
 
 
 def complete() -> None:

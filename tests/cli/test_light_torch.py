@@ -25,7 +25,8 @@ def python(code: str, environment: dict[str, str]) -> str:
         "from torch._subclasses import FakeTensorMode\nwith FakeTensorMode(): assert torch.linalg.svd(torch.empty(3, 4))[1].shape == (3,)",
         "import torch._decomp",
         "assert torch._meta_registrations.meta_index_Tensor",
-        "light_torch.complete()\nassert torch.nn.functional.embedding_bag(torch.ones(2, 2, dtype=torch.int64, device='meta'), torch.empty(9, 4, device='meta')).shape == (2, 4)",
+        "light_torch.complete()\nids = torch.ones(2, 2, dtype=torch.int64, device='meta')\n"
+        "assert torch.nn.functional.embedding_bag(ids, torch.empty(9, 4, device='meta')).shape == (2, 4)",
     ],
 )
 def test_what_needs_the_rest_gets_it(use, environment):
@@ -42,7 +43,7 @@ def test_running_and_training_a_little_does_without(environment):
 
 def test_begin_does_nothing_where_it_is_too_late_or_torch_is_another(environment):
     python("import torch\nfrom tradespace import light_torch\nassert not light_torch.begin()\nlight_torch.complete()", environment)
-    code = "from tradespace import light_torch\nlight_torch.metadata.version = lambda name: '9.0'\nassert not light_torch.begin()\nimport torch, sys\n"
+    code = "from tradespace import light_torch\nlight_torch._installed = lambda: '9.0'\nassert not light_torch.begin()\nimport torch, sys\n"
     python(code + "assert 'torch._decomp' in sys.modules", environment)
 
 

@@ -19,7 +19,7 @@ from tradespace.spec.mixers import Attention
 
 
 def peak_bytes(call) -> int:
-    """Most bytes alive at once that `call` allocated, temporaries inside operators included; what it frees of others (collected garbage, say) is not its own."""
+    """Most bytes alive at once that `call` allocated, temporaries inside operators included; what it frees of others, such as garbage, is not its own."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as prof:
         kept = call()
     pending, records = list(prof.profiler.kineto_results.experimental_event_tree()), []

@@ -16,7 +16,6 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-
 from tradespace.errors import InputError
 
 PREFIX = "TRADESPACE_"
