@@ -1,4 +1,5 @@
-"""The exact search: every plan of the listed space is priced (`planner/price.py`), none is skipped by a heuristic.
+"""The exact search: every plan of the listed space is priced (`planner/price.py`), none is skipped by a heuristic. Where only the best one is wanted, those are
+priced that could be it.
 
 What comes of it: the frontier, the best plan, why the rest lost, and where nothing fits the nearest plan that does.
 """
