@@ -1,8 +1,8 @@
 """`import torch` for a process that only runs models: without what tensors on the "meta" device, fake tensors and compilers need.
 
-`import torch` registers in Python how a thousand operators act on tensors that have no data, with all decompositions that this takes: a third of its time and
-18 MiB, for torch.compile, torch.export and the like, which running a model does not touch. `begin` leaves a stand-in in the place of that one module. The real
-one takes it over as soon as anything imports what is built on it, or asks it for an attribute; models run the same without.
+`import torch` registers in Python how a thousand operators act on tensors that have no data, with all decompositions that this takes: much of its time and
+memory, for torch.compile, torch.export and the like, which running a model does not touch. `begin` leaves a stand-in in the place of that one module. The
+real one takes it over as soon as anything imports what is built on it, or asks it for an attribute; models run the same without.
 """
 
 from __future__ import annotations
@@ -33,12 +33,26 @@ class _Deferred(ModuleType):
         return getattr(sys.modules[DEFERRED], name)
 
 
+class _Loaded:
+    """Loader of a module that was loaded while it was looked for: it stays as it is. To run twice would leave it with empty tables."""
+
+    def __init__(self, module: ModuleType):
+        self._module, self._spec = module, module.__spec__
+        module.__spec__ = None  # else the import would go by this one, which runs the module, and not by ours
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return self._module
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__ = self._spec
+
+
 class _Watch:
-    """A finder of modules that finds none: it sees who imports what."""
+    """A finder of modules that finds none of its own: it sees who imports what. It stays in its place, as the list of finders is being walked through."""
 
     def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name in FIRST_SIGNS:
-            complete()
+        if name in FIRST_SIGNS and complete() and name in sys.modules:
+            return ModuleSpec(name, _Loaded(sys.modules[name]))  # pyright: ignore[reportArgumentType]
         return None
 
 
@@ -66,11 +80,11 @@ def _installed() -> str:
     return stated.group(1) if stated else ""
 
 
-def complete() -> None:
-    """Puts the real module where `begin` left its stand-in; does nothing where there is none."""
+def complete() -> bool:
+    """Puts the real module where `begin` left its stand-in. False where there is none."""
     with _lock:
         if not isinstance(sys.modules.get(DEFERRED), _Deferred):
-            return
-        sys.meta_path.remove(_watch)  # pyright: ignore[reportArgumentType]
+            return False
         del sys.modules[DEFERRED]
         importlib.import_module(DEFERRED)
+        return True

@@ -33,6 +33,15 @@ def test_what_needs_the_rest_gets_it(use, environment):
     python(f"{BEGIN}{use}\n{IS_WHOLE}\nlight_torch.complete()", environment)
 
 
+@pytest.mark.parametrize("first", ["torch._decomp", "torch._refs", "torch._prims", "torch._dynamo"])
+def test_tables_are_those_of_a_whole_torch(first, environment):
+    """Whatever is imported first: no module runs twice, which would leave empty tables."""
+    count = f"import torch, {first}, torch._decomp as d\nassert sys.modules['{first}'].__spec__.origin\n"
+    count += "print(len(d.decomposition_table), len(d.meta_table), len(torch._prims.__all__), len(torch._refs.__all__))"
+    light, whole = python(BEGIN + count, environment), python("import sys\n" + count, environment)
+    assert light == whole
+
+
 def test_running_and_training_a_little_does_without(environment):
     code = (
         "x = torch.randn(4, 8, requires_grad=True)\ny = torch.nn.functional.scaled_dot_product_attention(x[None], x[None], x[None]).sum()\ny.backward()\n"

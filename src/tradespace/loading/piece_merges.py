@@ -1,7 +1,7 @@
 """The merges of a SentencePiece vocabulary: every way to cut a piece in two that are pieces as well.
 
 A vocabulary of 262144 pieces has two million cuts, half a million of which are merges. Looked up one by one in Python they take two to three seconds, most of
-the start of such a model. Here all cuts of some thousand pieces are hashed at once: the hash of a text is the polynomial Σ cᵢ·bⁱ of its code points modulo
+the start of such a model. Here all cuts of some ten thousand pieces are hashed at once: the hash of a text is the polynomial Σ cᵢ·bⁱ of its code points modulo
 2⁶⁴, so that those of all heads and tails of a piece are differences of one running sum. What a hash finds is compared letter by letter.
 """
 
@@ -12,7 +12,7 @@ import numpy as np
 Integers = np.ndarray  # one-dimensional, int64 or uint64
 
 BASES = (0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93, 0xC2B2AE3D27D4EB4F)  # odd, so that powers have inverses
-PIECES = 1 << 14  # that are cut at once
+CHARACTERS = 1 << 18  # that are hashed at once, of whole texts
 FILTER_BITS = 22
 
 
@@ -24,7 +24,19 @@ def find_merges(tokens: Sequence[str], chosen: Sequence[int]) -> tuple[Integers,
         found = _found_by_hash(tokens, np.asarray(chosen, np.int64), base)
         if found is not None:
             return found
-    raise AssertionError("two tokens share their hash under every base")
+    return _found_one_by_one(tokens, chosen)
+
+
+def _found_one_by_one(tokens: Sequence[str], chosen: Sequence[int]) -> tuple[Integers, Integers, Integers]:
+    """For texts made so that they share their hash under every base, as the Thue-Morse sequence and its complement do."""
+    ids = {token: token_id for token_id, token in enumerate(tokens)}
+    found = []
+    for piece in chosen:
+        text = tokens[piece]
+        cuts = ((ids.get(text[:at]), ids.get(text[at:])) for at in range(1, len(text)))
+        found += [(piece, left, right) for left, right in sorted((left, right) for left, right in cuts if left is not None and right is not None)]
+    piece, left, right = np.array(found, np.int64).reshape(-1, 3).T
+    return piece, left, right
 
 
 class _Texts:
@@ -34,6 +46,13 @@ class _Texts:
         self.lengths = np.fromiter(map(len, tokens), np.int64, len(tokens))
         self.starts = np.cumsum(self.lengths) - self.lengths
         self.points = np.frombuffer("".join(tokens).encode("utf-32-le", "surrogatepass"), np.uint32)
+
+    def divided(self, ids: Integers) -> list[Integers]:
+        """These tokens in runs of about CHARACTERS, or of one that is longer."""
+        if len(ids) == 0:
+            return []
+        through = np.cumsum(self.lengths[ids]) // CHARACTERS
+        return np.split(ids, np.flatnonzero(np.diff(through)) + 1)
 
     def gathered(self, ids: Integers) -> tuple[np.ndarray, Integers, Integers]:
         """The code points of these tokens one after the other, and where each begins and ends in them."""
@@ -96,8 +115,7 @@ def _powers(base: int, count: int) -> Integers:
 def _found_by_hash(tokens: Sequence[str], chosen: Integers, base: int) -> tuple[Integers, Integers, Integers] | None:
     """None where two tokens share their hash."""
     texts = _Texts(tokens)
-    chunks = [np.arange(start, min(start + PIECES, len(tokens))) for start in range(0, len(tokens), PIECES)]
-    pieces = [chosen[start : start + PIECES] for start in range(0, len(chosen), PIECES)]
+    chunks, pieces = texts.divided(np.arange(len(tokens))), texts.divided(chosen)
     longest = max((int(texts.lengths[ids].sum()) for ids in (*chunks, *pieces)), default=0)
     powers, inverses = _powers(base, longest + 1), _powers(pow(base, -1, 1 << 64), longest + 1)
     hashed = []

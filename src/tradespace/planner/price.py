@@ -8,9 +8,7 @@ second in plain Python. The sums are those of `cost.memory.ledger`, line for lin
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from itertools import count
 from math import ceil
@@ -29,7 +27,7 @@ from tradespace.cost.summary import (
 )
 from tradespace.cost.time import Rates, StepTime, decode_phase, rates_for, request_seconds, step_time
 from tradespace.cost.traffic import Axes, StepWork, decode_beside, prefill_beside, weight_read_bytes, with_weights
-from tradespace.planner.candidate import Candidate, Question, best_preference
+from tradespace.planner.candidate import Candidate, Question
 from tradespace.planner.parts import Cache, Part, Placements, Room, StepBytes
 from tradespace.planner.space import Space
 from tradespace.spec import cuda, native
@@ -319,22 +317,6 @@ class Pricer:
         for part, cache in self.pairs():
             yield from self.plans_of(part, cache)
 
-    def rivals(self, eligible: Callable[[Candidate], bool]) -> Iterator[Candidate]:
-        """Those plans of the space among which the best eligible one is: what cannot come before one that was found is not priced."""
-
-        def bound(pair: tuple[Part, Cache]) -> tuple[float, ...]:
-            part, cache = pair
-            return best_preference(self.quality(part, cache), part.weights, cache.kv, part.requantized)
-
-        best: tuple[float, ...] | None = None
-        for part, cache in sorted(self.pairs(), key=bound):
-            if best is not None and bound((part, cache)) > best:
-                return
-            for found in self.plans_of(part, cache):
-                if eligible(found) and (best is None or found.preference < best):
-                    best = found.preference
-                yield found
-
     def step_sizes(self, kernel: str) -> tuple[int, ...]:
         """Budgets of tokens per step. The native step goes through its tokens in blocks: larger steps than a few hundred cost buffers and gain nothing."""
         sizes = self.space.step_tokens
@@ -407,33 +389,3 @@ class Pricer:
             self.reasons(part, cache, kernel, placement),
             part.requantized,
         )
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Without the collector of cycles: it walks tens of thousands of plans again and again, and pricing makes no cycles."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
-
-
-def price(question: Question, space: Space) -> tuple[Candidate, ...]:
-    """Every plan of `space`, priced for `question`."""
-    with _uncollected():
-        return tuple(Pricer(question, space).candidates())
-
-
-def price_rivals(question: Question, space: Space, eligible: Callable[[Candidate], bool]) -> tuple[Candidate, ...]:
-    """Enough plans of `space` to have the best eligible one among them; all where none is eligible."""
-    with _uncollected():
-        return tuple(Pricer(question, space).rivals(eligible))
-
-
-def anything_fits(question: Question, space: Space) -> bool:
-    """Whether memory suffices for any plan of `space`."""
-    with _uncollected():
-        return any(candidate.fits_memory for candidate in Pricer(question, space).candidates())

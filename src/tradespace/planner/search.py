@@ -14,8 +14,8 @@ from math import ceil
 
 from tradespace.errors import BudgetError, InputError
 from tradespace.planner.candidate import Candidate, Question
+from tradespace.planner.enumerate import anything_fits, price, price_rivals
 from tradespace.planner.pareto import non_dominated
-from tradespace.planner.price import anything_fits, price, price_rivals
 from tradespace.planner.reject import Rejection, rejections
 from tradespace.planner.space import Space, build_space
 from tradespace.spec.device import DeviceSpec
