@@ -14,6 +14,7 @@ from tradespace.kernels.attention.triton_paged_decode import decode_kernel, gath
 from tradespace.kernels.linear.triton_rows_kernel import rows_kernel
 from tradespace.kernels.optimizer.triton_adamw import adamw_kernel
 from tradespace.kernels.optimizer.triton_adamw8 import adamw8_kernel
+from tradespace.kernels.rope.triton_write import write_kernel
 
 CODES = {"bf16": "*bf16", "w8a8": "*i8", "f8a8": "*fp8e4nv"}  # of weights; the others come as pairs
 KINDS = ("bf16", "int8", "fp8", "int4", "nf4", "w8a8", "f8a8")
@@ -99,6 +100,16 @@ def decode(code: str, *, gather: bool) -> None:
         compile_for_h100(gather_kernel, pointers, {name: constants[name] for name in kept} | {"C": 32}, 2, 2)
 
 
+def writes(code: str, *, whole: bool) -> None:
+    """Rotation and cache writes. whole: of whole heads without norms, with the keys kept; else of part of a head under norms."""
+    held = {"plain": "*bf16", "int8": "*i8", "fp8": "*u8"}[code]
+    types = dict.fromkeys(("qkv", "q_out", "k_out", "q_norm", "k_norm"), "*bf16") | dict.fromkeys(("keys", "values"), held)
+    types |= {"table": "*fp32", "positions": "*i64", "slots": "*i64", "key_scales": "*fp16", "value_scales": "*fp16", "eps": "fp32"}
+    constants = {"H": 128, "HV": 128, "HP": 128, "HVP": 128, "DIMS": 128 if whole else 96, "INTERLEAVED": False, "NORMS": not whole, "CODE": code}
+    constants |= {"KEPT": whole, "HEADS": 8, "FAST": True, "PDL": True}
+    compile_for_h100(write_kernel, types, constants, 4, 2)
+
+
 def steps_of_adamw(*, coded: bool) -> None:
     """AdamW's step of a bf16 parameter with its master, moments in fp32 or in 8 bits."""
     types = dict.fromkeys(("held", "m", "v", "m_scales", "v_scales", "m_levels", "m_edges", "v_levels", "v_edges"), "*fp32")
@@ -115,6 +126,9 @@ if __name__ == "__main__":
     for code in ("plain", "int8", "fp8"):
         decode(code, gather=code != "fp8")
         print("decode", code, flush=True)
+    for code, whole in itertools.product(("plain", "int8", "fp8"), (True, False)):
+        writes(code, whole=whole)
+        print("writes", code, whole, flush=True)
     for coded in (False, True):
         steps_of_adamw(coded=coded)
         print("adamw", coded, flush=True)

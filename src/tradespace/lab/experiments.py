@@ -97,7 +97,7 @@ def _takers(flag: str) -> str:
 
 MODELS = ("smollm2-135m", "gemma3-270m")
 KV_PARTS = ("model", "simulation")
-GPU_PARTS = ("decode", "mixes", "memory", "predictions", "alone", "start-up", "70B")  # predictions: of many sequences, and of one alone
+GPU_PARTS = ("decode", "mixes", "fp8-mixes", "memory", "predictions", "alone", "start-up", "70B")  # predictions: of many sequences, and of one alone
 CPU_PARTS = ("decode", "prefill", "batch", "start")
 _BUDGET = "does the process stay inside its budget, and is its peak what was predicted?"
 

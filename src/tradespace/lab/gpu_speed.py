@@ -12,14 +12,16 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tradespace.cost.memory import ledger
 from tradespace.cost.time import decode_time, prefill_time
 from tradespace.engine.request import SamplingParams
 from tradespace.errors import TradespaceError, UnsupportedError
+from tradespace.lab import gpu_peers
 from tradespace.lab.common import command_line, commits_of, markdown_table
+from tradespace.lab.gpu_peers import Peer, Request
 from tradespace.measure.record import Figure, Record, new_record
 from tradespace.spec.device import DeviceSpec
 from tradespace.spec.kv import KVPlan
@@ -33,12 +35,16 @@ from tradespace.units import GiB
 REPEATS = 3
 BLOCK = 32
 FORMATS = (("bf16", "bf16"), ("int8", "bf16"), ("fp8", "bf16"), ("int4-g128", "bf16"))
-ENGINES = (("bf16", "bf16"), ("fp8-a8", "fp8"))  # of the mixes: weights, cache
+ENGINES = {"mixes": ("bf16", "bf16"), "fp8-mixes": ("fp8-a8", "fp8")}  # of the mixes: weights, cache
 MIXES = ((256, 64, 512, 128), (1024, 64, 1024, 256), (512, 128, 128, 128))  # requests, shortest and longest prompt, output
 DECODE_STEP = 8192  # tokens: all prompts of a decode are read in one step, else what reading them takes in pieces swings with how the pieces fall
 LONG_MIX = 1024  # requests of a mix that is not run untimed
-VLLM = {"bf16": {1: 154, 32: 4611, 256: 9608, 1024: 9073, 512: 14648, "prefill": 41754}}
-VLLM["fp8-a8"] = {1: 234, 32: 6574, 256: 12672, 1024: 11698, 512: 19111, "prefill": 61217}
+WARM_UP: Request = ([[10] * 64] * 4, 8)
+SHORT, LONG = 8, 136  # tokens generated, between which decode is timed
+QUANTIZATION = {"bf16": None, "fp8-a8": "fp8"}  # vLLM's name
+GPT_FAST = ("bf16", "int8", "int4-g128")  # what gpt-fast has, too
+PEER_CONTEXT = 8192
+PEER_LONG_ROUNDS = 2  # of a long mix by a peer
 BUDGETS = (8, 16, 24, 40, 70)  # GiB
 # of the comparison with what the planner predicts: weights, and (sequences, prompt) of its cells
 PREDICTED = ("bf16", "int8", "fp8-a8", "int4-g128")
@@ -64,6 +70,38 @@ def plan_for(spec: ModelSpec, weights: str, store: str, *, sequences: int, conte
     )
 
 
+@dataclass(frozen=True)
+class Job:
+    """Work that is the same for every engine. Each of `rounds` is one request, or two that differ in how many tokens they are answered with: then what the
+    second takes beyond the first counts. The first `untimed` rounds warm up.
+    """
+
+    what: str
+    unit: str
+    rounds: list[list[Request]]
+    untimed: int = 1
+    counts_prompts: bool = False  # tokens read count, not those generated
+
+    def requests(self) -> list[Request]:
+        return [request for each in self.rounds for request in each]
+
+    def speeds(self, taken: Sequence[Sequence[float]]) -> list[float]:
+        """Tokens a second of each timed round, from (seconds, tokens generated) of each request."""
+        found, rest = [], iter(taken)
+        for requests in self.rounds:
+            pairs = [next(rest) for _ in requests]
+            tokens = sum(map(len, requests[0][0])) if self.counts_prompts else pairs[-1][1] - (pairs[0][1] if len(pairs) > 1 else 0)
+            found.append(tokens / (pairs[-1][0] - (pairs[0][0] if len(pairs) > 1 else 0.0)))
+        return found[self.untimed :]
+
+
+def beside(peer: Peer, values: Sequence[float]) -> dict[str, Any]:
+    """What a row says of a peer."""
+    if peer.absent:
+        return {"peer_absent": peer.absent}
+    return {"peer": peer.name, "peer_settings": peer.settings, "peer_value": statistics.median(values), "peer_values": list(values)}
+
+
 class Bench:
     """One built engine, timed."""
 
@@ -74,7 +112,7 @@ class Bench:
         self.built = build_on_device(spec, None, plan, tokenizer=None)
         self.start_up_s = time.perf_counter() - started
         self.draw = random.Random(0)
-        self.run(self.prompts(4, 64, 64), 8)
+        self.run(*WARM_UP)
 
     def prompts(self, count: int, shortest: int, longest: int) -> list[list[int]]:
         V = self.built.spec.V
@@ -91,22 +129,26 @@ class Bench:
 
     def decode(self, sequences: int, prompt: int) -> list[float]:
         """tok/s between the 8th and the 136th token."""
-        found = []
-        for _ in range(REPEATS + 1):
-            short, _ = self.run(self.prompts(sequences, prompt, prompt), 8)
-            long, _ = self.run(self.prompts(sequences, prompt, prompt), 136)
-            found.append(sequences * 128 / (long - short))
-        return found[1:]
+        return self.speeds(self.decode_job(sequences, prompt))
 
-    def mix(self, requests: int, shortest: int, longest: int, output: int) -> list[float]:
-        """Output tok/s."""
-        prompts, found = self.prompts(requests, shortest, longest), []
-        if requests < LONG_MIX:
-            self.run(prompts, output)
-        for _ in range(REPEATS):
-            seconds, tokens = self.run(prompts, output)
-            found.append(tokens / seconds)
-        return found
+    def decode_job(self, sequences: int, prompt: int) -> Job:
+        def asked() -> list[list[int]]:
+            return self.prompts(sequences, prompt, prompt)
+
+        name = f"decode, {sequences} at once, context {prompt}"
+        return Job(name, "tok/s", [[(asked(), SHORT), (asked(), LONG)] for _ in range(REPEATS + 1)])
+
+    def mix_job(self, requests: int, shortest: int, longest: int, output: int) -> Job:
+        prompts, long = self.prompts(requests, shortest, longest), requests >= LONG_MIX
+        rounds: list[list[Request]] = [[(prompts, output)] for _ in range(REPEATS + (not long))]
+        return Job(f"{requests} requests, prompts {shortest}-{longest}, {output} out", "out tok/s", rounds, untimed=0 if long else 1)
+
+    def prefill_job(self, sequences: int, prompt: int) -> Job:
+        rounds: list[list[Request]] = [[(self.prompts(sequences, prompt, prompt), 1)] for _ in range(REPEATS + 1)]
+        return Job(f"prefill, {sequences} prompts of {prompt:,}", "tok/s", rounds, counts_prompts=True)
+
+    def speeds(self, job: Job) -> list[float]:
+        return job.speeds([self.run(*request) for request in job.requests()])
 
     def close(self) -> None:
         import torch
@@ -143,35 +185,40 @@ def _decodes(spec: ModelSpec, device: DeviceSpec, say: Callable[[str], None]) ->
     for weights, store in FORMATS:
         bench = Bench(spec, plan_for(spec, weights, store, sequences=32, context=1024, step=DECODE_STEP, memory_bytes=40 * GiB))
         for sequences in (1, 32):
-            row = _row("decode", f"decode, {sequences} at once, context 128", weights, bench.decode(sequences, 128), "tok/s")
-            rows.append(row | _beside(predicted_decode(spec, bench.built.plan, device, sequences, 128, 136), row["value"]))
+            job = bench.decode_job(sequences, 128)
+            row = _row("decode", job.what, weights, bench.speeds(job), job.unit)
+            rows.append(row | _beside(predicted_decode(spec, bench.built.plan, device, sequences, 128, LONG), row["value"]))
         rows.append(_row("decode", "start-up, random weights, kernels compiled on the way", weights, [bench.start_up_s], "s"))
         bench.close()
         bench = Bench(spec, plan_for(spec, weights, store, sequences=32, context=1024, step=DECODE_STEP, memory_bytes=40 * GiB))
         rows.append(_row("decode", "start-up, random weights, kernels compiled before", weights, [bench.start_up_s], "s"))
         bench.close()
+        if weights in GPT_FAST:
+            peer = gpu_peers.gpt_fast("llama-3-8b", weights, prompt=128 + SHORT, tokens=LONG - SHORT, rounds=REPEATS)
+            rows[-4] |= beside(peer, peer.answer or [])
+            say(f"{peer.name}, {weights}: {peer.absent or ', '.join(f'{speed:.1f}' for speed in peer.answer)} tok/s")
         say(f"{weights}: " + ", ".join(f"{row['value']:.4g} {row['unit']}" for row in rows[-4:]))
     return rows
 
 
-def _mixes(spec: ModelSpec, device: DeviceSpec, say: Callable[[str], None]) -> list[dict[str, Any]]:
-    rows = []
-    for weights, store in ENGINES:
-        bench = Bench(spec, plan_for(spec, weights, store, sequences=256, context=4352, step=16384, memory_bytes=75 * GiB))
-        peers = VLLM[weights]
-        rows.append(_row("mixes", "decode, 32 at once, context 128", weights, bench.decode(32, 128), "tok/s", vllm=peers[32]))
-        for mix in MIXES:
-            name = f"{mix[0]} requests, prompts {mix[1]}-{mix[2]}, {mix[3]} out"
-            rows.append(_row("mixes", name, weights, bench.mix(*mix), "out tok/s", vllm=peers[mix[0]]))
-        values = []
-        for _ in range(REPEATS + 1):
-            seconds, _ = bench.run(bench.prompts(8, 4096, 4096), 1)
-            values.append(8 * 4096 / seconds)
-        row = _row("mixes", "prefill, 8 prompts of 4,096", weights, values[1:], "tok/s", vllm=peers["prefill"])
-        rows.append(row | _beside(predicted_prefill(spec, bench.built.plan, device, 4096), row["value"]))
-        bench.close()
-        say(f"{weights}, cache {store}: " + ", ".join(f"{row['value']:,.0f}" for row in rows[-5:]))
-    return rows
+def _mixes(spec: ModelSpec, device: DeviceSpec, say: Callable[[str], None], part: str) -> list[dict[str, Any]]:
+    weights, store = ENGINES[part]
+    bench = Bench(spec, plan_for(spec, weights, store, sequences=256, context=4352, step=16384, memory_bytes=75 * GiB))
+    jobs = [bench.decode_job(1, 128), bench.decode_job(32, 128), *(bench.mix_job(*mix) for mix in MIXES), bench.prefill_job(8, 4096)]
+    found = [_row(part, job.what, weights, bench.speeds(job), job.unit) for job in jobs]
+    found[-1] |= _beside(predicted_prefill(spec, bench.built.plan, device, 4096), found[-1]["value"])
+    bench.close()
+    say(f"{weights}, cache {store}: " + ", ".join(f"{row['value']:,.0f}" for row in found))
+    # a long mix takes half a minute each time
+    short = [replace(job, rounds=job.rounds[:PEER_LONG_ROUNDS]) if job.untimed == 0 else job for job in jobs]
+    requests = [request for job in short for request in job.requests()]
+    peer = gpu_peers.vllm(spec, QUANTIZATION[weights], [WARM_UP, *requests], max_sequences=256, max_context=PEER_CONTEXT)
+    taken = iter((peer.answer or [])[1:])
+    for row, job in zip(found, short, strict=True):
+        row |= beside(peer, job.speeds([next(taken) for _ in job.requests()]) if peer.answer else [])
+    started = [_row(part, f"start-up of {peer.name}", weights, [peer.start_up_s], "s")] if peer.answer else []
+    say(f"{peer.name}: " + (peer.absent or ", ".join(f"{row['peer_value']:,.0f}" for row in found)))
+    return [*found, *started]
 
 
 def _memory(spec: ModelSpec, device: DeviceSpec, requests: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
@@ -257,7 +304,8 @@ def run(*, quick: bool, say: Callable[[str], None], only: Sequence[str]) -> Reco
     device, spec = device_spec(0), replace(find_model("llama-3-8b"), max_context=40960)
     work: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "decode": lambda: _decodes(spec, device, say),
-        "mixes": lambda: _mixes(spec, device, say),
+        "mixes": lambda: _mixes(spec, device, say, "mixes"),
+        "fp8-mixes": lambda: _mixes(spec, device, say, "fp8-mixes"),
         "memory": lambda: _memory(spec, device, 200 if quick else 2000, say),
         "predictions": lambda: _predictions(spec, device, say, "predictions"),
         "alone": lambda: _predictions(spec, device, say, "alone"),
@@ -281,13 +329,16 @@ def markdown(record: Record) -> str:
     """One line a measurement, with vLLM's figure where there is one."""
     rows = []
     for row in record.rows:
-        peer = row.get("vllm")
-        beside = f"{row['value'] / peer:.2f} × {peer:,} of vLLM 0.24" if peer else ""
+        said = []
+        if "peer" in row:
+            said.append(f"{row['value'] / row['peer_value']:.2f} × {row['peer_value']:,.4g} of {row['peer']}")
+        if "peer_absent" in row:
+            said.append(row["peer_absent"])
         if "predicted" in row:
-            beside += f"{', ' if beside else ''}{row['predicted']:,.4g} predicted ({row['off']:+.1%})"
+            said.append(f"{row['predicted']:,.4g} predicted ({row['off']:+.1%})")
         if "budget" in row:
-            beside += f", budget {'kept' if row['kept'] else 'EXCEEDED'}"
-        rows.append((row["what"], row["weights"], f"{row['value']:,.4g} {row['unit']}", f"{row['spread']:.1%}", row.get("error") or beside))
+            said.append(f"budget {'kept' if row['kept'] else 'EXCEEDED'}")
+        rows.append((row["what"], row["weights"], f"{row['value']:,.4g} {row['unit']}", f"{row['spread']:.1%}", row.get("error") or ", ".join(said)))
     table = markdown_table(("what", "weights", "measured", "spread", "beside"), rows)
     commits = commits_of(record.rows)
     return f"{table}\n\n{commits}" if commits else table
