@@ -11,6 +11,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from tradespace.kernels.attention.triton_paged_decode import decode_kernel, gather_kernel
+from tradespace.kernels.attention.triton_paged_kernel import ragged_kernel
 from tradespace.kernels.linear.triton_rows_kernel import rows_kernel
 from tradespace.kernels.optimizer.triton_adamw import adamw_kernel
 from tradespace.kernels.optimizer.triton_adamw8 import adamw8_kernel
@@ -100,6 +101,17 @@ def decode(code: str, *, gather: bool) -> None:
         compile_for_h100(gather_kernel, pointers, {name: constants[name] for name in kept} | {"C": 32}, 2, 2)
 
 
+def ragged(code: str) -> None:
+    """Attention of a mixed step over a store of this code, with sinks, in the tiles that a device gets."""
+    held = "*bf16" if code == "plain" else "*i16"
+    types = {"q": "*bf16", "out": "*bf16", "sinks": "*bf16", "keys": held, "values": held, "scale": "fp32", "cap": "fp32"}
+    types |= dict.fromkeys(("tables", "starts", "lengths", "key_scales", "value_scales"), "*i32")
+    half = 64 if code == "plain" else 32
+    constants = {"G": 4, "GROUP": 4, "M": 128, "H": 64, "HV": 64, "HP": half, "HVP": half, "N": 32, "P": 32, "CODE": code, "PAIRED": code == "int8"}
+    constants |= {"WINDOW": 0, "PREFIX": False, "SOFTCAP": False, "SINKS": True, "FAST": True, "PRECISION": "tf32", "STAGES": 5}
+    compile_for_h100(ragged_kernel, types, constants, 4, 5)
+
+
 def writes(code: str, *, whole: bool) -> None:
     """Rotation and cache writes. whole: of whole heads without norms, with the keys kept; else of part of a head under norms."""
     held = {"plain": "*bf16", "int8": "*i8", "fp8": "*u8"}[code]
@@ -125,7 +137,8 @@ if __name__ == "__main__":
         print("rows", kind, whole, tokens, flush=True)
     for code in ("plain", "int8", "fp8"):
         decode(code, gather=code != "fp8")
-        print("decode", code, flush=True)
+        ragged(code)
+        print("decode and ragged", code, flush=True)
     for code, whole in itertools.product(("plain", "int8", "fp8"), (True, False)):
         writes(code, whole=whole)
         print("writes", code, whole, flush=True)

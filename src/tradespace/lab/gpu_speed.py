@@ -44,7 +44,7 @@ SHORT, LONG = 8, 136  # tokens generated, between which decode is timed
 QUANTIZATION = {"bf16": None, "fp8-a8": "fp8"}  # vLLM's name
 GPT_FAST = ("bf16", "int8", "int4-g128")  # what gpt-fast has, too
 PEER_CONTEXT = 8192
-PEER_LONG_ROUNDS = 2  # of a long mix by a peer
+LONG_ROUNDS, PEER_LONG_ROUNDS = 2, 1  # of a long mix, which takes half a minute each time: by us and by a peer
 BUDGETS = (8, 16, 24, 40, 70)  # GiB
 # of the comparison with what the planner predicts: weights, and (sequences, prompt) of its cells
 PREDICTED = ("bf16", "int8", "fp8-a8", "int4-g128")
@@ -140,7 +140,7 @@ class Bench:
 
     def mix_job(self, requests: int, shortest: int, longest: int, output: int) -> Job:
         prompts, long = self.prompts(requests, shortest, longest), requests >= LONG_MIX
-        rounds: list[list[Request]] = [[(prompts, output)] for _ in range(REPEATS + (not long))]
+        rounds: list[list[Request]] = [[(prompts, output)] for _ in range(LONG_ROUNDS if long else REPEATS + 1)]
         return Job(f"{requests} requests, prompts {shortest}-{longest}, {output} out", "out tok/s", rounds, untimed=0 if long else 1)
 
     def prefill_job(self, sequences: int, prompt: int) -> Job:
@@ -209,7 +209,6 @@ def _mixes(spec: ModelSpec, device: DeviceSpec, say: Callable[[str], None], part
     found[-1] |= _beside(predicted_prefill(spec, bench.built.plan, device, 4096), found[-1]["value"])
     bench.close()
     say(f"{weights}, cache {store}: " + ", ".join(f"{row['value']:,.0f}" for row in found))
-    # a long mix takes half a minute each time
     short = [replace(job, rounds=job.rounds[:PEER_LONG_ROUNDS]) if job.untimed == 0 else job for job in jobs]
     requests = [request for job in short for request in job.requests()]
     peer = gpu_peers.vllm(spec, QUANTIZATION[weights], [WARM_UP, *requests], max_sequences=256, max_context=PEER_CONTEXT)

@@ -45,6 +45,14 @@ def queries(q, rows, seen, stride, FIRST: tl.constexpr, STEP: tl.constexpr, WIDT
 
 
 @triton.jit
+def halves(q, rows, seen, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """(even, odd) channels of query rows that begin at `q + rows`, read side by side: of many rows that is far faster than every other channel."""
+    place = tl.arange(0, 2 * PADDED)
+    both = tl.load(q + rows[:, None] + place[None, :], mask=seen[:, None] & (place < WIDTH)[None, :], other=0.0)
+    return tl.split(tl.reshape(both, (rows.shape[0], PADDED, 2)))
+
+
+@triton.jit
 def met(acc, more, peak, total, q0, q1, keys, values, key_scales, value_scales, table, first, length, position_M1,
         factor, scale, cap, window, prefix, k_slot, v_slot, s_slot, half, CODE: tl.constexpr, PAIRED: tl.constexpr, N: tl.constexpr,
         P: tl.constexpr, H: tl.constexpr, HV: tl.constexpr,
@@ -99,6 +107,17 @@ def put(target, acc, more, rows, seen, CODE: tl.constexpr, HV: tl.constexpr, HVP
         tl.store(target + rows[:, None] + 2 * place[None, :] + 1, more.to(target.dtype.element_ty), mask=known)
 
 
+@triton.jit
+def put_many(target, acc, more, rows, seen, CODE: tl.constexpr, HV: tl.constexpr, HVP: tl.constexpr):
+    """As `put`, of many rows: coded channels are brought together first, so that a row is written in one piece."""
+    if CODE == "plain":
+        put(target, acc, more, rows, seen, CODE, HV, HVP)
+    else:
+        place = tl.arange(0, 2 * HVP)
+        both = tl.interleave(acc.to(target.dtype.element_ty), more.to(target.dtype.element_ty))
+        tl.store(target + rows[:, None] + place[None, :], both, mask=seen[:, None] & (place < HV)[None, :])
+
+
 @triton.jit(do_not_specialize=["num_sequences", "window", "prefix"])
 def ragged_kernel(
     q, keys, values, key_scales, value_scales, tables, starts, lengths, sinks, out,
@@ -134,11 +153,11 @@ def ragged_kernel(
         past = length - num_queries
         position_M1 = (past + token)[:, None]
         at = (query_row + token).to(tl.int64) * q_stride + (head * G + g) * q_head
-        step: tl.constexpr = 1 if CODE == "plain" else 2  # pyright: ignore[reportAssignmentType]
-        q0 = queries(q, at, there, q_stride, 0, step, H, HP)
-        q1 = q0
-        if CODE != "plain":
-            q1 = queries(q, at, there, q_stride, 1, step, H, HP)
+        if CODE == "plain":
+            q0 = queries(q, at, there, q_stride, 0, 1, H, HP)
+            q1 = q0
+        else:
+            q0, q1 = halves(q, at, there, H, HP)
         earliest = past + first_token
         stop = tl.minimum(earliest + tokens, length)
         if PREFIX:  # noqa: SIM102 - the first is known when the kernel is compiled
@@ -174,4 +193,6 @@ def ragged_kernel(
                 CODE, PAIRED, N, P, H, HV, HP, HVP, WINDOW, PREFIX, SOFTCAP, True, FAST, PRECISION,
             )  # fmt: skip
         some = tl.where(total == 0.0, 1.0, total)
-        put(out, acc / some[:, None], more / some[:, None], (query_row + token).to(tl.int64) * out_stride + (head * G + g) * out_head, there, CODE, HV, HVP)
+        put_many(
+            out, acc / some[:, None], more / some[:, None], (query_row + token).to(tl.int64) * out_stride + (head * G + g) * out_head, there, CODE, HV, HVP
+        )
