@@ -44,7 +44,7 @@ SHORT, LONG = 8, 136  # tokens generated, between which decode is timed
 QUANTIZATION = {"bf16": None, "fp8-a8": "fp8"}  # vLLM's name
 GPT_FAST = ("bf16", "int8", "int4-g128")  # what gpt-fast has, too
 PEER_CONTEXT = 8192
-LONG_ROUNDS, PEER_LONG_ROUNDS = 2, 1  # of a long mix, which takes half a minute each time: by us and by a peer
+LONG_ROUNDS, PEER_LONG_ROUNDS = 3, 1  # of a long mix, which takes half a minute each time: by us and by a peer
 BUDGETS = (8, 16, 24, 40, 70)  # GiB
 # of the comparison with what the planner predicts: weights, and (sequences, prompt) of its cells
 PREDICTED = ("bf16", "int8", "fp8-a8", "int4-g128")
