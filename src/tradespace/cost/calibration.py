@@ -176,7 +176,7 @@ CUDA_STEP_MEASURED = {
     "int8": {"decode": 0.93, "several": 0.68, "several rows": 0.165, "few rows": 0.24, "prefill": 0.55},
     "fp8": {"decode": 0.92, "several": 0.64, "several rows": 0.165, "few rows": 0.24, "prefill": 0.55},
     "fp8-a8": {"decode": 0.62, "few rows": 0.64, "prefill": 0.94},
-    "int4-g128": {"decode": 0.86, "several": 0.49, "several rows": 0.175, "few rows": 0.27, "prefill": 0.55},
+    "int4-g128": {"decode": 0.83, "several": 0.49, "several rows": 0.175, "few rows": 0.27, "prefill": 0.55},
 }
 
 

@@ -72,7 +72,7 @@ def _asked(name: str, worker: str, given: Mapping[str, Any], folder: Path, modul
         except subprocess.TimeoutExpired:
             status = f"no end within {TIMEOUT_S} s"
         log.seek(0)
-        said = log.read()[-600:].decode(errors="replace").strip()
+        said = log.read().decode(errors="replace").strip().splitlines()
     if not answer.exists():
-        return Peer(name, absent=f"{name} ended with {status}: {said}")
+        return Peer(name, absent=f"{name} ended with {status}: {said[-1][-300:] if said else 'it said nothing'}")
     return Peer(**json.loads(answer.read_text()))

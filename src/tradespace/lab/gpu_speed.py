@@ -324,20 +324,24 @@ def run(*, quick: bool, say: Callable[[str], None], only: Sequence[str]) -> Reco
     return new_record("gpu-speed", command=command_line(), device=device, repeats=REPEATS, figures=figures, rows=rows)
 
 
+def _written(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
 def markdown(record: Record) -> str:
     """One line a measurement, with vLLM's figure where there is one."""
     rows = []
     for row in record.rows:
         said = []
         if "peer" in row:
-            said.append(f"{row['value'] / row['peer_value']:.2f} × {row['peer_value']:,.4g} of {row['peer']}")
+            said.append(f"{row['value'] / row['peer_value']:.2f} × {_written(row['peer_value'])} of {row['peer']}")
         if "peer_absent" in row:
             said.append(row["peer_absent"])
         if "predicted" in row:
-            said.append(f"{row['predicted']:,.4g} predicted ({row['off']:+.1%})")
+            said.append(f"{_written(row['predicted'])} predicted ({row['off']:+.1%})")
         if "budget" in row:
             said.append(f"budget {'kept' if row['kept'] else 'EXCEEDED'}")
-        rows.append((row["what"], row["weights"], f"{row['value']:,.4g} {row['unit']}", f"{row['spread']:.1%}", row.get("error") or ", ".join(said)))
+        rows.append((row["what"], row["weights"], f"{_written(row['value'])} {row['unit']}", f"{row['spread']:.1%}", row.get("error") or ", ".join(said)))
     table = markdown_table(("what", "weights", "measured", "spread", "beside"), rows)
     commits = commits_of(record.rows)
     return f"{table}\n\n{commits}" if commits else table
