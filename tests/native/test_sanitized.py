@@ -11,7 +11,7 @@ import pytest
 
 from native import sanitized
 from tradespace.kernels.native import unavailable
-from tradespace.kernels.native.compiler import find_compiler
+from tradespace.kernels.native.compiler import cpu_flags, find_compiler
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -22,11 +22,15 @@ LEFT_OUT = f"instruction_sets or bytes_are_the_specs or (logits_are_transformers
 TIMEOUT_S = 900  # minutes, on a machine that others keep busy
 
 
+# gcc up to 12.3 and 13.2 puts what needs 64 bytes of alignment on stacks of asan's own that have 32 (its bug 110027): with AVX-512 the check itself would crash
+RETURNED = 0 if "avx512f" in cpu_flags() else 1
+
+
 def _sanitized(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {
         "LD_PRELOAD": str(sanitized.runtime()),
         # Python's own leaks are not ours; a finding ends the process
-        "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1:detect_stack_use_after_return=1",
+        "ASAN_OPTIONS": f"detect_leaks=0:halt_on_error=1:detect_stack_use_after_return={RETURNED}",
         "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
         "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(HERE.parent), os.environ.get("PYTHONPATH", "")]),
     }

@@ -15,6 +15,7 @@ from tradespace.spec.model import DenseFFN, ModelSpec
 
 LANES = 16
 SECTION = 32
+SECTION_SUMS = 4  # sums of a section's codes, beside its scale and its weighted sum
 STEP_TOKENS = 512  # a step with more runs no faster
 SUPER_SECTIONS = 8
 CHUNK = 64  # keys of a partial result of attention
@@ -153,7 +154,7 @@ class Buffers:
     def nbytes(self, step_tokens: int, logit_rows: int, forms: frozenset[str], threads: int, value_width: int) -> int:
         """Bytes for `step_tokens` tokens and `logit_rows` rows of logits, with operands in these forms."""
         sections = self.operand // SECTION
-        operand = sum({"fp32": 4 * self.operand, "bf16": 2 * self.operand, "int8": self.operand + 16 * sections}[form] for form in forms)
+        operand = sum({"fp32": 4 * self.operand, "bf16": 2 * self.operand, "int8": self.operand + 4 * (2 + SECTION_SUMS) * sections}[form] for form in forms)
         # the embedding is looked up in whole sections, so the last row of the stream may be written past its end
         floats = (self.stream + self.wide + self.mixed) * step_tokens + self.logits * logit_rows + SECTION
         partials = threads * SLOTS_PER_THREAD * partial_floats(value_width)
@@ -177,7 +178,18 @@ def buffers(model: ModelSpec) -> Buffers:
         operand = max(operand, round_up(mixer.N * mixer.Hv, SECTION), round_up(ffn.F, SECTION))
     if any(layer.arrangement in ("sandwich", "post", "parallel", "parallel2") for layer in model.layers):
         mixed = max(mixed, stream)
-    return Buffers(stream, wide, mixed, operand, round_up(model.V, LANES))
+    return Buffers(apart(stream), apart(wide), apart(mixed), operand, apart(model.V))
+
+
+def apart(width: int) -> int:
+    """Floats from one row of a buffer to the next: an odd number of cache lines. Products write a line of many rows, one below the other; an even number, and
+    most of all a multiple of a page, would have them meet in few sets of the first cache.
+
+    >>> apart(3072), apart(576), apart(49152), apart(100)
+    (3088, 592, 49168, 112)
+    """
+    lines = -(-width // LANES)
+    return LANES * (lines + (lines + 1) % 2)
 
 
 def value_width(model: ModelSpec) -> int:

@@ -43,6 +43,13 @@ constexpr int PREFETCH_BYTES = TOKENS == 1 ? 1024 : 3072;
 template <int KIND, int TOKENS>
 constexpr int PARTS = KINDS[KIND].meta == META_K6 || (!TS_SHORT_SUMS && TOKENS <= 4) ? 2 : 1;
 
+// Where `sums` of a section have what the kind's offset comes to, so that the sum of products begins with it; 0: nowhere, and it is subtracted after scaling. Codes
+// of 8 bits are signed without it where products take signed ones.
+constexpr int offset_sum(const KindInfo& info) {
+  return info.meta != META_SCALE && info.meta != META_ROW ? 0 : info.offset == 8 ? 2 : info.offset == 128 ? 3 : 0;
+}
+constexpr bool begins_with_sum(const KindInfo& info) { return offset_sum(info) > 0 && !(TS_SHORT_SUMS && info.bits == 8); }
+
 TS_INLINE int32_t four_codes(const Operand& x, int64_t token, int64_t column) {
   int32_t four;
   std::memcpy(&four, x.codes + token * x.stride + column, 4);
@@ -64,11 +71,6 @@ TS_UNROLL(8)
       const pb w = Chunk<pb, 8>::codes(codes, k, piece) ^ 0x80, magnitude = magnitude_of(w);
 TS_UNROLL(16)
       for (int i = 0; i < TOKENS; i++) whole[i][0] = dot4_signed(whole[i][0], w, magnitude, four_codes(x, token + i, s * SECTION + 4 * k));
-    }
-TS_UNROLL(16)
-    for (int i = 0; i < TOKENS; i++) {  // the 128 that were taken off
-      const int32_t* sums = x.sums + 2 * ((token + i) * x.sections + s);
-      whole[i][0] = whole[i][0] + 128 * (sums[0] + sums[1]);
     }
   } else {
     constexpr int RUN = SHORT_CHUNKS<INFO.bits>;
@@ -105,6 +107,18 @@ TS_UNROLL(16)
 }
 #endif
 
+// `sum` and a section's total of one token, scaled; `at`: the token's section
+template <int KIND>
+TS_INLINE pf scaled(pf sum, pi total, pf scale, pf minimum, const Operand& x, int64_t at) {
+  constexpr KindInfo INFO = KINDS[KIND];
+  const pf value = To_<pf>::lanes(total);
+  if constexpr (INFO.meta == META_ROW) sum = fma(value, Splat<pf>::of(x.scales[at]), sum);
+  else sum = fma(scale * x.scales[at], value, sum);
+  // what is subtracted from every code, or added, comes to as much as the activations sum up to
+  if constexpr (offset_sum(INFO) == 0 && INFO.meta != META_K6) sum = fma(minimum, Splat<pf>::of(x.weighted[at]), sum);
+  return sum;
+}
+
 // one section of one panel for `TOKENS` tokens: adds into acc
 template <int KIND, int TOKENS>
 TS_INLINE void section(const uint8_t* p, const GroupHead<KIND>& head, const Operand& x, int64_t token, int64_t s, pf (*acc)[TOKENS]) {
@@ -119,8 +133,9 @@ TS_UNROLL(2)
 TS_UNROLL(16)
     for (int i = 0; i < TOKENS; i++) {
       for (int part = 0; part < PARTS<KIND, TOKENS>; part++) whole[i][part] = pi{};
+      const int32_t* sums = x.sums + SUMS * ((token + i) * x.sections + s);
+      if constexpr (begins_with_sum(INFO)) whole[i][0] = Splat<pi>::of(sums[offset_sum(INFO)]);
       if constexpr (INFO.meta == META_K6) {
-        const int32_t* sums = x.sums + 2 * ((token + i) * x.sections + s);
         whole[i][0] = Splat<pi>::of(-INFO.offset * sums[0]);
         whole[i][1] = Splat<pi>::of(-INFO.offset * sums[1]);
       }
@@ -143,13 +158,7 @@ TS_UNROLL(16)
       if constexpr (INFO.meta == META_K6) total = whole[i][0] * first + whole[i][1] * second;
       else if constexpr (PARTS<KIND, TOKENS> == 2) total = whole[i][0] + whole[i][1];
       else total = whole[i][0];
-      const pf value = To_<pf>::lanes(total), weighted = Splat<pf>::of(x.weighted[at]);
-      pf& sum = acc[piece][i];
-      if constexpr (INFO.meta == META_ROW) sum = fma(value, Splat<pf>::of(x.scales[at]), sum);
-      else sum = fma(scale * x.scales[at], value, sum);
-      // what is subtracted from every code, or added, comes to as much as the activations sum up to
-      if constexpr (INFO.meta == META_ROW) sum = fma(Splat<pf>::of((float)-INFO.offset), weighted, sum);
-      else if constexpr (INFO.meta != META_K6) sum = fma(minimum, weighted, sum);
+      acc[piece][i] = scaled<KIND>(acc[piece][i], total, scale, minimum, x, at);
     }
   }
 }
