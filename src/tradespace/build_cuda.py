@@ -183,6 +183,7 @@ def rehearse(runner: DeviceRunner, plan: Plan) -> None:
     # prompts of equal length are read in one call of a library, which leaves its output beside the step's buffers: as many tokens as there can be
     equal = [min(plan.max_context, plan.step_tokens // len(whole))] * len(whole)
     for lengths, params in ((few, greedy), (whole, drawn), (whole, greedy), (equal, greedy)):
+        runner.prompts.expect(lengths)
         items = []
         for count in lengths:
             request = Request(id=f"rehearsal {len(items)}", prompt_ids=(0,) * count, params=params)

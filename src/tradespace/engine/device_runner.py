@@ -18,6 +18,7 @@ from torch import Tensor
 from tradespace.engine.request import Request
 from tradespace.engine.sampler import SampleRow, token_logprobs
 from tradespace.engine.step import ScheduledSequence, Step
+from tradespace.kernels.attention.whole_prompts import RecurringPrompts
 from tradespace.kernels.sample.device import DeviceSampling, draw_rows
 from tradespace.kernels.sample.triton_resolve import resolve
 from tradespace.model.cuda_step import DeviceStep, Inputs
@@ -119,6 +120,7 @@ class DeviceRunner:
         self.chosen_R = torch.zeros(plan.logit_rows, dtype=torch.int64, device=self.device)
         self._results = [torch.zeros(plan.logit_rows, dtype=torch.int64, pin_memory=self.device.type == "cuda") for _ in range(TURNS)]
         self.sampling = DeviceSampling(self.device, plan.logit_rows, model.spec.V)
+        self.prompts = RecurringPrompts()
         self.graphs: dict[int, Any] = {}
         self.short_graph: Any = None  # of one sequence that has no more than `short` tokens
         self.short = 0
@@ -213,7 +215,7 @@ class DeviceRunner:
         singles = next((row for row, item in enumerate(sequences) if item.num_tokens > 1), count)
         rest = sequences[singles:]
         fresh = tuple(item.num_tokens for item in rest) if all(item.start == 0 for item in rest) else ()
-        inputs = replace(self.inbox.inputs(tokens, count, rows), singles=singles, fresh=fresh)
+        inputs = replace(self.inbox.inputs(tokens, count, rows), singles=singles, fresh=self.prompts.of(fresh))
         self._resolve(inputs.tokens_T, self.inbox.tensors["sources"][:tokens])
         logits_RV = self.model.run(inputs, decodes=False)
         self.sampling.greedy(logits_RV[:, : self.num_tokens], self.chosen_R[:rows])

@@ -44,7 +44,7 @@ EIGHT_BIT = ("w8a8", "f8a8")  # kinds whose products take 8-bit activations
 class Inputs:
     """What a step of T tokens of B sequences reads on the device: ids, positions and slots int64 (slot -1: a row of padding), the rest int32; `rows_R` int64,
     the rows that logits are wanted of. The first `singles` sequences bring one token each. `fresh`: the lengths of the others where the step holds all of
-    their tokens; empty where it does not. `within`: no sequence is longer than that (0: than the plan says).
+    their tokens and a library knows their shapes; else empty. `within`: no sequence is longer than that (0: than the plan says).
     """
 
     tokens_T: Tensor
