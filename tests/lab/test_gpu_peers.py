@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import psutil
 import pytest
 
 pytest.importorskip("torch")
 
 from tradespace.lab import gpu_peers
-from tradespace.lab.gpu_speed import Job, beside
+from tradespace.lab.gpu_speed import Job, peer_fields
 from tradespace.spec.zoo import find_model
 
 VLLM = """
@@ -76,6 +77,22 @@ def test_a_peer_that_fails_says_why_in_one_line(monkeypatch, tmp_path):
 
 
 @pytest.mark.usefixtures("no_peers")
+def test_a_peer_that_does_not_end_is_ended_with_what_it_started(monkeypatch, tmp_path):
+    child = tmp_path / "child"
+    (tmp_path / "vllm.py").write_text(f"""
+import pathlib, subprocess, sys, time
+started = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+pathlib.Path({str(child)!r}).write_text(str(started.pid))
+time.sleep(600)
+""")
+    monkeypatch.setenv("TRADESPACE_VLLM", str(tmp_path))
+    monkeypatch.setattr(gpu_peers, "TIMEOUT_S", 10)
+    assert "had not ended after 10 s" in asked_of_vllm().absent
+    process = psutil.Process(int(child.read_text())) if psutil.pid_exists(int(child.read_text())) else None
+    assert process is None or process.status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.usefixtures("no_peers")
 def test_gpt_fast_steps_its_model(monkeypatch, tmp_path):
     (tmp_path / "model.py").write_text(GPT_FAST)
     monkeypatch.setenv("GPT_FAST", str(tmp_path))
@@ -97,6 +114,6 @@ def test_speeds_are_what_the_longer_answer_takes_beyond_the_shorter():
 
 
 def test_a_row_says_what_its_peer_did():
-    there = beside(gpu_peers.Peer("vLLM 1", settings="bf16"), [3.0, 1.0, 2.0])
+    there = peer_fields(gpu_peers.Peer("vLLM 1", settings="bf16"), [3.0, 1.0, 2.0])
     assert there == {"peer": "vLLM 1", "peer_settings": "bf16", "peer_value": 2.0, "peer_values": [3.0, 1.0, 2.0]}
-    assert beside(gpu_peers.Peer("vLLM", absent="not here"), []) == {"peer_absent": "not here"}
+    assert peer_fields(gpu_peers.Peer("vLLM", absent="not here"), []) == {"peer_absent": "not here"}

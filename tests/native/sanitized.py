@@ -5,6 +5,7 @@ The sanitizer's runtime has to be in the process before anything else, so `test_
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from functools import lru_cache
@@ -17,6 +18,8 @@ from tradespace.kernels import native, pages
 from tradespace.kernels.native.compiler import SANITIZERS, compile_library, find_compiler
 from tradespace.kernels.native.library import Library
 
+ISA = "TRADESPACE_SANITIZED_ISA"  # the instruction set; unset: the best here
+
 
 def runtime() -> Path | None:
     """The sanitizer's runtime that belongs to the compiler; None where there is none."""
@@ -27,16 +30,16 @@ def runtime() -> Path | None:
     return found if found.is_absolute() and found.exists() else None
 
 
-def build() -> Path:
-    """The library for the best instruction set here, compiled if need be: outside of the sanitized process, where a compiler would run sanitized, too."""
+def build(isa: str | None = None) -> Path:
+    """The library for an instruction set (None: the best here), compiled if need be. Not in the sanitized process: a compiler would run sanitized, too."""
     if runtime() is None:
         raise EngineError("the compiler has no address sanitizer")
-    return compile_library(extra=SANITIZERS)
+    return compile_library(isa, extra=SANITIZERS)
 
 
 @lru_cache(maxsize=1)
 def _load(isa: str | None = None) -> Library:
-    return Library(isa or "sanitized", str(compile_library(extra=SANITIZERS)))
+    return Library(isa or "sanitized", str(compile_library(os.environ.get(ISA), extra=SANITIZERS)))
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu", *, purpose: str) -> torch.Tensor:

@@ -135,7 +135,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             on="cuda",
             of_model=True,
         ),
-        Experiment(name="gpu-speed", question="does the GPU engine hold its bars, and its budget?", minutes=9, module="gpu_speed", parts=GPU_PARTS, on="cuda"),
+        Experiment(name="gpu-speed", question="does the GPU engine hold its bars, and its budget?", minutes=15, module="gpu_speed", parts=GPU_PARTS, on="cuda"),
         Experiment(name="checkpointing", question="what does recomputing layers save and cost in training, by segment?", minutes=4, module="checkpointing"),
         Experiment(name="from-scratch", question="does training learn what transformers' Trainer learns, step by step?", minutes=15, module="from_scratch"),
         Experiment(

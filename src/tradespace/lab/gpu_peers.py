@@ -9,10 +9,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,12 +69,17 @@ def _asked(name: str, worker: str, given: Mapping[str, Any], folder: Path, modul
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (modules, environment.get("PYTHONPATH", ""))))
     command = [sys.executable, "-P", "-m", f"tradespace.lab.gpu_peer_{worker}", str(question), str(answer)]
     with (folder / "log").open("w+b") as log:
-        try:
-            status = subprocess.run(command, stdout=log, stderr=log, env=environment, timeout=TIMEOUT_S, check=False).returncode
-        except subprocess.TimeoutExpired:
-            status = f"no end within {TIMEOUT_S} s"
+        # a group of its own: vLLM's engine is a child of the process that we start, and would go on holding the card
+        with subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True) as process:
+            try:
+                how = f"ended with {process.wait(TIMEOUT_S)}"
+            except subprocess.TimeoutExpired:
+                how = f"had not ended after {TIMEOUT_S} s"
+            finally:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
         log.seek(0)
         said = log.read().decode(errors="replace").strip().splitlines()
     if not answer.exists():
-        return Peer(name, absent=f"{name} ended with {status}: {said[-1][-300:] if said else 'it said nothing'}")
+        return Peer(name, absent=f"{name} {how}: {said[-1][-300:] if said else 'it said nothing'}")
     return Peer(**json.loads(answer.read_text()))

@@ -35,13 +35,12 @@ from tradespace.units import GiB
 REPEATS = 3
 BLOCK = 32
 FORMATS = (("bf16", "bf16"), ("int8", "bf16"), ("fp8", "bf16"), ("int4-g128", "bf16"))
-ENGINES = {"mixes": ("bf16", "bf16"), "fp8-mixes": ("fp8-a8", "fp8")}  # of the mixes: weights, cache
+ENGINES = {"mixes": ("bf16", "bf16", None), "fp8-mixes": ("fp8-a8", "fp8", "fp8")}  # of the mixes: weights, cache, vLLM's name of the weights
 MIXES = ((256, 64, 512, 128), (1024, 64, 1024, 256), (512, 128, 128, 128))  # requests, shortest and longest prompt, output
 DECODE_STEP = 8192  # tokens: all prompts of a decode are read in one step, else what reading them takes in pieces swings with how the pieces fall
 LONG_MIX = 1024  # requests of a mix that is not run untimed
 WARM_UP: Request = ([[10] * 64] * 4, 8)
 SHORT, LONG = 8, 136  # tokens generated, between which decode is timed
-QUANTIZATION = {"bf16": None, "fp8-a8": "fp8"}  # vLLM's name
 GPT_FAST = ("bf16", "int8", "int4-g128")  # what gpt-fast has, too
 PEER_CONTEXT = 8192
 LONG_ROUNDS, PEER_LONG_ROUNDS = 3, 1  # of a long mix, which takes half a minute each time: by us and by a peer
@@ -95,7 +94,7 @@ class Job:
         return found[self.untimed :]
 
 
-def beside(peer: Peer, values: Sequence[float]) -> dict[str, Any]:
+def peer_fields(peer: Peer, values: Sequence[float]) -> dict[str, Any]:
     """What a row says of a peer."""
     if peer.absent:
         return {"peer_absent": peer.absent}
@@ -195,14 +194,15 @@ def _decodes(spec: ModelSpec, device: DeviceSpec, say: Callable[[str], None]) ->
         bench.close()
         if weights in GPT_FAST:
             peer = gpu_peers.gpt_fast("llama-3-8b", weights, prompt=128 + SHORT, tokens=LONG - SHORT, rounds=REPEATS)
-            rows[-4] |= beside(peer, peer.answer or [])
+            rows[-4] |= peer_fields(peer, peer.answer or [])
             say(f"{peer.name}, {weights}: {peer.absent or ', '.join(f'{speed:.1f}' for speed in peer.answer)} tok/s")
         say(f"{weights}: " + ", ".join(f"{row['value']:.4g} {row['unit']}" for row in rows[-4:]))
     return rows
 
 
 def _mixes(spec: ModelSpec, device: DeviceSpec, say: Callable[[str], None], part: str) -> list[dict[str, Any]]:
-    weights, store = ENGINES[part]
+    """Decode, requests in mixes and prefill of one engine, and then of vLLM."""
+    weights, store, quantization = ENGINES[part]
     bench = Bench(spec, plan_for(spec, weights, store, sequences=256, context=4352, step=16384, memory_bytes=75 * GiB))
     jobs = [bench.decode_job(1, 128), bench.decode_job(32, 128), *(bench.mix_job(*mix) for mix in MIXES), bench.prefill_job(8, 4096)]
     found = [_row(part, job.what, weights, bench.speeds(job), job.unit) for job in jobs]
@@ -211,10 +211,10 @@ def _mixes(spec: ModelSpec, device: DeviceSpec, say: Callable[[str], None], part
     say(f"{weights}, cache {store}: " + ", ".join(f"{row['value']:,.0f}" for row in found))
     short = [replace(job, rounds=job.rounds[:PEER_LONG_ROUNDS]) if job.untimed == 0 else job for job in jobs]
     requests = [request for job in short for request in job.requests()]
-    peer = gpu_peers.vllm(spec, QUANTIZATION[weights], [WARM_UP, *requests], max_sequences=256, max_context=PEER_CONTEXT)
+    peer = gpu_peers.vllm(spec, quantization, [WARM_UP, *requests], max_sequences=256, max_context=PEER_CONTEXT)
     taken = iter((peer.answer or [])[1:])
     for row, job in zip(found, short, strict=True):
-        row |= beside(peer, job.speeds([next(taken) for _ in job.requests()]) if peer.answer else [])
+        row |= peer_fields(peer, job.speeds([next(taken) for _ in job.requests()]) if peer.answer else [])
     started = [_row(part, f"start-up of {peer.name}", weights, [peer.start_up_s], "s")] if peer.answer else []
     say(f"{peer.name}: " + (peer.absent or ", ".join(f"{row['peer_value']:,.0f}" for row in found)))
     return [*found, *started]
@@ -329,19 +329,17 @@ def _written(value: float) -> str:
 
 
 def markdown(record: Record) -> str:
-    """One line a measurement, with vLLM's figure where there is one."""
+    """One line a measurement, with a peer's figure where there is one; then which peers were absent, and why."""
     rows = []
     for row in record.rows:
         said = []
         if "peer" in row:
             said.append(f"{row['value'] / row['peer_value']:.2f} × {_written(row['peer_value'])} of {row['peer']}")
-        if "peer_absent" in row:
-            said.append(row["peer_absent"])
         if "predicted" in row:
             said.append(f"{_written(row['predicted'])} predicted ({row['off']:+.1%})")
         if "budget" in row:
             said.append(f"budget {'kept' if row['kept'] else 'EXCEEDED'}")
         rows.append((row["what"], row["weights"], f"{_written(row['value'])} {row['unit']}", f"{row['spread']:.1%}", row.get("error") or ", ".join(said)))
     table = markdown_table(("what", "weights", "measured", "spread", "beside"), rows)
-    commits = commits_of(record.rows)
-    return f"{table}\n\n{commits}" if commits else table
+    absent = dict.fromkeys(f"Beside {row['part']} in {row['weights']}: {row['peer_absent']}." for row in record.rows if "peer_absent" in row)
+    return "\n\n".join(filter(None, (table, "\n".join(absent), commits_of(record.rows))))

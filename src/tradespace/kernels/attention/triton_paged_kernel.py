@@ -45,8 +45,8 @@ def queries(q, rows, seen, stride, FIRST: tl.constexpr, STEP: tl.constexpr, WIDT
 
 
 @triton.jit
-def halves(q, rows, seen, WIDTH: tl.constexpr, PADDED: tl.constexpr):
-    """(even, odd) channels of query rows that begin at `q + rows`, read side by side: of many rows that is far faster than every other channel."""
+def even_and_odd(q, rows, seen, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """(even, odd) channels of query rows that begin at `q + rows`, read side by side: for many rows, where reading every other channel twice takes longer."""
     place = tl.arange(0, 2 * PADDED)
     both = tl.load(q + rows[:, None] + place[None, :], mask=seen[:, None] & (place < WIDTH)[None, :], other=0.0)
     return tl.split(tl.reshape(both, (rows.shape[0], PADDED, 2)))
@@ -157,7 +157,7 @@ def ragged_kernel(
             q0 = queries(q, at, there, q_stride, 0, 1, H, HP)
             q1 = q0
         else:
-            q0, q1 = halves(q, at, there, H, HP)
+            q0, q1 = even_and_odd(q, at, there, H, HP)  # pyright: ignore[reportGeneralTypeIssues]
         earliest = past + first_token
         stop = tl.minimum(earliest + tokens, length)
         if PREFIX:  # noqa: SIM102 - the first is known when the kernel is compiled

@@ -1,7 +1,8 @@
 """Attention of whole prompts on a CUDA device, through torch's fused kernels: cuDNN's, or FlashAttention-2 where that cannot take the shape.
 
 They are faster than ours over a paged cache where a step holds a few long prompts from their first token on; they know no pages. One call for each run of
-prompts of the same length. cuDNN plans each shape anew, for several tenths of a second in which nobody gets a token: a shape goes there when it comes again.
+prompts of the same length. cuDNN plans each shape anew, and nobody gets a token meanwhile (PyTorch's pull request 155958 is about that): a shape goes there
+when it comes again.
 """
 
 from __future__ import annotations
