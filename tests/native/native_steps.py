@@ -12,8 +12,8 @@ from tradespace.model.transformer import Transformer
 from tradespace.spec.kv import KVPlan
 from tradespace.spec.native import block_slots
 
-# what values hold that nobody wrote; 249 is a number in fp8, too
-NOISE = {torch.float32: -9, torch.float16: -9, torch.bfloat16: -9, torch.int8: -9, torch.uint8: 249}
+# what values hold that nobody wrote: no number, where there is such a code
+NOISE = {torch.float32: torch.nan, torch.float16: torch.nan, torch.bfloat16: torch.nan, torch.int8: -9, torch.uint8: 249}
 
 
 class RecordedStepper:

@@ -1,6 +1,8 @@
-"""Coded caches under the native step: the specification's codes, its attention, its bytes; bits that depend on neither neighbours, chunks nor threads."""
+"""Coded and paired caches under the native step: the specification's codes, attention and bytes; bits that depend on neither neighbours, chunks nor threads."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,10 +17,13 @@ from native.test_recorded import EXACT, _copy, _random_model, _spec
 from tradespace.errors import EngineError, UnsupportedError
 from tradespace.formats.native import NativeWeight
 from tradespace.kernels.native import load, unavailable
-from tradespace.kernels.native.compiler import ISAS, cpu_flags
+from tradespace.kernels.native import program as ops
+from tradespace.kernels.native.compiler import ISAS, best_isa, cpu_flags
 from tradespace.kernels.view import Span, StepBatch, positions_of
 from tradespace.kv.cache import STORES, KVCache
+from tradespace.model.recorded import FORMS
 from tradespace.model.transformer import Transformer
+from tradespace.spec import native
 from tradespace.spec.kv import KVPlan, token_bytes
 from tradespace.spec.mixers import Attention
 from tradespace.spec.native import LANES
@@ -26,11 +31,16 @@ from tradespace.spec.native import LANES
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=f"native kernels: {unavailable()}")
 
 CODED = ("int8", "fp8")
+PAIRED = "bf16"
 
 
 def by_slots(cache: KVCache, layer: int, mixer: Attention) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Keys' and values' planes as the store's codec has them: codes (slots, K, W), and where there are scales (slots, K, 1)."""
     held, B, P = cache.tiled_planes(layer), cache.num_blocks, cache.block_size
+    if held.keys.dtype == torch.bfloat16:
+        keys = held.keys.view(B, mixer.K, P // LANES, mixer.H // 2, LANES, 2).permute(0, 2, 4, 1, 3, 5).reshape(B * P, mixer.K, mixer.H)
+        values = held.values.view(B, mixer.K, P // 2, mixer.Hv, 2).permute(0, 2, 4, 1, 3).reshape(B * P, mixer.K, mixer.Hv)
+        return (keys,), (values,)
     keys = held.keys.view(B, mixer.K, P // LANES, mixer.H, LANES).permute(0, 2, 4, 1, 3).reshape(B * P, mixer.K, mixer.H)
     values = held.values.view(B, mixer.K, P, mixer.Hv).transpose(1, 2).reshape(B * P, mixer.K, mixer.Hv)
     scales = [() if s is None else (s.view(B, mixer.K, P).transpose(1, 2).reshape(B * P, mixer.K, 1),) for s in (held.key_scales, held.value_scales)]
@@ -41,7 +51,7 @@ def by_slots(cache: KVCache, layer: int, mixer: Attention) -> tuple[tuple[Tensor
 @given(data=st.data())
 def test_drawn_attention_is_that_of_the_same_store_and_blind_to_neighbours(data):
     """As for plain floats: torch's path over the store's own codec gives the same logits, and equal bits come of any cut."""
-    store = data.draw(st.sampled_from(CODED), label="store")
+    store = data.draw(st.sampled_from((*CODED, PAIRED)), label="store")
     K = data.draw(st.sampled_from([1, 2, 3]), label="K")
     G = data.draw(st.sampled_from([1, 3, 5, 13]), label="G")
     H, Hv = data.draw(st.sampled_from([(8, 8), (20, 12), (64, 64), (16, 80)]), label="H, Hv")
@@ -66,6 +76,66 @@ def test_drawn_attention_is_that_of_the_same_store_and_blind_to_neighbours(data)
     assert torch.equal(torch.cat(found), whole)
 
 
+@settings(max_examples=examples(12), deadline=None)
+@given(data=st.data())
+def test_products_of_pairs_are_near_and_blind_to_neighbours(data):
+    """Where activations need not be exact, queries and weights of a bf16 cache are rounded to bf16 as well, if the machine multiplies such pairs."""
+    K = data.draw(st.sampled_from([1, 2, 3]), label="K")
+    G = data.draw(st.sampled_from([1, 3, 5, 13]), label="G")
+    H, Hv = data.draw(st.sampled_from([(8, 8), (20, 12), (64, 64), (16, 80)]), label="H, Hv")
+    spec = _spec(
+        K * G, K, H, Hv, window=data.draw(st.sampled_from([None, 5, 70])), softcap=data.draw(st.sampled_from([None, 3.0])), sinks=data.draw(st.booleans())
+    )
+    model = _random_model(spec, replace(EXACT, default="bf16"))
+    length = data.draw(st.integers(1, spec.max_context), label="length")
+    tokens_T, other_T = torch.randint(0, spec.V, (length,)), torch.randint(0, spec.V, (150,))
+    threads = st.sampled_from([1, 2, 7])
+    whole, exact = (
+        RecordedStepper(model, 2, store=store, threads=data.draw(threads), step_tokens=512).step({1: other_T, 0: tokens_T})[0] for store in (PAIRED, "fp32")
+    )
+    # a bf16 number is off by 2^-9 at most, and a score is a sum of products of two
+    assert (whole - exact).abs().mean() < 0.02 * exact.abs().mean()
+    layout, block_size = data.draw(st.sampled_from(["paged", "contiguous"])), data.draw(st.sampled_from([16, 48]))
+    cut = RecordedStepper(model, 2, layout, store=PAIRED, block_size=block_size, threads=data.draw(threads), step_tokens=512)
+    found = []
+    while cut.lengths[0] < length:
+        size = data.draw(st.sampled_from([1, 3, 40, 300]))
+        found.append(cut.step({0: tokens_T[cut.lengths[0] :][:size]})[0])
+    assert torch.equal(torch.cat(found), whole)
+
+
+def test_products_of_pairs_are_for_activations_that_need_not_be_exact():
+    """The step says which it wants, and where the machine multiplies pairs that makes a difference."""
+    spec = _spec(4, 2, 32, 32)
+    tokens_T = torch.randint(0, spec.V, (100,))
+    for kind, form in (("auto", "bf16"), ("fp32", "fp32")):
+        stepper = RecordedStepper(_random_model(spec, replace(EXACT, default="bf16"), activations=kind), 1, store=PAIRED)
+        assert {op.form for op in stepper.model.body.ops if op.kind in (ops.HEADS, ops.ATTEND)} == {FORMS[form]}
+    rounded, exact = (RecordedStepper(_random_model(spec, replace(EXACT, default="bf16")), 1, store=PAIRED) for _ in range(2))
+    for op in exact.model.body.ops:
+        if op.kind in (ops.HEADS, ops.ATTEND):
+            op.form = FORMS["fp32"]
+    same = torch.equal(*(stepper.step({0: tokens_T})[0] for stepper in (rounded, exact)))
+    assert same == (native.PAIR_PRODUCTS not in ISAS[best_isa()][0])
+
+
+@pytest.mark.parametrize(("sets", "weights", "activations", "H", "store"), [
+    ((native.PAIR_PRODUCTS,), "q4_0", "auto", 64, "bf16"),
+    ((native.PAIR_PRODUCTS,), "bf16", "auto", 64, "bf16"),
+    ((native.PAIR_PRODUCTS,), "q4_0", "fp32", 64, "fp16"),
+    ((native.PAIR_PRODUCTS,), "fp32", "auto", 64, "fp16"),
+    ((native.PAIR_PRODUCTS,), "q4_0", "auto", 33, "fp16"),
+    (("avx512f",), "q4_0", "auto", 64, "fp16"),
+])  # fmt: skip
+def test_the_usual_store(sets, weights, activations, H, store):
+    assert native.usual_store(weights, activations, sets, _spec(2, 2, H, H)) == store
+
+
+def test_keys_of_an_odd_width_have_no_pairs():
+    with pytest.raises(UnsupportedError, match="keys in pairs of numbers; those of layer 0 of drawn have 33"):
+        KVCache(_spec(2, 2, 33, 32), KVPlan(store=PAIRED), num_blocks=1, block_size=16, dtype=torch.float32, order="tiles")
+
+
 @torch.inference_mode()
 def _torch_logits(model: Transformer, store: str, tokens_T: Tensor) -> Tensor:
     reference = Transformer(model.spec, FP32, attention="reference", linear="reference", max_context=model.spec.max_context)
@@ -76,7 +146,12 @@ def _torch_logits(model: Transformer, store: str, tokens_T: Tensor) -> Tensor:
     return reference.logits(reference.forward(tokens_T, positions_of(spans), StepBatch.from_spans(spans, block_size=16), cache))
 
 
-@pytest.mark.parametrize("store", CODED)
+def coded(store: str, x: Tensor) -> tuple[Tensor, ...]:
+    """The codes of vectors x (…, W), and their scales where there are any, by the store's own codec."""
+    return (x.bfloat16(),) if store == PAIRED else STORES[store].encode(x)
+
+
+@pytest.mark.parametrize("store", [*CODED, PAIRED])
 @pytest.mark.parametrize(("H", "Hv"), [(64, 64), (20, 12), (80, 16)])
 @pytest.mark.parametrize("size", [1.0, 3e-3, 1e-6])
 def test_codes_are_the_specifications(store, H, Hv, size):
@@ -90,15 +165,15 @@ def test_codes_are_the_specifications(store, H, Hv, size):
     scale_R1[width:] *= torch.linspace(0.5, 600, qkv.num_rows - width)[:, None]  # values beyond fp8's range
     qkv.set_rows(slice(0, qkv.num_rows), torch.randn(qkv.num_rows, qkv.shape[-1]) * scale_R1)
     tokens_T = torch.randint(0, spec.V, (61,))
-    plain, coded = (RecordedStepper(model, 1, store=name) for name in ("fp32", store))
-    for stepper in (plain, coded):
+    plain, rounded = (RecordedStepper(model, 1, store=name) for name in ("fp32", store))
+    for stepper in (plain, rounded):
         stepper.step({0: tokens_T})
     mixer = spec.layers[0].mixer
     assert isinstance(mixer, Attention)
-    exact, found = (by_slots(stepper.cache, 0, mixer) for stepper in (plain, coded))
+    exact, found = (by_slots(stepper.cache, 0, mixer) for stepper in (plain, rounded))
     for (x_SKW,), parts in zip(exact, found, strict=True):
         x_SKW = x_SKW[: len(tokens_T)]
-        for part, expected in zip(parts, STORES[store].encode(x_SKW.reshape(-1, x_SKW.shape[-1])), strict=True):
+        for part, expected in zip(parts, coded(store, x_SKW.reshape(-1, x_SKW.shape[-1])), strict=True):
             assert torch.equal(part[: len(tokens_T)].reshape(expected.shape), expected)
     if store == "int8" and size == 1.0:
         assert all(parts[0][: len(tokens_T)].float().abs().amax(-1).eq(127).all() for parts in found)
@@ -138,7 +213,7 @@ def test_other_stores_have_no_tiles():
         slots.tiled_planes(0)
 
 
-@pytest.mark.parametrize("store", CODED)
+@pytest.mark.parametrize("store", [*CODED, PAIRED])
 @pytest.mark.parametrize("isa", [isa for isa, (need, _) in ISAS.items() if need <= cpu_flags()])
 def test_instruction_sets_agree(isa, store, monkeypatch):
     """The specification's codes of the keys and values that each computes; logits as near as a code that rounds the other way lets them be."""
@@ -152,5 +227,5 @@ def test_instruction_sets_agree(isa, store, monkeypatch):
     mixer = model.spec.layers[0].mixer
     assert isinstance(mixer, Attention)
     for (x_SKW,), parts in zip(by_slots(plain.cache, 0, mixer), by_slots(stepper.cache, 0, mixer), strict=True):
-        for part, expected in zip(parts, STORES[store].encode(x_SKW[: len(tokens_T)].reshape(-1, x_SKW.shape[-1])), strict=True):
+        for part, expected in zip(parts, coded(store, x_SKW[: len(tokens_T)].reshape(-1, x_SKW.shape[-1])), strict=True):
             assert torch.equal(part[: len(tokens_T)].reshape(expected.shape), expected)

@@ -40,7 +40,7 @@ from tradespace.spec.kv_stores import STORES as STORE_SPECS
 from tradespace.spec.kv_stores import Store
 from tradespace.spec.mixers import Attention
 from tradespace.spec.model import ModelSpec
-from tradespace.spec.native import LANES, cache_refusal
+from tradespace.spec.native import LANES, tiles_refusal
 
 RETAIN = {"full": Full, "sliding": Sliding, "h2o": H2O, "snapkv": SnapKV, "recent": Recent}
 LAYOUTS = {"contiguous": Contiguous, "paged": Paged}
@@ -65,7 +65,7 @@ TILED = "this cache lies in the native kernels' tiles: only a recorded step read
 class Tiled:
     """One layer's planes in tiles, shaped as by slots: within a block of P tokens keys lie as (K, P/16, H, 16), values as (K, P, Hv), scales as (K, P).
 
-    int8 alone has scales.
+    int8 alone has scales. bf16 lies in pairs: keys as (K, P/16, H/2, 16, 2), values as (K, P/2, Hv, 2).
     """
 
     keys: Tensor
@@ -100,7 +100,7 @@ class KVCache:
             raise UnsupportedError(
                 f"KV cache {plan.describe()} is priced but has no implementation yet. Runs: {', '.join(RETAIN)} × {', '.join(LAYOUTS)} × {', '.join(STORES)}"
             )
-        if reason := model_refusal(model, plan) or (cache_refusal(plan) if order == "tiles" else None):
+        if reason := model_refusal(model, plan) or (tiles_refusal(model, plan) if order == "tiles" else None):
             raise UnsupportedError(reason)
         if num_blocks < 1 or block_size < 1:
             raise InputError(f"a KV cache needs at least one block of one token; got {num_blocks} blocks of {block_size}")

@@ -139,7 +139,10 @@ class Recorded:
         held = cache.tiled_planes(index)
         keys, values, *scales = (None if plane is None else plane.data_ptr() for plane in (held.keys, held.values, held.key_scales, held.value_scales))
         planes = Cache(keys, values, cache.block_size, ops.STORES[cache.plan.store], a.K, a.H, a.Hv, *scales)
-        heads = {"in_": self.wide, "heads": a.N, "kv_heads": a.K, "head_width": a.H, "value_width": a.Hv, "cache": planes, "scale": a.softmax_scale}
+        # a bf16 cache is multiplied as it lies where the machine can, unless activations are to be exact
+        form = FORMS["fp32" if mixer.qkv.form == "fp32" else "bf16"]
+        heads = {"in_": self.wide, "form": form, "heads": a.N, "kv_heads": a.K, "head_width": a.H, "value_width": a.Hv, "cache": planes}
+        heads["scale"] = a.softmax_scale
         flags = 0
         if mixer.q_norm is not None and mixer.k_norm is not None:
             heads |= {"weight": _padded(mixer.q_norm.weight), "second": _padded(mixer.k_norm.weight), "eps": mixer.q_norm.eps}
@@ -152,6 +155,7 @@ class Recorded:
         self.body.add(
             ops.ATTEND,
             in_=self.wide,
+            form=form,
             out=self.mixed,
             heads=a.N,
             cache=planes,

@@ -62,6 +62,7 @@ class Space:
     must_stream: bool
     refused: Mapping[str, str]
     own: frozenset[WeightPlan] = frozenset()  # those of `weights` that are the checkpoint's own, without any loss beside it
+    native_stores: Mapping[str, str] = field(default_factory=dict)  # what a native step with weights of a format holds unless told otherwise
     own_store: bool = False  # the activations' own dtype is tried beside `stores`
     retain: Retain = FULL
     refused_stores: Mapping[str, str] = field(default_factory=dict)  # with the reason why they are left out
@@ -84,7 +85,7 @@ class Space:
             return tuple(name for name in offered if name != "fp16" and cuda.cache_refusal(self.kv_plan(name, "paged", 16)) is None)
         if weights.layout == "native":
             if self.stores is None or self.own_store:
-                return ("fp16",)
+                return (self.native_stores[weights.default],)
             return tuple(name for name in self.stores if native.cache_refusal(self.kv_plan(name, "paged", 16)) is None)
         if self.stores is not None:
             return (dense, *self.stores) if self.own_store else self.stores
@@ -228,9 +229,11 @@ def build_space(model: ModelSpec, device: DeviceSpec, workload: Workload, pins: 
         widths = sorted({tensor.shape[-1] for tensor in model_tensors(model) if tensor.role in QUANTIZABLE_ROLES})
         reasons = [reason for width in widths if name in FORMATS and (reason := unsuitable(FORMATS[name], width))]
         raise InputError(f"weights '{name}': " + (reasons[0] if reasons else f"the native kernels do not read it. They read {', '.join(native.FORMAT_KINDS)}"))
+    activations = next(iter(_one_of(pins, "activations", ACTIVATIONS)))
     return Space(
         weights=weights,
         own=frozenset(own),
+        native_stores={name: native.usual_store(name, activations, device.instruction_sets, model) for name in native.FORMAT_KINDS},
         stores=(pins["kv_store"],) if "kv_store" in pins else None,
         retain=retain,
         refused_stores=refused_stores,
@@ -238,7 +241,7 @@ def build_space(model: ModelSpec, device: DeviceSpec, workload: Workload, pins: 
         prefix_sharing=sharing != "off",
         kernels=kernels,
         linear=next(name for name in _one_of(pins, "linear", LINEAR_KERNELS) if name not in ("native", "cuda") or pins.get("linear") == name),
-        activations=next(iter(_one_of(pins, "activations", ACTIVATIONS))),
+        activations=activations,
         step_tokens=(_number(pins, "step_tokens"),) if "step_tokens" in pins else _step_sizes(workload),
         degrees=(_number(pins, "tensor_parallel"),) if "tensor_parallel" in pins else degrees_for(model, device),
         sources=tuple(source for source in _sources(device) if source in placement),

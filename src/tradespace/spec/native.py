@@ -5,7 +5,7 @@ A packed matrix has its rows in panels of 16 and its columns in sections of 32 (
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from tradespace.spec.formats import ALIASES
@@ -18,9 +18,10 @@ SECTION = 32
 SECTION_SUMS = 4  # sums of a section's codes, beside its scale and its weighted sum
 STEP_TOKENS = 512  # a step with more runs no faster
 SUPER_SECTIONS = 8
-CHUNK = 64  # keys of a partial result of attention
+CHUNK = 128  # keys of a partial result of attention
 ROWS = 12  # query rows that share a pass over the keys
 SLOTS_PER_THREAD = 64  # partial results that attention keeps for each thread
+PAIR_PRODUCTS = "avx512_bf16"  # the instruction set with which attention multiplies a bf16 cache as it lies
 KV_STORES = ("fp32", "fp16", "bf16", "int8", "fp8")  # that attention reads and writes, keys and values alike
 
 
@@ -114,9 +115,26 @@ def cache_refusal(kv: KVPlan) -> str | None:
     return None
 
 
+def tiles_refusal(model: ModelSpec, kv: KVPlan) -> str | None:
+    """Why such a model's keys and values cannot lie in the native kernels' tiles; None: they can."""
+    if reason := cache_refusal(kv):
+        return reason
+    for index, layer in enumerate(model.layers):
+        if kv.store == "bf16" and isinstance(layer.mixer, Attention) and layer.mixer.H % 2:
+            return f"a bf16 cache holds keys in pairs of numbers; those of layer {index} of {model.name} have {layer.mixer.H}"
+    return None
+
+
+def usual_store(weights_name: str, activations: str, instruction_sets: Collection[str], model: ModelSpec) -> str:
+    """The 16 bits in which a native step caches keys and values unless told otherwise: bf16 where queries and weights of attention are rounded to that as well,
+    which doubles the rate of its products, else fp16."""
+    has_products = PAIR_PRODUCTS in instruction_sets and activation_form(weights_name, activations) != "fp32"
+    return "bf16" if has_products and tiles_refusal(model, KVPlan(store="bf16")) is None else "fp16"
+
+
 def refusal(model: ModelSpec, kv: KVPlan) -> str | None:
     """Why the native step cannot compute such a model with such a cache; None: it can."""
-    if reason := cache_refusal(kv):
+    if reason := tiles_refusal(model, kv):
         return reason
     for index, layer in enumerate(model.layers):
         mixer = layer.mixer

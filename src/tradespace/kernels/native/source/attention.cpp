@@ -1,4 +1,4 @@
-// Online softmax in chunks of 64 keys at fixed positions: every query merges the same partial results in the same order, whether it decodes alone, shares a
+// Online softmax in chunks of 128 keys at fixed positions: every query merges the same partial results in the same order, whether it decodes alone, shares a
 // step with others, or comes with its whole prompt. So what a request answers does not depend on its neighbours, bit for bit. arXiv:2112.05682, arXiv:2311.01282
 #include "attention.h"
 
@@ -40,11 +40,13 @@ void expect_key(const Cache& c, const Step& step, int64_t sequence, int64_t posi
 
 void write_key(const Cache& c, const Step& step, int64_t sequence, int64_t position, int head, const float* k) {
   const int64_t lane = position % LANES, tile = slot_of(c, step.tables + sequence * step.table_width, position - lane, head);
+  if (c.store == STORE_BF16) return store_pairs((uint16_t*)c.keys + tile * c.key_width + 2 * lane, 2 * LANES, k, c.key_width);
   store_vector(c.store, c.keys, tile * c.key_width + lane, LANES, c.key_scales ? c.key_scales + tile + lane : nullptr, k, c.key_width);
 }
 
 void write_value(const Cache& c, const Step& step, int64_t sequence, int64_t position, int head, const float* v) {
-  const int64_t slot = slot_of(c, step.tables + sequence * step.table_width, position, head);
+  const int64_t slot = slot_of(c, step.tables + sequence * step.table_width, position, head), odd = slot % 2;
+  if (c.store == STORE_BF16) return store_vector(STORE_BF16, c.values, (slot - odd) * c.value_width + odd, 2, nullptr, v, c.value_width);
   store_vector(c.store, c.values, slot * c.value_width, 1, c.value_scales ? c.value_scales + slot : nullptr, v, c.value_width);
 }
 
@@ -82,29 +84,53 @@ TS_INLINE void read_again(int vector) {
   if (TS_REGISTER == 32 && vector) asm("" ::: "memory");
 }
 
-// `ahead`, where it is not null, are the tiles of the chunk that this thread computes next: they are asked for one line at a time, while this one is computed,
-// since pages are too short a run in memory for the hardware to see them coming.
+// The next chunk's tiles of a plane: a block of few rows asks for them line by line while it computes this one, since pages are too short a run in memory for
+// the hardware to see them coming. Many rows keep a core so busy that asking costs more than it saves.
+struct Ahead {
+  int count;      // tiles; 0: nothing
+  int64_t bytes;  // of each
+  const char* tiles[CHUNK / LANES];
+};
+
+TS_INLINE void ask(const Ahead& ahead, int64_t tile, int64_t byte) {
+  if (tile < ahead.count && byte < ahead.bytes) __builtin_prefetch(ahead.tiles[tile] + byte, 0, 2);
+}
+
+static Ahead ahead_of(const Cache& c, const Tiles& chunk, bool keys) {
+  const int64_t width = width_bytes(c.store);
+  Ahead ahead{chunk.count, LANES * (keys ? c.key_width : c.value_width) * width, {}};
+  for (int t = 0; t < chunk.count; t++) ahead.tiles[t] = keys ? (const char*)c.keys + chunk.keys[t] * width : (const char*)c.values + chunk.values[t] * width;
+  return ahead;
+}
+
 template <int STORE, int NQ, int TILES>
-TS_INLINE void score_tiles(const Attention& a, const Block& b, int first_row, const Tiles& chunk, int first_tile, float* scores, const Tiles* ahead) {
+TS_INLINE void score_tiles(const Attention& a, const Block& b, int first_row, const Tiles& chunk, int first_tile, float* scores, const Ahead& ahead) {
   constexpr int WIDTH = width_bytes(STORE);
   const int64_t* tiles = chunk.keys + first_tile;
-  const int64_t* next = ahead && first_tile + TILES <= ahead->count ? ahead->keys + first_tile : nullptr;
-  if (STORE == STORE_I8 && next)
-    for (int t = first_tile; t < first_tile + TILES; t++) {
-      __builtin_prefetch(a.cache.key_scales + ahead->slots[t], 0, 2);
-      __builtin_prefetch(a.cache.value_scales + ahead->slots[t], 0, 2);
-    }
+  const bool asks = first_tile < ahead.count;
   vf acc[NQ][TILES];
   for (int i = 0; i < NQ; i++)
     for (int t = 0; t < TILES; t++) acc[i][t] = vf{};
-  for (int64_t d = 0; d < a.cache.key_width; d++) {
-    if (next && d * LANES * WIDTH % 64 == 0)
-      for (int t = 0; t < TILES; t++) __builtin_prefetch((const char*)a.cache.keys + (next[t] + d * LANES) * WIDTH, 0, 2);
+  constexpr bool PAIRED = STORE == STORE_BF16 || STORE == STORE_PAIRS;
+  for (int64_t d = 0; d < a.cache.key_width; d += PAIRED ? 2 : 1) {
+    if (asks && d * LANES * WIDTH % 64 == 0)
+      for (int t = 0; t < TILES; t++) ask(ahead, first_tile + t, d * LANES * WIDTH);
     for (int t = 0; t < TILES; t++) {
       read_again(t);
-      const vf k = load_stored<STORE>(a.cache.keys, tiles[t] + d * LANES);
+      if constexpr (STORE == STORE_PAIRS) {
+        const vb k = load_bytes((const uint16_t*)a.cache.keys + tiles[t] + d * LANES);
 TS_UNROLL(12)
-      for (int i = 0; i < NQ; i++) acc[i][t] = fma(k, splat(b.q[first_row + i][d]), acc[i][t]);
+        for (int i = 0; i < NQ; i++) acc[i][t] = dot2_bf16(acc[i][t], k, two_of((const uint16_t*)b.q[first_row + i] + d));
+      } else if constexpr (STORE == STORE_BF16) {
+        const vu both = as<vu>(load_bytes((const uint16_t*)a.cache.keys + tiles[t] + d * LANES));
+        const vf even = as<vf>(both << 16), odd = as<vf>(both & 0xffff0000u);
+TS_UNROLL(12)
+        for (int i = 0; i < NQ; i++) acc[i][t] = fma(odd, splat(b.q[first_row + i][d + 1]), fma(even, splat(b.q[first_row + i][d]), acc[i][t]));
+      } else {
+        const vf k = load_stored<STORE>(a.cache.keys, tiles[t] + d * LANES);
+TS_UNROLL(12)
+        for (int i = 0; i < NQ; i++) acc[i][t] = fma(k, splat(b.q[first_row + i][d]), acc[i][t]);
+      }
     }
   }
   scores += first_tile * LANES;
@@ -118,19 +144,34 @@ TS_UNROLL(12)
 }
 
 template <int STORE, int NQ>
-TS_INLINE void score_rows(const Attention& a, const Block& b, int first_row, const Tiles& chunk, float* scores, const Tiles* next) {
+TS_INLINE void score_rows(const Attention& a, const Block& b, int first_row, const Tiles& chunk, float* scores, const Ahead& ahead) {
   const int num_tiles = chunk.count;
   int t = 0;
   if constexpr (4 * NQ <= MOST_SUMS)
-    for (; t + 4 <= num_tiles; t += 4) score_tiles<STORE, NQ, 4>(a, b, first_row, chunk, t, scores, next);
+    for (; t + 4 <= num_tiles; t += 4) score_tiles<STORE, NQ, 4>(a, b, first_row, chunk, t, scores, ahead);
   if constexpr (2 * NQ <= MOST_SUMS)
-    for (; t + 2 <= num_tiles; t += 2) score_tiles<STORE, NQ, 2>(a, b, first_row, chunk, t, scores, next);
-  for (; t < num_tiles; t++) score_tiles<STORE, NQ, 1>(a, b, first_row, chunk, t, scores, next);
+    for (; t + 2 <= num_tiles; t += 2) score_tiles<STORE, NQ, 2>(a, b, first_row, chunk, t, scores, ahead);
+  for (; t < num_tiles; t++) score_tiles<STORE, NQ, 1>(a, b, first_row, chunk, t, scores, ahead);
+}
+
+// Where weighted values go: into the partial result of a chunk, or, with factors, to what the chunks before came to.
+struct Sums {
+  float* values;
+  int64_t padded;
+  const float *keep, *add;  // of each row, or null
+};
+
+TS_INLINE void put(const Sums& sums, int row, int64_t c, vf v) {
+  float* x = sums.values + row * sums.padded + c;
+  if (!sums.keep) store(x, v);
+  else if (sums.add[row] == 0.f) return;
+  else if (sums.keep[row] == 0.f) store(x, v * sums.add[row]);
+  else store(x, fma(v, splat(sums.add[row]), load(x) * sums.keep[row]));
 }
 
 template <int STORE, int NQ>
-TS_INLINE void weigh_rows(const Attention& a, int first_row, const Tiles& chunk, int64_t from, int64_t to, const float* scores, float* values, const Tiles* next) {
-  const int64_t width = a.cache.value_width, padded = round_up(width, LANES);
+TS_INLINE void weigh_rows(const Attention& a, int first_row, const Tiles& chunk, int64_t from, int64_t to, const float* scores, const Sums& sums, const Ahead& ahead) {
+  const int64_t width = a.cache.value_width;
   int64_t rows[CHUNK];
   for (int64_t j = from; j < to; j++) rows[j] = chunk.values[j / LANES] + j % LANES * width;
   constexpr int VECTORS = 4 * NQ <= MOST_SUMS ? 4 : 2 * NQ <= MOST_SUMS ? 2 : 1;
@@ -140,10 +181,9 @@ TS_INLINE void weigh_rows(const Attention& a, int first_row, const Tiles& chunk,
     for (int i = 0; i < NQ; i++)
       for (int v = 0; v < VECTORS; v++) acc[i][v] = vf{};
     for (int64_t j = from; j < to; j++) {
-      if (next && j < next->count * LANES) {
-        const char* row = (const char*)a.cache.values + (next->values[j / LANES] + j % LANES * width + c) * width_bytes(STORE);
-        for (int64_t byte = 0; byte < VECTORS * LANES * width_bytes(STORE); byte += 64) __builtin_prefetch(row + byte, 0, 2);
-      }
+      if (ahead.count)
+        for (int64_t byte = 0; byte < VECTORS * LANES * width_bytes(STORE); byte += 64)
+          ask(ahead, j / LANES, (j % LANES * width + c) * width_bytes(STORE) + byte);
       for (int v = 0; v < VECTORS; v++) {
         read_again(v);
         const vf x = load_stored<STORE>(a.cache.values, rows[j] + c + v * LANES);
@@ -152,7 +192,7 @@ TS_UNROLL(6)
       }
     }
     for (int i = 0; i < NQ; i++)
-      for (int v = 0; v < VECTORS; v++) store(values + (first_row + i) * padded + c + v * LANES, acc[i][v]);
+      for (int v = 0; v < VECTORS; v++) put(sums, first_row + i, c + v * LANES, acc[i][v]);
   }
   for (; c < width; c += LANES) {  // what is left of a head that is no multiple of 64
     const int64_t lanes = std::min<int64_t>(LANES, width - c);
@@ -168,13 +208,117 @@ TS_UNROLL(6)
       }
       for (int i = 0; i < NQ; i++) acc[i] = fma(splat(scores[(first_row + i) * CHUNK + j]), x, acc[i]);
     }
-    for (int i = 0; i < NQ; i++) store(values + (first_row + i) * padded + c, acc[i]);
+    for (int i = 0; i < NQ; i++) put(sums, first_row + i, c, acc[i]);
   }
 }
 
-// scores, exponentials and weighted values of one chunk
+// The same where values lie in pairs of tokens: VECTORS · 16 columns from `column` on, of which `columns` exist. A pair that is cut by `from` or `to` is copied
+// without its other half, which may hold anything.
+template <int STORE, int NQ, int VECTORS, class Weight>
+TS_INLINE void weigh_columns(const Attention& a, int first_row, const Tiles& chunk, int64_t from, int64_t to, const Weight* weights, int64_t column, int64_t columns,
+                             const Sums& sums, const Ahead& ahead) {
+  const int64_t width = a.cache.value_width, first = from / 2, last = (to + 1) / 2;
+  alignas(64) uint16_t copies[2][2 * VECTORS * LANES] = {{0}};
+  const uint16_t* pairs[CHUNK / 2];
+  for (int64_t j = first; j < last; j++) pairs[j] = (const uint16_t*)a.cache.values + chunk.values[2 * j / LANES] + 2 * (j % (LANES / 2) * width + column);
+  auto copy = [&](int64_t j, uint16_t* to, int64_t half) {
+    for (int64_t c = 0; c < columns; c++) to[2 * c + half] = pairs[j][2 * c + half];
+    pairs[j] = to;
+  };
+  if (from % 2) copy(first, copies[0], 1);
+  if (to % 2) copy(last - 1, copies[1], 0);
+  vf acc[NQ][VECTORS];
+  for (int i = 0; i < NQ; i++)
+    for (int v = 0; v < VECTORS; v++) acc[i][v] = vf{};
+  for (int64_t j = first; j < last; j++) {
+    if (ahead.count)
+      for (int v = 0; v < VECTORS; v++) ask(ahead, 2 * j / LANES, 4 * (j % (LANES / 2) * width + column + v * LANES));
+    const Weight* w = weights + first_row * CHUNK + 2 * j;
+    asm("" : "+r"(w));  // one address for all rows: with one for each there are too few registers
+    for (int v = 0; v < VECTORS; v++) {
+      read_again(v);
+      vu both;
+      if (columns == VECTORS * LANES) both = as<vu>(load_bytes(pairs[j] + 2 * v * LANES));
+      else {
+        alignas(64) uint16_t part[2 * LANES] = {0};
+        std::memcpy(part, pairs[j], (size_t)(4 * columns));
+        both = as<vu>(load_bytes(part));
+      }
+TS_UNROLL(6)
+      for (int i = 0; i < NQ; i++) {
+        if constexpr (STORE == STORE_PAIRS) acc[i][v] = dot2_bf16(acc[i][v], as<vb>(both), two_of(w + i * CHUNK));
+        else acc[i][v] = fma(as<vf>(both & 0xffff0000u), splat(w[i * CHUNK + 1]), fma(as<vf>(both << 16), splat(w[i * CHUNK]), acc[i][v]));
+      }
+    }
+  }
+  for (int i = 0; i < NQ; i++)
+    for (int v = 0; v < VECTORS; v++) put(sums, first_row + i, column + v * LANES, acc[i][v]);
+}
+
+template <int STORE, int NQ, class Weight>
+TS_INLINE void weigh_pairs(const Attention& a, int first_row, const Tiles& chunk, int64_t from, int64_t to, const Weight* weights, const Sums& sums, const Ahead& ahead) {
+  constexpr int VECTORS = 4 * NQ <= MOST_SUMS ? 4 : 2 * NQ <= MOST_SUMS ? 2 : 1;
+  const int64_t width = a.cache.value_width;
+  int64_t c = 0;
+  for (; c + VECTORS * LANES <= width; c += VECTORS * LANES)
+    weigh_columns<STORE, NQ, VECTORS>(a, first_row, chunk, from, to, weights, c, VECTORS * LANES, sums, ahead);
+  for (; c < width; c += LANES)  // what is left of a head that is no multiple of 64
+    weigh_columns<STORE, NQ, 1>(a, first_row, chunk, from, to, weights, c, std::min<int64_t>(LANES, width - c), sums, ahead);
+}
+
+template <int STORE, int NQ, class Weight>
+TS_INLINE void weigh(const Attention& a, int first_row, const Tiles& chunk, int64_t from, int64_t to, const Weight* weights, const Sums& sums, const Ahead& ahead) {
+  if constexpr (STORE == STORE_BF16 || STORE == STORE_PAIRS) weigh_pairs<STORE, NQ>(a, first_row, chunk, from, to, weights, sums, ahead);
+  else weigh_rows<STORE, NQ>(a, first_row, chunk, from, to, weights, sums, ahead);
+}
+
+#if defined(__AVX512BF16__)
+// A row's scores → its weights in bf16, which are rounded before they are summed; its greatest score and their sum. `see` hides what the row may not see.
+template <int TILES, class See>
+TS_INLINE void weights_of(const Attention& a, const float* scores, See see, uint16_t* words, float* greatest, float* total) {
+  constexpr float LOG2_E = 1.44269504088896341f;
+  vf s[TILES], largest = splat(-INFINITY), sums{};
+  for (int t = 0; t < TILES; t++) {
+    s[t] = load(scores + t * LANES);
+    if (a.softcap > 0.f) s[t] = a.softcap * tanh(s[t] / a.softcap);
+    s[t] = see(t, s[t]);
+    largest = max(largest, s[t]);
+  }
+  const float m = maximum(largest), offset = m == -INFINITY ? 0.f : m * -LOG2_E;
+  for (int t = 0; t < TILES; t++) s[t] = exp2_short(fma(s[t], splat(LOG2_E), splat(offset)));
+  for (int t = 0; t < TILES; t += 2) {
+    const vb two = to_bf16(s[t], s[t + 1]);
+    sums = dot2_bf16(sums, two, 0x3f803f80u);
+    std::memcpy(words + t * LANES, &two, sizeof two);
+  }
+  *greatest = m;
+  *total = sum(sums);
+}
+#endif
+
+// Adds the greatest scores and totals of `part` to those of `into`: by what the rows of values are multiplied in both.
+static void factors_of(Partial& into, const Partial& part, float* keep, float* add) {
+  const vf before = load(into.largest), now = load(part.largest), m = max(before, now);
+  const vf kept = select(before == m, splat(1.f), exp(before - m)), added = select(now == m, splat(1.f), exp(now - m));
+  const vf none = splat(-INFINITY);
+  store(keep, select(before == none, vf{}, kept));
+  store(add, select(now == none, vf{}, added));
+  store(into.largest, m);
+  store(into.total, fma(load(part.total), load(add), load(into.total) * load(keep)));
+}
+
+static void merge(const Attention& a, int count, Partial& into, const Partial& part) {
+  alignas(64) float keep[LANES], add[LANES];
+  factors_of(into, part, keep, add);
+  const Sums sums{into.values, round_up(a.cache.value_width, LANES), keep, add};
+  for (int i = 0; i < count; i++)
+    for (int64_t c = 0; c < sums.padded; c += LANES) put(sums, i, c, load(part.values + i * sums.padded + c));
+}
+
+// Scores, exponentials and weighted values of one chunk: a partial result in `p`, or merged into `all`, which is then not null. `next`: tiles of the chunk that
+// this thread computes after it, or null.
 template <int STORE>
-static void chunk_partial(const Attention& a, const Block& b, int64_t chunk, Partial& p, const Tiles* next) {
+static void chunk_partial(const Attention& a, const Block& b, int64_t chunk, Partial& p, Partial* all, const Tiles* next) {
   alignas(64) float scores[ROWS * CHUNK];
   clear(p);
   const int64_t start = chunk * CHUNK;
@@ -186,16 +330,38 @@ static void chunk_partial(const Attention& a, const Block& b, int64_t chunk, Par
   const int64_t from = std::max<int64_t>(0, low - start), to = std::min<int64_t>(CHUNK, high - start);
   const Tiles tiles = tiles_of(a.cache, b.table, start, start + to, b.head);
   const int num_tiles = tiles.count;
+  Ahead none{}, next_keys{}, next_values{};
+  if (next) {
+    next_keys = ahead_of(a.cache, *next, true);
+    next_values = ahead_of(a.cache, *next, false);
+    for (int t = 0; STORE == STORE_I8 && t < next->count; t++) {
+      __builtin_prefetch(a.cache.key_scales + next->slots[t], 0, 2);
+      __builtin_prefetch(a.cache.value_scales + next->slots[t], 0, 2);
+    }
+  }
   int row = 0;
-  for (; row + 6 <= b.count; row += 6) score_rows<STORE, 6>(a, b, row, tiles, scores, row ? nullptr : next);
-  for (; row + 3 <= b.count; row += 3) score_rows<STORE, 3>(a, b, row, tiles, scores, row ? nullptr : next);
-  for (; row < b.count; row++) score_rows<STORE, 1>(a, b, row, tiles, scores, row ? nullptr : next);
+  for (; row + 6 <= b.count; row += 6) score_rows<STORE, 6>(a, b, row, tiles, scores, row ? none : next_keys);
+  for (; row + 3 <= b.count; row += 3) score_rows<STORE, 3>(a, b, row, tiles, scores, row ? none : next_keys);
+  for (; row < b.count; row++) score_rows<STORE, 1>(a, b, row, tiles, scores, row ? none : next_keys);
 
   constexpr int32_t PLACES[LANES] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   const vi lane = load(PLACES);
+  alignas(64) uint16_t words[STORE == STORE_PAIRS ? ROWS * CHUNK : 1];
   for (int i = 0; i < b.count; i++) {
     float* s = scores + i * CHUNK;
     const int32_t first = (int32_t)std::clamp<int64_t>(b.low[i] - start, 0, CHUNK), end = (int32_t)std::clamp<int64_t>(b.high[i] - start, 0, CHUNK);
+#if defined(__AVX512BF16__)
+    if constexpr (STORE == STORE_PAIRS) {
+      auto all = [](int, vf v) { return v; };
+      auto some = [&](int t, vf v) {
+        const vi at = lane + t * LANES;
+        return select((at >= first) & (at < end), v, splat(-INFINITY));  // and tiles behind the last, which hold no scores
+      };
+      if (first == 0 && end == CHUNK) weights_of<CHUNK / LANES>(a, s, all, words + i * CHUNK, &p.largest[i], &p.total[i]);
+      else weights_of<CHUNK / LANES>(a, s, some, words + i * CHUNK, &p.largest[i], &p.total[i]);
+      continue;
+    }
+#endif
     vf largest = splat(-INFINITY);
     if (first == 0 && end == CHUNK && !(a.softcap > 0.f)) {  // nothing to hide
       for (int t = 0; t < CHUNK / LANES; t++) largest = max(largest, load(s + t * LANES));
@@ -235,36 +401,20 @@ static void chunk_partial(const Attention& a, const Block& b, int64_t chunk, Par
       const vf scales = token_scales<STORE>(a.cache.value_scales, tiles.slots[t]);
       for (int i = 0; i < b.count; i++) store(scores + i * CHUNK + t * LANES, load(scores + i * CHUNK + t * LANES) * scales);
     }
+  alignas(64) float keep[LANES], add[LANES];
+  if (all) factors_of(*all, p, keep, add);
+  const Sums sums{all ? all->values : p.values, round_up(a.cache.value_width, LANES), all ? keep : nullptr, add};
   row = 0;
-  for (; row + 6 <= b.count; row += 6) weigh_rows<STORE, 6>(a, row, tiles, from, to, scores, p.values, row ? nullptr : next);
-  for (; row + 3 <= b.count; row += 3) weigh_rows<STORE, 3>(a, row, tiles, from, to, scores, p.values, row ? nullptr : next);
-  for (; row < b.count; row++) weigh_rows<STORE, 1>(a, row, tiles, from, to, scores, p.values, row ? nullptr : next);
+  auto rows_of = [&](const auto* weights) {
+    for (; row + 6 <= b.count; row += 6) weigh<STORE, 6>(a, row, tiles, from, to, weights, sums, row ? none : next_values);
+    for (; row + 3 <= b.count; row += 3) weigh<STORE, 3>(a, row, tiles, from, to, weights, sums, row ? none : next_values);
+    for (; row < b.count; row++) weigh<STORE, 1>(a, row, tiles, from, to, weights, sums, row ? none : next_values);
+  };
+  if constexpr (STORE == STORE_PAIRS) rows_of(words);
+  else rows_of(scores);
 }
 
 TS_INLINE float exp_one(float x) { return first_lane(exp(splat(x))); }
-
-static void merge(const Attention& a, int count, Partial& into, const Partial& part) {
-  const int64_t padded = round_up(a.cache.value_width, LANES);
-  alignas(64) float keep[LANES], add[LANES];
-  {  // all rows at once
-    const vf before = load(into.largest), now = load(part.largest), m = max(before, now);
-    const vf kept = select(before == m, splat(1.f), exp(before - m)), added = select(now == m, splat(1.f), exp(now - m));
-    const vf none = splat(-INFINITY);
-    store(keep, select(before == none, vf{}, kept));
-    store(add, select(now == none, vf{}, added));
-    store(into.largest, m);
-    store(into.total, fma(load(part.total), load(add), load(into.total) * load(keep)));
-  }
-  for (int i = 0; i < count; i++) {
-    if (add[i] == 0.f) continue;
-    float* x = into.values + i * padded;
-    const float* y = part.values + i * padded;
-    if (keep[i] == 0.f)
-      for (int64_t c = 0; c < padded; c += LANES) store(x + c, load(y + c) * add[i]);
-    else
-      for (int64_t c = 0; c < padded; c += LANES) store(x + c, fma(load(y + c), splat(add[i]), load(x + c) * keep[i]));
-  }
-}
 
 static void finish(const Attention& a, const Block& b, const Partial& p) {
   const int64_t width = a.cache.value_width, padded = round_up(width, LANES);
@@ -322,16 +472,13 @@ static const Tiles* ask_for(const Attention& a, const Block& b, int64_t chunk, T
 // `after`: the block that this thread computes next, or null
 template <int STORE>
 static void whole_block(const Attention& a, const Block& b, float* scratch, const Block* after) {
-  const int64_t padded = round_up(a.cache.value_width, LANES);
   Partial all, part;
   all.values = scratch;
-  part.values = scratch + ROWS * padded;
   clear(all);
   for (int64_t chunk = b.first; chunk < b.last; chunk++) {
     Tiles tiles;
     const Tiles* next = chunk + 1 < b.last ? ask_for(a, b, chunk + 1, &tiles) : after ? ask_for(a, *after, after->first, &tiles) : nullptr;
-    chunk_partial<STORE>(a, b, chunk, part, next);
-    merge(a, b.count, all, part);
+    chunk_partial<STORE>(a, b, chunk, part, &all, next);
   }
   finish(a, b, all);
 }
@@ -406,7 +553,7 @@ static void split_blocks(Worker& worker, const Attention& a, const Step& step, i
           next = ask_for(a, after, after.first + w * wave + chunk_after, &tiles);
         }
         Partial p = at(kept + i * wave + chunk);
-        chunk_partial<STORE>(a, blocks[i], blocks[i].first + w * wave + chunk, p, next);
+        chunk_partial<STORE>(a, blocks[i], blocks[i].first + w * wave + chunk, p, nullptr, next);
         save(kept + i * wave + chunk, p);
       }
     worker.barrier();
@@ -461,7 +608,7 @@ static void attend_with(Worker& worker, const Attention& a, const Step& step) {
   if (const int64_t made = few_blocks(worker, a, step, few)) return split_blocks<STORE>(worker, a, step, made, few);
   int64_t total = 0;
   for (int64_t s = 0; s < step.num_sequences; s++) total += blocks_of(a, step, s) * a.cache.heads;
-  float* scratch = a.partials + 2 * worker.index * partial_floats(a.cache.value_width);
+  float* scratch = a.partials + worker.index * partial_floats(a.cache.value_width);
   const int64_t size = std::max<int64_t>(1, std::min<int64_t>(8, total / (8 * worker.count)));
   int64_t first, last, s = 0, before = 0;
   auto block_of = [&](int64_t unit) {  // units mostly come in rising order, so the sequence that holds one is found by walking on
@@ -485,6 +632,9 @@ static void attend_with(Worker& worker, const Attention& a, const Step& step) {
 void attend(Worker& worker, const Attention& a, const Step& step) {
   if (a.cache.store == STORE_F32) attend_with<STORE_F32>(worker, a, step);
   else if (a.cache.store == STORE_F16) attend_with<STORE_F16>(worker, a, step);
+#if defined(__AVX512BF16__)
+  else if (a.pairs) attend_with<STORE_PAIRS>(worker, a, step);
+#endif
   else if (a.cache.store == STORE_BF16) attend_with<STORE_BF16>(worker, a, step);
   else if (a.cache.store == STORE_I8) attend_with<STORE_I8>(worker, a, step);
   else attend_with<STORE_F8>(worker, a, step);

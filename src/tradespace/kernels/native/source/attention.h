@@ -18,7 +18,8 @@ struct Step {
 };
 
 // One layer's planes. A block of `block_size` tokens holds keys as [head][tile of 16 tokens][H][16] and values as [head][token][Hv]; scales, which int8 alone has,
-// as [head][token] of fp16, so that those of a tile lie beside each other.
+// as [head][token] of fp16, so that those of a tile lie beside each other. bf16 lies in the pairs that a product of pairs reads: keys as
+// [head][tile][H / 2][16][2], values as [head][token / 2][Hv][2].
 struct Cache {
   void* keys;
   void* values;
@@ -29,13 +30,14 @@ struct Cache {
   uint16_t* value_scales;
 };
 
-constexpr int CHUNK = 64;       // keys whose scores are held at once: a partial result
+constexpr int CHUNK = 128;       // keys whose scores are held at once: a partial result
 constexpr int ROWS = 12;        // query rows that share a pass over the keys
 
 struct Attention {
   Cache cache;
   const float* q;     // token · q_stride, N heads of H, already scaled
   int64_t q_stride;
+  bool pairs;         // a head of q holds bf16 in the first half of its place, and products are those of pairs of bf16: `pairs_of` says whether they can be
   float* out;         // token · out_stride, N heads of Hv
   int64_t out_stride;
   const float* sinks; // a logit per query head, or null
@@ -46,6 +48,15 @@ struct Attention {
   float* partials;    // `slots` partial results of partial_floats(value width) each
   int64_t slots;
 };
+
+// whether this machine multiplies pairs of bf16 in one instruction and the cache holds such
+inline bool pairs_of(const Cache& cache) {
+#if defined(__AVX512BF16__)
+  return cache.store == STORE_BF16;
+#else
+  return false;
+#endif
+}
 
 int64_t partial_floats(int64_t value_width);
 void attend(Worker& worker, const Attention& a, const Step& step);

@@ -76,10 +76,14 @@ static Product product_of(const Op& op, int64_t tokens, int64_t base = 0) {
   return p;
 }
 
-// q, k and v of tokens side by side in `in`: norm of heads, rotation, keys and values into the cache, queries scaled where they are. A unit is a token's head.
+// whether an attention and its heads multiply pairs of bf16
+static bool in_pairs(const Op& op) { return op.form == FORM_BF16 && pairs_of(op.cache); }
+
+// q, k and v of tokens side by side in `in`: norm of heads, rotation, keys and values into the cache, queries scaled, and rounded to bf16 where attention is to
+// read that, where they are. A unit is a token's head.
 static void heads(const Op& op, const Step& step, int64_t first, int64_t last, float* scratch) {
   const int64_t all = op.heads + 2 * op.kv_heads, H = op.head_width;
-  const bool full = op.flags & FLAG_NORM_FULL;
+  const bool full = op.flags & FLAG_NORM_FULL, pairs = in_pairs(op);
   if (full) {  // the norm is as wide as the whole projection: units are whole tokens'
     for (int64_t t = first / all; t < last / all; t++) {
       float* q = op.in + t * op.in_stride;
@@ -112,9 +116,10 @@ static void heads(const Op& op, const Step& step, int64_t first, int64_t last, f
       std::memcpy(head, scratch, (size_t)H * 4);
     }
     if (op.table) rotate(head, op.table + position * op.dims, op.dims, (op.flags & FLAG_INTERLEAVED) != 0);
-    if (n < op.heads)
+    if (n < op.heads) {
       for (int64_t c = 0; c < H; c++) head[c] *= op.scale;
-    else write_key(op.cache, step, s, position, (int)(n - op.heads), head);
+      if (pairs) store_words((uint16_t*)head, 1, head, H, [](uint16_t* words, vf v) { write_bf16(words, v); });  // each sixteen are read before they are written over
+    } else write_key(op.cache, step, s, position, (int)(n - op.heads), head);
   }
 }
 
@@ -123,6 +128,7 @@ static Attention attention_of(const Op& op) {
   a.cache = op.cache;
   a.q = op.in;
   a.q_stride = op.in_stride;
+  a.pairs = in_pairs(op);
   a.out = op.out;
   a.out_stride = op.out_stride;
   a.sinks = op.weight;

@@ -228,11 +228,15 @@ TS_INLINE Pair<H> min(Pair<H> x, Pair<H> y) {
 
 // pairwise in a fixed tree, so that every instruction set gives the same bits
 TS_INLINE float sum(rf v) {
+#if TS_REGISTER == 64
+  return _mm512_reduce_add_ps((__m512)v);
+#else
   float a[REGISTER_LANES];
   std::memcpy(a, &v, sizeof v);
   for (int half = REGISTER_LANES / 2; half; half /= 2)
     for (int i = 0; i < half; i++) a[i] += a[i + half];
   return a[0];
+#endif
 }
 template <class H>
 TS_INLINE float sum(Pair<H> v) {
@@ -562,6 +566,20 @@ TS_INLINE vf exp(vf x) {
   return p * as<vf>(power);
 #endif
 }
+
+#if defined(__AVX512BF16__)
+// 2^x for what is rounded to bf16 next: relative error below 8e-5, a twenty-fifth of that rounding
+TS_INLINE vf exp2_short(vf x) {
+  const vf n = (vf)_mm512_roundscale_ps((__m512)x, 8), f = x - n;
+  vf p = fma(f, splat(5.5171669058e-2f), splat(2.4261112219e-1f));
+  p = fma(p, f, splat(6.9326098546e-1f));
+  p = fma(p, f, splat(9.9992807354e-1f));
+  return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
+}
+
+// two vectors as bf16, as a product of pairs reads them: what is too small for a normal number is nothing
+TS_INLINE vb to_bf16(vf first, vf second) { return (vb)(__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first); }
+#endif
 
 TS_INLINE vf tanh(vf x) {  // 1 - 2 / (e^2x + 1)
   vf e = exp(x * 2.f);

@@ -9,8 +9,9 @@ namespace ts {
 
 // Mirrored in program.py. int8: codes -127 … 127 and an fp16 scale per token and head. fp8: e4m3 without a scale.
 enum Store : int32_t { STORE_F32 = 0, STORE_F16 = 1, STORE_BF16 = 2, STORE_I8 = 3, STORE_F8 = 4 };
+constexpr int STORE_PAIRS = 5;  // a bf16 cache whose queries and weights are rounded to bf16, too: what a kernel is compiled for, not what a cache is
 
-constexpr int64_t width_bytes(int store) { return store == STORE_F32 ? 4 : store == STORE_F16 || store == STORE_BF16 ? 2 : 1; }
+constexpr int64_t width_bytes(int store) { return store == STORE_F32 ? 4 : store == STORE_I8 || store == STORE_F8 ? 1 : 2; }
 // whether what load_stored gives is to be multiplied by token_scales still
 constexpr bool is_scaled(int store) { return store == STORE_I8 || store == STORE_F8; }
 
@@ -88,6 +89,22 @@ static inline void store_words(uint16_t* to, int64_t stride, const float* x, int
     if (stride == 1) std::memcpy(to + c, words, (size_t)count * 2);
     else
       for (int64_t i = 0; i < count; i++) to[(c + i) * stride] = words[i];
+  }
+}
+
+TS_INLINE uint32_t two_of(const uint16_t* p) {
+  uint32_t two;
+  std::memcpy(&two, p, 4);
+  return two;
+}
+
+// bf16 by pairs: elements 2 i and 2 i + 1 beside each other at i · stride
+static inline void store_pairs(uint16_t* to, int64_t stride, const float* x, int64_t width) {
+  uint16_t words[LANES];
+  for (int64_t c = 0; c < width; c += LANES) {
+    const int64_t count = std::min<int64_t>(LANES, width - c);
+    store_words(words, 1, x + c, count, [](uint16_t* out, vf v) { write_bf16(out, v); });
+    for (int64_t i = 0; i < count; i += 2) std::memcpy(to + (c + i) / 2 * stride, words + i, 4);
   }
 }
 
