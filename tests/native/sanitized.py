@@ -15,7 +15,7 @@ import torch
 
 from tradespace.errors import EngineError
 from tradespace.kernels import native, pages
-from tradespace.kernels.native.compiler import SANITIZERS, compile_library, find_compiler
+from tradespace.kernels.native.compiler import SANITIZERS, best_isa, compile_library, find_compiler
 from tradespace.kernels.native.library import Library
 
 ISA = "TRADESPACE_SANITIZED_ISA"  # the instruction set; unset: the best here
@@ -39,7 +39,7 @@ def build(isa: str | None = None) -> Path:
 
 @lru_cache(maxsize=1)
 def _load(isa: str | None = None) -> Library:
-    return Library(isa or "sanitized", str(compile_library(os.environ.get(ISA), extra=SANITIZERS)))
+    return Library(os.environ.get(ISA) or best_isa(), str(compile_library(os.environ.get(ISA), extra=SANITIZERS)))
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu", *, purpose: str) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """What do activations in int8 cost? KL divergence to the torch path in fp32 of our native path and of llama.cpp, on the same file and the same text.
 
-Both round each product's activations to int8, each in its own blocks; what is asked is that ours lose no more. Keys and values are in fp32 on all sides.
+Both round each product's activations to int8, each in its own blocks; what is asked is that ours lose no more. Keys and values are in fp32 on all sides; the
+part "caches" asks the same of what users get who choose nothing: llama.cpp's cache of fp16, and ours, which some machines hold and multiply in bf16.
 
 The exact mode (`--activations fp32`) shares weights and text. It and the torch path are two ways to compute in fp32, each with its own order of summation,
 so both are measured against a float64 pass over the same weights (`double.py`): the largest distance of a logit, and the root of the mean square.
@@ -36,13 +37,13 @@ NAMES: dict[tuple[str, str | None], str] = {("smollm2-135m", None): "smollm2-135
 TEXTS = {"WikiText-2": ("wikitext2", "wiki.test.raw"), "books": ("pd-books", "valid.txt")}
 POSITIONS = 512
 EXACT_BAR = 1e-4  # of a logit
-PARTS = ("int8", "exact")
-HELD = {"int8": "holds", "exact": "exact_holds"}  # by part: whether its bar does
+PARTS = ("int8", "caches", "exact")
+HELD = {"int8": "holds", "caches": "holds", "exact": "exact_holds"}  # by part: whether its bar does
 
 
 def run(*, quick: bool, say: Callable[[str], None], only: Sequence[str] = PARTS) -> Record:
     """Every file on both texts (quick: the first of each), and of both questions those in `only`."""
-    if "int8" in only:
+    if {"int8", "caches"} & set(only):
         require_llama_cpp()  # before anything is measured
     rows: list[dict[str, Any]] = []
     # of each row, as parts are measured one at a time and joined
@@ -54,28 +55,37 @@ def run(*, quick: bool, say: Callable[[str], None], only: Sequence[str] = PARTS)
         for text, parts in list(TEXTS.items())[: 1 if quick else None]:
             window = token_window(tokenizer, read_text(*parts), POSITIONS)
             for part in only:
-                row = {"part": part, "model": name, "text": text} | (_int8_row if part == "int8" else _exact_row)(path, window) | where
+                measured = _exact_row(path, window) if part == "exact" else _int8_row(path, window, usual_cache=part == "caches")
+                row = {"part": part, "model": name, "text": text} | measured | where
                 say(f"{name}, {text}: {_told(row)}")
                 rows.append(row)
     rows.sort(key=lambda row: PARTS.index(row["part"]))
-    notes = f"{POSITIONS} predicted tokens of each text; keys and values in fp32"
+    notes = f"{POSITIONS} predicted tokens of each text; keys and values in fp32, but for the part that says otherwise"
     return new_record("activations", command=command_line(), device=this_machine(), repeats=1, rows=rows, notes=notes)
 
 
 def _told(row: Mapping[str, Any]) -> str:
-    if row["part"] == "int8":
+    if row["part"] != "exact":
         return f"KL {row['ours_kl']:.2e} ours, {row['llama_cpp_kl']:.2e} llama.cpp"
     return f"from float64 the exact mode's logits at most {row['exact_from_double']:.1e}, the torch path's {row['torch_from_double']:.1e}"
 
 
-def _int8_row(path: str, window: list[int]) -> dict[str, Any]:
-    """KL to the torch path in fp32, of our native path and of llama.cpp."""
+def _int8_row(path: str, window: list[int], *, usual_cache: bool) -> dict[str, Any]:
+    """KL to the torch path in fp32, of our native path and of llama.cpp, their caches in fp32 or as each has it by itself."""
     reference = torch.cat([piece.log_softmax(-1) for piece in _ours(path, "sdpa", "fp32", "auto", window)])
-    int8 = torch.cat([piece.log_softmax(-1) for piece in _ours(path, "native", "stored", "auto", window)])
-    with LlamaCpp(Path(path)) as oracle:
+    with open_ours(path, "native", "stored", "auto", kv_store=None if usual_cache else "fp32") as llm:
+        store = llm.plan.kv.store
+        int8 = torch.cat([piece.log_softmax(-1) for piece in _logits(llm, window[:-1])])
+    with LlamaCpp(Path(path), usual_cache=usual_cache) as oracle:
         theirs = torch.cat(list(oracle.logprobs(window[:-1])))  # the last token is only predicted
     ours, llama = (_divergence(reference, other, window) for other in (int8, theirs))
-    row = {"num_tokens": ours.num_tokens, "ours_kl": ours.mean_kl, "ours_error": ours.kl_error, "peer": f"llama-cpp-python {require_llama_cpp().__version__}"}
+    row = {
+        "num_tokens": ours.num_tokens,
+        "store": store,
+        "ours_kl": ours.mean_kl,
+        "ours_error": ours.kl_error,
+        "peer": f"llama-cpp-python {require_llama_cpp().__version__}",
+    }
     row |= {"llama_cpp_kl": llama.mean_kl, "llama_cpp_error": llama.kl_error}
     return row | {"ours_top1": ours.top1_agreement, "llama_cpp_top1": llama.top1_agreement, "holds": ours.mean_kl <= llama.mean_kl}
 
@@ -143,7 +153,9 @@ def markdown(record: Record) -> str:
     found = {part: [row for row in record.rows if row["part"] == part] for part in PARTS}
     held = {key: "holds everywhere" if all(row[key] for row in found[part]) else "DOES NOT hold everywhere" for part, key in HELD.items()}
     said = []
-    if found["int8"]:
+    for part in ("int8", "caches"):
+        if not found[part]:
+            continue
         header = ("file", "text", "KL of ours, nats", "of llama.cpp", "same top token, ours", "llama.cpp")
         kl = [
             (
@@ -154,11 +166,12 @@ def markdown(record: Record) -> str:
                 f"{r['ours_top1']:.2%}",
                 f"{r['llama_cpp_top1']:.2%}",
             )
-            for r in found["int8"]
+            for r in found[part]
         ]
-        said.append(
-            f"{markdown_table(header, kl, left=2)}\n\nBar: KL to the torch path in fp32 no larger than llama.cpp's: {held['holds']}. {_where(found['int8'])}"
-        )
+        mean = {side: sum(r[f"{side}_kl"] for r in found[part]) / len(found[part]) for side in ("ours", "llama_cpp")}
+        caches = f"Caches as each has them by itself, ours in {', '.join(sorted({r['store'] for r in found[part]}))}. " if part == "caches" else ""
+        bar = f"Bar: KL to the torch path in fp32 no larger than llama.cpp's: {held[part]}; mean of the rows {mean['ours']:.2e} and {mean['llama_cpp']:.2e}."
+        said.append(f"{markdown_table(header, kl, left=2)}\n\n{caches}{bar} {_where(found[part])}")
     if found["exact"]:
         header = ("file", "text", "largest logit", "exact mode from float64", "rms", "torch in fp32 from float64", "rms", "the two from each other")
         keys = ("exact_from_double", "exact_rms", "torch_from_double", "torch_rms", "exact_logit_difference")

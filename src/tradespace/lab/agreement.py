@@ -72,11 +72,14 @@ def write_f32_copy(source: Path, target: Path) -> None:
 
 
 class LlamaCpp:
-    """A GGUF file in llama.cpp on the CPU, keys and values in F32, one sequence of at most `context` tokens. A context manager."""
+    """A GGUF file in llama.cpp on the CPU, keys and values in F32 or as it has them by itself (`usual_cache`: F16), one sequence of at most `context` tokens.
 
-    def __init__(self, path: Path, *, context: int = CONTEXT, threads: int = 1):
+    A context manager.
+    """
+
+    def __init__(self, path: Path, *, context: int = CONTEXT, threads: int = 1, usual_cache: bool = False):
         library = require_llama_cpp()
-        element = library.GGML_TYPE_F32
+        element = None if usual_cache else library.GGML_TYPE_F32
         self._model = library.Llama(
             str(path), n_ctx=context, n_batch=ROWS, n_threads=threads, n_threads_batch=threads, logits_all=True, type_k=element, type_v=element, verbose=False
         )
@@ -147,11 +150,12 @@ def token_window(tokenizer: Tokenizer, text: str, positions: int) -> list[int]:
     return windows(tokenizer.encode(text[: 8 * positions + 64], add_special_tokens=False), positions + 1, bos_id=bos_id, count=1)[0]
 
 
-def open_ours(model: str, attention: str, weights: str, activations: str, context: int = CONTEXT) -> LLM:
-    """Our engine on `model`, its keys and values in fp32, through the public API."""
+def open_ours(model: str, attention: str, weights: str, activations: str, context: int = CONTEXT, kv_store: str | None = "fp32") -> LLM:
+    """Our engine on `model`, through the public API; keys and values in `kv_store`, None: in what the planner takes by itself."""
     import tradespace as ts
 
-    pins = {"weights": weights, "attention": attention, "kv_store": "fp32", "activations": activations, "layout": "paged", "block_size": "16"}
+    pins = {"weights": weights, "attention": attention, "activations": activations, "layout": "paged", "block_size": "16"}
+    pins |= {} if kv_store is None else {"kv_store": kv_store}
     files = resolve(model)
     spec = api.spec_of_files(files)
     best = api.plan(spec, memory="6GiB", context=context, concurrency=8, runnable_only=True, pins=pins, stored=api.stored_weights(files, spec)).best

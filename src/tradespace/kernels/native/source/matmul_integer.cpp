@@ -37,7 +37,7 @@ TS_INLINE GroupHead<KIND> read_head(const uint8_t* p) {
 
 // Weights come from memory once, in the pass of the first tokens: asked for this far ahead, they arrive while earlier ones are multiplied.
 template <int TOKENS>
-constexpr int PREFETCH_BYTES = TOKENS == 1 ? 1024 : 3072;
+constexpr int PREFETCH_BYTES = TOKENS == 1 ? ONE_TOKEN_AHEAD : 3072;
 
 // Sums by section are kept in parts: by 16 columns where those have scales of their own, else by turns where few tokens leave the multiplier waiting for itself.
 template <int KIND, int TOKENS>
