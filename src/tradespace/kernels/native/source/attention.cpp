@@ -469,18 +469,33 @@ static const Tiles* ask_for(const Attention& a, const Block& b, int64_t chunk, T
   return tiles;
 }
 
-// `after`: the block that this thread computes next, or null
+constexpr int TOGETHER = 8;  // blocks at most that take turns at a chunk
+
+// Blocks that one thread computes, chunk by chunk: one, or those of a sequence's heads, whose part of a chunk lies side by side in memory.
+struct Blocks {
+  int count = 0;
+  Block of[TOGETHER];
+};
+
+// `after`: what this thread computes next, or null
 template <int STORE>
-static void whole_block(const Attention& a, const Block& b, float* scratch, const Block* after) {
-  Partial all, part;
-  all.values = scratch;
-  clear(all);
-  for (int64_t chunk = b.first; chunk < b.last; chunk++) {
-    Tiles tiles;
-    const Tiles* next = chunk + 1 < b.last ? ask_for(a, b, chunk + 1, &tiles) : after ? ask_for(a, *after, after->first, &tiles) : nullptr;
-    chunk_partial<STORE>(a, b, chunk, part, &all, next);
+static void whole_blocks(const Attention& a, const Blocks& blocks, float* scratch, const Blocks* after) {
+  Partial all[TOGETHER], part;
+  for (int i = 0; i < blocks.count; i++) {
+    all[i].values = scratch + i * ROWS * round_up(a.cache.value_width, LANES);
+    clear(all[i]);
   }
-  finish(a, b, all);
+  const int64_t first = blocks.of[0].first, last = blocks.of[0].last;
+  for (int64_t chunk = first; chunk < last; chunk++)
+    for (int i = 0; i < blocks.count; i++) {
+      Tiles tiles;
+      const Tiles* next = i + 1 < blocks.count ? ask_for(a, blocks.of[i + 1], chunk, &tiles)
+                          : chunk + 1 < last   ? ask_for(a, blocks.of[0], chunk + 1, &tiles)
+                          : after              ? ask_for(a, after->of[0], after->of[0].first, &tiles)
+                                               : nullptr;
+      chunk_partial<STORE>(a, blocks.of[i], chunk, part, &all[i], next);
+    }
+  for (int i = 0; i < blocks.count; i++) finish(a, blocks.of[i], all[i]);
 }
 
 // chunks of a block that have room for their partial results at once, beside a result for each block
@@ -606,25 +621,32 @@ template <int STORE>
 static void attend_with(Worker& worker, const Attention& a, const Step& step) {
   Block few[MOST_SPLIT];
   if (const int64_t made = few_blocks(worker, a, step, few)) return split_blocks<STORE>(worker, a, step, made, few);
+  // heads of a sequence that decodes are computed together where there are enough sequences for all threads; any other block is a unit of its own
+  const bool many = step.num_sequences >= 4 * worker.count && a.cache.heads <= TOGETHER;
+  auto together = [&](int64_t s) { return many && (step.starts[s + 1] - step.starts[s]) * a.query_heads <= FEW_ROWS * a.cache.heads; };
+  auto units_of = [&](int64_t s) { return together(s) ? 1 : blocks_of(a, step, s) * a.cache.heads; };
   int64_t total = 0;
-  for (int64_t s = 0; s < step.num_sequences; s++) total += blocks_of(a, step, s) * a.cache.heads;
-  float* scratch = a.partials + worker.index * partial_floats(a.cache.value_width);
+  for (int64_t s = 0; s < step.num_sequences; s++) total += units_of(s);
+  float* scratch = a.partials + worker.index * (a.slots / worker.count) * partial_floats(a.cache.value_width);
   const int64_t size = std::max<int64_t>(1, std::min<int64_t>(8, total / (8 * worker.count)));
   int64_t first, last, s = 0, before = 0;
-  auto block_of = [&](int64_t unit) {  // units mostly come in rising order, so the sequence that holds one is found by walking on
+  auto make = [&](int64_t unit, Blocks& blocks) {  // units mostly come in rising order, so the sequence that holds one is found by walking on
     if (unit < before) s = before = 0;
-    while (unit >= before + blocks_of(a, step, s) * a.cache.heads) before += blocks_of(a, step, s++) * a.cache.heads;
-    const int64_t inside = unit - before, count = blocks_of(a, step, s);
-    return make_block(a, step, s, (int)(inside / count), inside % count);
+    while (unit >= before + units_of(s)) before += units_of(s++);
+    const int64_t inside = unit - before, each = blocks_of(a, step, s);
+    blocks.count = together(s) ? a.cache.heads : 1;
+    if (blocks.count == 1) blocks.of[0] = make_block(a, step, s, (int)(inside / each), inside % each);
+    else
+      for (int head = 0; head < blocks.count; head++) blocks.of[head] = make_block(a, step, s, head, 0);
   };
+  Blocks two[2], *now = &two[0], *after = &two[1];
   while (worker.take(total, size, &first, &last)) {
-    Block block = block_of(first);
+    make(first, *now);
     for (int64_t unit = first; unit < last; unit++) {
       const bool more = unit + 1 < total;
-      Block after;
-      if (more) after = block_of(unit + 1);
-      whole_block<STORE>(a, block, scratch, more ? &after : nullptr);
-      block = after;
+      if (more) make(unit + 1, *after);
+      whole_blocks<STORE>(a, *now, scratch, more ? after : nullptr);
+      std::swap(now, after);
     }
   }
 }
