@@ -44,11 +44,11 @@ TS_INLINE void put_result(const Product& p, int64_t token, int64_t column, V val
 
 // A hint for a line of weights on its way from memory. A step of one token reads each line once. On Zen 3, which has AVX2, it is best asked for past the larger
 // caches, which then keep what the engine and the next layers need; on Zen 4, which has AVX-512, that is slower than not to ask, and a line is asked for into the
-// second-level cache, a little ahead.
+// second-level cache, a little ahead, as is what is wanted only a whole tile later.
 constexpr int ONE_TOKEN_AHEAD = TS_REGISTER == 64 ? 512 : 1024;  // bytes
-template <int TOKENS>
+template <int TOKENS, bool FAR = false>
 TS_INLINE void ask_for_weights(const void* line) {
-  __builtin_prefetch(line, 0, TOKENS > 1 ? 3 : TS_REGISTER == 64 ? 2 : 0);
+  __builtin_prefetch(line, 0, FAR || (TOKENS == 1 && TS_REGISTER == 64) ? 2 : TOKENS == 1 ? 0 : 3);
 }
 
 }  // namespace ts

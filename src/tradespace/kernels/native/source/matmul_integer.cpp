@@ -35,9 +35,23 @@ TS_INLINE GroupHead<KIND> read_head(const uint8_t* p) {
   return head;
 }
 
-// Weights come from memory once, in the pass of the first tokens: asked for this far ahead, they arrive while earlier ones are multiplied.
-template <int TOKENS>
-constexpr int PREFETCH_BYTES = TOKENS == 1 ? ONE_TOKEN_AHEAD : 3072;
+// Which weights are asked for while section s is multiplied: those of the section that lies `ahead` bytes behind it, if bit s % 8 of `sections` is set. They come
+// from memory once and arrive while earlier ones are multiplied. Most kinds ask in the pass of the first tokens. Wide codes take as long to come as eight tokens
+// take to multiply: where those sweep a tile of panels several times, each pass asks for its part of the next tile.
+struct Ask {
+  int64_t ahead;
+  uint32_t sections;
+};
+template <int KIND, int TOKENS>
+constexpr bool ASKS_IN_EVERY_PASS = TOKENS >= 8 && KINDS[KIND].bits >= 6;
+
+template <int KIND, int TOKENS>
+TS_INLINE Ask ask_of(const Product& p, int64_t token, int64_t tile_bytes) {
+  if (!ASKS_IN_EVERY_PASS<KIND, TOKENS>) return {TOKENS == 1 ? ONE_TOKEN_AHEAD : 3072, token ? 0u : 0xffu};
+  Ask ask{tile_bytes, 0};
+  for (int64_t s = 0; s < 8; s++) ask.sections |= (uint32_t)(s * (p.tokens / 8) / 8 == token / 8) << s;
+  return ask;
+}
 
 // Sums by section are kept in parts: by 16 columns where those have scales of their own, else by turns where few tokens leave the multiplier waiting for itself.
 template <int KIND, int TOKENS>
@@ -121,11 +135,11 @@ TS_INLINE pf scaled(pf sum, pi total, pf scale, pf minimum, const Operand& x, in
 
 // one section of one panel for `TOKENS` tokens: adds into acc
 template <int KIND, int TOKENS>
-TS_INLINE void section(const uint8_t* p, const GroupHead<KIND>& head, const Operand& x, int64_t token, int64_t s, pf (*acc)[TOKENS]) {
+TS_INLINE void section(const uint8_t* p, const GroupHead<KIND>& head, const Operand& x, int64_t token, int64_t s, pf (*acc)[TOKENS], Ask ask) {
   constexpr KindInfo INFO = KINDS[KIND];
   const uint8_t* codes = p + section_head_bytes(INFO.meta);
-  if (token == 0)
-    for (int line = 0; line < section_bytes(INFO.bits) + group_bytes(INFO.meta); line += 64) ask_for_weights<TOKENS>(codes + PREFETCH_BYTES<TOKENS> + line);
+  if (ASKS_IN_EVERY_PASS<KIND, TOKENS> ? ask.sections >> s % 8 & 1 : ask.sections)
+    for (int line = 0; line < section_bytes(INFO.bits) + group_bytes(INFO.meta); line += 64) ask_for_weights<TOKENS, ASKS_IN_EVERY_PASS<KIND, TOKENS>>(codes + ask.ahead + line);
 TS_UNROLL(2)
   for (int piece = 0; piece < PIECES; piece++) {
     if (PIECES > 1 && TOKENS > 1) asm("" ::: "memory");  // activations are read again: kept for the next piece they would crowd out the sums
@@ -165,7 +179,7 @@ TS_UNROLL(16)
 
 // no part of its callers: one function of all numbers of tokens takes gcc minutes for AVX2
 template <int KIND, int TOKENS>
-TS_APART void panel(const Product& p, int64_t index, int64_t token) {
+TS_APART void panel(const Product& p, int64_t index, int64_t token, int64_t tile_bytes) {
   constexpr KindInfo INFO = KINDS[KIND];
   const uint8_t* at = p.weight.panel(index);
   const int64_t sections = p.weight.sections();
@@ -175,20 +189,21 @@ TS_APART void panel(const Product& p, int64_t index, int64_t token) {
     if constexpr (INFO.meta == META_ROW) row_scale[piece] = To_<pf>::load(at + piece * sizeof(pf));
   }
   at += panel_head_bytes(INFO.meta);
+  const Ask ask = ask_of<KIND, TOKENS>(p, token, tile_bytes);
   constexpr int STEP = section_bytes(INFO.bits) + section_head_bytes(INFO.meta);
   constexpr int HEAD = group_bytes(INFO.meta) + super_head_bytes(INFO.meta);
   if constexpr (HEAD == 0) {
     GroupHead<KIND> none{};
-    for (int64_t s = 0; s < sections; s++, at += STEP) section<KIND, TOKENS>(at, none, p.x, token, s, acc);
+    for (int64_t s = 0; s < sections; s++, at += STEP) section<KIND, TOKENS>(at, none, p.x, token, s, acc, ask);
   } else if (TS_REGISTER == 64 && super_head_bytes(INFO.meta) == 0 && p.weight.group == 1) {  // elsewhere it takes compilers longer than it saves
-    for (int64_t s = 0; s < sections; s++, at += STEP + HEAD) section<KIND, TOKENS>(at + HEAD, read_head<KIND>(at), p.x, token, s, acc);
+    for (int64_t s = 0; s < sections; s++, at += STEP + HEAD) section<KIND, TOKENS>(at + HEAD, read_head<KIND>(at), p.x, token, s, acc, ask);
   } else {
     const int64_t group = super_head_bytes(INFO.meta) ? SUPER_SECTIONS : p.weight.group;
     for (int64_t s = 0; s < sections;) {
       GroupHead<KIND> head = read_head<KIND>(at);
       at += HEAD;
       int64_t end = std::min(s + group, sections);
-      for (; s < end; s++, at += STEP) section<KIND, TOKENS>(at, head, p.x, token, s, acc);
+      for (; s < end; s++, at += STEP) section<KIND, TOKENS>(at, head, p.x, token, s, acc, ask);
     }
   }
   for (int piece = 0; piece < PIECES; piece++)
@@ -200,23 +215,23 @@ TS_APART void panel(const Product& p, int64_t index, int64_t token) {
 }
 
 template <int KIND, int TOKENS>
-TS_INLINE void tokens_over(const Product& p, int64_t start, int64_t end, int64_t token) {
-  for (int64_t index = start; index < end; index++) panel<KIND, TOKENS>(p, index, token);
+TS_INLINE void tokens_over(const Product& p, int64_t start, int64_t end, int64_t token, int64_t tile_bytes) {
+  for (int64_t index = start; index < end; index++) panel<KIND, TOKENS>(p, index, token, tile_bytes);
 }
 
 template <int KIND>
 static void panels(const Product& p, int64_t first, int64_t last) {
   // panels of a tile stay in the first-level cache while all tokens sweep them
-  const int64_t tile = std::max<int64_t>(1, 16384 / p.weight.panel_bytes);
+  const int64_t tile = std::max<int64_t>(1, 16384 / p.weight.panel_bytes), bytes = tile * p.weight.panel_bytes;
   for (int64_t start = first; start < last; start += tile) {
     const int64_t end = std::min(start + tile, last);
     int64_t token = 0;
     if constexpr (MOST_TOKENS >= 8)
-      for (; token + 8 <= p.tokens; token += 8) tokens_over<KIND, 8>(p, start, end, token);
+      for (; token + 8 <= p.tokens; token += 8) tokens_over<KIND, 8>(p, start, end, token, bytes);
     if constexpr (MOST_TOKENS >= 4)
-      for (; token + 4 <= p.tokens; token += 4) tokens_over<KIND, 4>(p, start, end, token);
-    for (; token + 2 <= p.tokens; token += 2) tokens_over<KIND, 2>(p, start, end, token);
-    for (; token < p.tokens; token++) tokens_over<KIND, 1>(p, start, end, token);
+      for (; token + 4 <= p.tokens; token += 4) tokens_over<KIND, 4>(p, start, end, token, bytes);
+    for (; token + 2 <= p.tokens; token += 2) tokens_over<KIND, 2>(p, start, end, token, bytes);
+    for (; token < p.tokens; token++) tokens_over<KIND, 1>(p, start, end, token, bytes);
   }
 }
 
@@ -226,6 +241,7 @@ TS_APART void side_by_side(const Product& p, const int64_t* index) {
   constexpr KindInfo INFO = KINDS[KIND];
   constexpr int STEP = section_bytes(INFO.bits) + section_head_bytes(INFO.meta), HEAD = group_bytes(INFO.meta) + super_head_bytes(INFO.meta);
   const int64_t sections = p.weight.sections(), group = HEAD == 0 ? sections : super_head_bytes(INFO.meta) ? SUPER_SECTIONS : p.weight.group;
+  const Ask ask = ask_of<KIND, 1>(p, 0, 0);
   const uint8_t* at[STREAMS];
   pf acc[STREAMS][PIECES][1];
   for (int q = 0; q < STREAMS; q++) {
@@ -235,7 +251,7 @@ TS_APART void side_by_side(const Product& p, const int64_t* index) {
   if (HEAD > 0 && super_head_bytes(INFO.meta) == 0 && group == 1) {  // most often: then a scale is read where it is needed
     for (int64_t s = 0; s < sections; s++)
       for (int q = 0; q < STREAMS; q++) {
-        section<KIND, 1>(at[q] + HEAD, read_head<KIND>(at[q]), p.x, 0, s, acc[q]);
+        section<KIND, 1>(at[q] + HEAD, read_head<KIND>(at[q]), p.x, 0, s, acc[q], ask);
         at[q] += STEP + HEAD;
       }
   } else {
@@ -248,7 +264,7 @@ TS_APART void side_by_side(const Product& p, const int64_t* index) {
       const int64_t end = std::min(s + group, sections);
       for (; s < end; s++)
         for (int q = 0; q < STREAMS; q++) {
-          section<KIND, 1>(at[q], head[q], p.x, 0, s, acc[q]);
+          section<KIND, 1>(at[q], head[q], p.x, 0, s, acc[q], ask);
           at[q] += STEP;
         }
     }
@@ -267,7 +283,7 @@ static void streams(const Product& p, int64_t begin, int64_t end, int64_t first,
   for (int64_t unit = first; unit < last; unit++) {
     const int64_t index[STREAMS] = {begin + unit, begin + unit + apart};
     if (index[1] < end) side_by_side<KIND>(p, index);
-    else panel<KIND, 1>(p, index[0], 0);
+    else panel<KIND, 1>(p, index[0], 0, 0);
   }
 }
 
