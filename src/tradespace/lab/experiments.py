@@ -121,7 +121,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             question="what do activations in int8 cost, beside llama.cpp's, and how exact is fp32?",
             minutes=8,
             module="activations",
-            parts=("int8", "exact"),
+            parts=("int8", "caches", "exact"),
         ),
         Experiment(name="native-quality", question="does the native path predict as well as the torch path?", minutes=8, module="native_quality"),
         Experiment(name="cpu-speed", question="does the CPU engine hold its bars?", minutes=18, module="cpu_speed", parts=CPU_PARTS),
