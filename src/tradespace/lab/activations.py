@@ -151,7 +151,7 @@ def _divergence(reference: Tensor, other: Tensor, window: list[int]) -> Divergen
 def markdown(record: Record) -> str:
     """A table for each part that there is."""
     found = {part: [row for row in record.rows if row["part"] == part] for part in PARTS}
-    held = {key: "holds everywhere" if all(row[key] for row in found[part]) else "DOES NOT hold everywhere" for part, key in HELD.items()}
+    held = {part: "holds everywhere" if all(row[key] for row in found[part]) else "DOES NOT hold everywhere" for part, key in HELD.items()}
     said = []
     for part in ("int8", "caches"):
         if not found[part]:
@@ -176,7 +176,7 @@ def markdown(record: Record) -> str:
         header = ("file", "text", "largest logit", "exact mode from float64", "rms", "torch in fp32 from float64", "rms", "the two from each other")
         keys = ("exact_from_double", "exact_rms", "torch_from_double", "torch_rms", "exact_logit_difference")
         far = [(r["model"], r["text"], f"{r['largest_logit']:.1f}", *(f"{r[key]:.1e}" for key in keys)) for r in found["exact"]]
-        bar = f"Bar: the exact mode (`--activations fp32`) within {EXACT_BAR:g} of every logit in float64: {held['exact_holds']}. {_where(found['exact'])}"
+        bar = f"Bar: the exact mode (`--activations fp32`) within {EXACT_BAR:g} of every logit in float64: {held['exact']}. {_where(found['exact'])}"
         said.append(f"{markdown_table(header, far, left=2)}\n\n{bar}")
     return "\n\n".join((*said, f"{record.notes}."))
 
