@@ -568,7 +568,8 @@ TS_INLINE vf exp(vf x) {
 }
 
 #if defined(__AVX512BF16__)
-// 2^x for what is rounded to bf16 next: relative error below 8e-5, a twenty-fifth of that rounding
+// 2^x for what is rounded to bf16 next: relative error below 8e-5, a twenty-fifth of that rounding. Of -inf it is 0: so scaling by 2^-inf is defined, whatever the
+// polynomial made of the difference of two infinities.
 TS_INLINE vf exp2_short(vf x) {
   const vf n = (vf)_mm512_roundscale_ps((__m512)x, 8), f = x - n;
   vf p = fma(f, splat(5.5171669058e-2f), splat(2.4261112219e-1f));
