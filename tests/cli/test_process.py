@@ -116,7 +116,7 @@ def test_ctrl_c_while_the_program_itself_loads(environment, module):
 
 
 def test_ctrl_c_while_many_prompts_are_answered(folder, environment):
-    command = [sys.executable, "-m", "tradespace.cli.main", "run", str(folder), "one", "two", *LONG]
+    command = [sys.executable, "-m", "tradespace.cli.main", "run", str(folder), *("once upon a time" for _ in range(24)), *LONG]
     code, out, err = interrupted(command, environment, "plan:", 4.0)
     assert code == 130, err
     assert "Traceback" not in err
