@@ -104,6 +104,24 @@ def test_products_of_pairs_are_near_and_blind_to_neighbours(data):
     assert torch.equal(torch.cat(found), whole)
 
 
+@pytest.mark.parametrize("store", ["fp32", "fp16", *CODED, PAIRED])
+@pytest.mark.parametrize(("threads", "window"), [(1, None), (2, None), (2, 70)])
+def test_heads_that_take_turns_give_the_bits_of_heads_alone(store, threads, window):
+    """With four sequences for each thread a sequence's heads are computed together, chunk by chunk; alone each is shared out in its own way."""
+    spec = _spec(9, 3, 20, 12, window=window)
+    model = _random_model(spec, replace(EXACT, default="bf16"))
+    prompts = [torch.randint(0, spec.V, (length,)) for length in (1, 15, 16, 127, 128, 129, 200, 256, 290)]
+    last = [torch.randint(0, spec.V, (3,)) for _ in prompts]
+    many = RecordedStepper(model, len(prompts), store=store, threads=threads, step_tokens=1200)
+    many.step(dict(enumerate(prompts)))
+    together = [many.step({i: tokens_T[step : step + 1] for i, tokens_T in enumerate(last)}) for step in range(3)]
+    for i, prompt_T in enumerate(prompts):
+        alone = RecordedStepper(model, 1, store=store, threads=threads, step_tokens=1200)
+        alone.step({0: prompt_T})
+        for step, found in enumerate(together):
+            assert torch.equal(found[i], alone.step({0: last[i][step : step + 1]})[0])
+
+
 def test_products_of_pairs_are_for_activations_that_need_not_be_exact():
     """The step says which it wants, and where the machine multiplies pairs that makes a difference."""
     spec = _spec(4, 2, 32, 32)

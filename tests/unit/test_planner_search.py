@@ -234,6 +234,17 @@ def test_kernels_that_cannot_compute_a_model_are_left_out():
     assert any(r.family == "attention sdpa" and "cap" in r.reason for r in found.why_not)
 
 
+@pytest.mark.parametrize(("sets", "pins", "store"), [
+    (("avx512f", "avx512_bf16"), {}, "bf16"),
+    (("avx512f", "avx512_bf16"), {"activations": "fp32"}, "fp16"),
+    (("avx512f", "avx512_bf16"), {"kv_store": "fp16"}, "fp16"),
+    (("avx512f",), {}, "fp16"),
+])  # fmt: skip
+def test_native_steps_cache_what_the_machine_multiplies(sets, pins, store):
+    found = plan_frontier(MODEL, replace(cpu(), instruction_sets=sets), WORKLOAD, pins={"weights": "int8", "attention": "native"} | pins)
+    assert {candidate.plan.kv.store for candidate in found.candidates} == {store}
+
+
 def test_what_no_kernel_computes_is_priced_and_does_not_run():
     found = plan_frontier(find_model("bloom-7b1"), cpu(free_bytes=64 * 2**30), WORKLOAD, pins={"weights": "bf16", "step_tokens": "32"})
     assert found.best is not None and any("ALiBi" in reason for reason in found.best.runs)

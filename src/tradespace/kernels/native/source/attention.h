@@ -30,7 +30,7 @@ struct Cache {
   uint16_t* value_scales;
 };
 
-constexpr int CHUNK = 128;       // keys whose scores are held at once: a partial result
+constexpr int CHUNK = 128;      // keys whose scores are held at once: a partial result
 constexpr int ROWS = 12;        // query rows that share a pass over the keys
 
 struct Attention {

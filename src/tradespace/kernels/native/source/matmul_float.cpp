@@ -107,8 +107,7 @@ TS_UNROLL(2)
     }
 TS_UNROLL(16)
     for (int i = 0; i < TOKENS; i++) {
-      uint32_t two;
-      std::memcpy(&two, p.x.bf16 + (token + i) * p.x.stride + 2 * k, 4);
+      const uint32_t two = two_of(p.x.bf16 + (token + i) * p.x.stride + 2 * k);
       for (int q = 0; q < PANELS; q++) acc[q][i] = dot2_bf16(acc[q][i], w[q], two);
     }
   }

@@ -118,7 +118,8 @@ static void heads(const Op& op, const Step& step, int64_t first, int64_t last, f
     if (op.table) rotate(head, op.table + position * op.dims, op.dims, (op.flags & FLAG_INTERLEAVED) != 0);
     if (n < op.heads) {
       for (int64_t c = 0; c < H; c++) head[c] *= op.scale;
-      if (pairs) store_words((uint16_t*)head, 1, head, H, [](uint16_t* words, vf v) { write_bf16(words, v); });  // each sixteen are read before they are written over
+      // each sixteen are read before they are written over
+      if (pairs) store_words((uint16_t*)head, 1, head, H, [](uint16_t* words, vf v) { write_bf16(words, v); });
     } else write_key(op.cache, step, s, position, (int)(n - op.heads), head);
   }
 }

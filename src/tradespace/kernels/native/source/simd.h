@@ -517,6 +517,13 @@ TS_INLINE rb magnitude_of(rb codes) { return (rb)_mm256_abs_epi8((__m256i)codes)
 #define TS_SHORT_SUMS 0
 #endif
 
+// a pair of bf16 in one word
+TS_INLINE uint32_t two_of(const uint16_t* p) {
+  uint32_t two;
+  std::memcpy(&two, p, 4);
+  return two;
+}
+
 // acc[lane] += a[2·lane]·b[0] + a[2·lane + 1]·b[1] over pairs of bf16; b in one word
 TS_INLINE rf dot2_bf16(rf acc, rb pairs, uint32_t x) {
 #if defined(__AVX512BF16__)

@@ -92,12 +92,6 @@ static inline void store_words(uint16_t* to, int64_t stride, const float* x, int
   }
 }
 
-TS_INLINE uint32_t two_of(const uint16_t* p) {
-  uint32_t two;
-  std::memcpy(&two, p, 4);
-  return two;
-}
-
 // bf16 by pairs: elements 2 i and 2 i + 1 beside each other at i · stride
 static inline void store_pairs(uint16_t* to, int64_t stride, const float* x, int64_t width) {
   uint16_t words[LANES];
