@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -156,6 +158,32 @@ def test_ranks_that_torchrun_did_not_start_are_refused(tmp_path, monkeypatch):
     assert sizes(None, None) == (4, 1) and sizes(None, 2) == (2, 2)
     with pytest.raises(InputError, match="is 3 processes; 4 were started"):
         sizes(None, 3)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are looked at as Linux shows them")
+def test_ranks_leave_once_the_threads_of_gloo_sleep():
+    """A thread of gloo that drops a tensor while the interpreter ends aborts the process: leaving waits for those at work, and for no others."""
+    from tradespace.train.ranks import until_asleep
+
+    named, ended, held = threading.Event(), threading.Event(), threading.Event()
+
+    def work() -> None:
+        Path(f"/proc/self/task/{threading.get_native_id()}/comm").write_text("a worker (1)")
+        named.set()
+        hashlib.pbkdf2_hmac("sha256", b"word", b"salt", 400_000)  # without the interpreter's lock
+        ended.set()
+        held.wait()
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    try:
+        named.wait()
+        until_asleep("another", limit_s=60)
+        until_asleep("a worker (1)", limit_s=60)
+        assert ended.is_set()
+    finally:
+        held.set()
+        worker.join()
 
 
 def test_what_ranks_cannot_do_is_refused():

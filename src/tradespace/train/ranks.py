@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 TIMEOUT_S = 120.0  # a rank that waits longer for another ends with an error
+GLOO_THREAD = "pt_gloo_runloop"
 
 
 @dataclass(frozen=True)
@@ -122,3 +126,26 @@ def leave(ranks: Ranks) -> None:
     """Ends the process group, once all are done."""
     if ranks.world > 1 and dist.is_initialized():
         dist.destroy_process_group()
+        until_asleep(GLOO_THREAD)
+
+
+def until_asleep(name: str, limit_s: float = 5.0) -> None:
+    """Waits until the threads of this process with that name (as Linux shows it) sleep: seen twice, so that none waits for the interpreter's lock.
+
+    The meshes that torch's caches keep let gloo's threads live on. One that lets go of its last tensor while the interpreter ends cannot have the lock for that,
+    and C++ then aborts the process ("terminate called without an active exception"), although all was done.
+    """
+    end, looks = time.monotonic() + limit_s, 0
+    while looks < 2 and time.monotonic() < end:
+        time.sleep(0.002)  # without the lock: who waits for it runs
+        looks = 0 if any(thread == name and state != "S" for thread, state in _threads()) else looks + 1
+
+
+def _threads() -> Iterator[tuple[str, str]]:
+    """Name and state of each thread of this process: none where the system does not say."""
+    for stat in Path("/proc/self/task").glob("*/stat"):
+        try:
+            thread, _, rest = stat.read_text().partition("(")[2].rpartition(")")
+        except OSError:  # it has ended
+            continue
+        yield thread, rest.split()[0]
