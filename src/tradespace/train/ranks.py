@@ -132,7 +132,7 @@ def leave(ranks: Ranks) -> None:
 def until_asleep(name: str, limit_s: float = 5.0) -> None:
     """Waits until the threads of this process with that name (as Linux shows it) sleep: seen twice, so that none waits for the interpreter's lock.
 
-    The meshes that torch's caches keep let gloo's threads live on. One that lets go of its last tensor while the interpreter ends cannot have the lock for that,
+    The meshes that torch's caches keep let gloo's threads live on. One that drops a tensor while the interpreter ends cannot have the lock for that,
     and C++ then aborts the process ("terminate called without an active exception"), although all was done.
     """
     end, looks = time.monotonic() + limit_s, 0
