@@ -22,6 +22,7 @@ from tradespace.units import GiB, MiB
 RATES: dict[str, Any] = {
     "bandwidth": [[2 * MiB, 160e9], [GiB, 47e9]],
     "matmul": {"fp32": 200e9, "bf16": 900e9, "int8": 1.8e12},
+    "native": {"int8": 1e12, "bf16": 8e11, "fp32": 2e11},
     "op_s": 1e-6,
     "disk": 2e9,
     "runtime_bytes": 240 * MiB,

@@ -32,6 +32,7 @@ SHAPE = {
 THETA = 5e4
 # timings that no test depends on; a fixed file spares each test session the ten seconds of measuring
 TIMINGS = {
+    "native": {"int8": 1e12, "bf16": 8e11, "fp32": 2e11},
     "bandwidth": [[2**21, 160e9], [2**30, 40e9]], "matmul": {"fp32": 200e9, "bf16": 900e9, "int8": 1.8e12}, "op_s": 1e-6, "disk": 2e9, "notes": [],
     "busy": False, "runtime_bytes": 250 * 2**20, "runtime_method": "peak resident size", "date": "2026-11-22T19:00:00+00:00", "backend": "torch",
 }  # fmt: skip

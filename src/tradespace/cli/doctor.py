@@ -93,8 +93,9 @@ def _rates_table(device: DeviceSpec) -> Table:
         reads = [("memory", format_rate(device.read_bytes_per_s.value, "B/s"))]
     unit = {"int8": "OP/s"}
     rates = [
-        (dtype, format_rate(rate.value, unit.get(dtype, "FLOP/s")))
-        for dtype, rate in sorted(device.matmul_flops_per_s.items(), key=lambda item: item[0])
+        (f"{dtype}{by}", format_rate(rate.value, unit.get(dtype, "FLOP/s")))
+        for by, found in (("", device.matmul_flops_per_s), (", our kernels", device.native_flops_per_s))
+        for dtype, rate in sorted(found.items())
         if rate.value is not None
     ]
     for index in range(max(len(reads), len(rates))):

@@ -130,17 +130,21 @@ MEASURED: dict[tuple[str, str, str], Calibration] = {
     for phase, efficiency in efficiencies.items()
 }
 EFFICIENCY.update(MEASURED)
-# the native kernels, of the rate of what they multiply by: int8, bf16 or fp32 (our fp32 products are faster than those that the rate was measured with).
-# Formats that were not measured themselves have the shares of the one whose kernel is theirs but for how codes are unpacked.
+# The native kernels, of what their products by many tokens reach with activations in int8, bf16 or fp32: measured on this machine, or for a chip that is only
+# described a share of its own rate, which is another on each family of chips (NATIVE_OF_MATMUL: Zen 4's). Formats that were not measured themselves have the
+# shares of the one whose kernel is theirs but for how codes are unpacked.
 NATIVE_MEASURED = {
     "fp32": {"decode": 0.86, "few rows": 0.56, "prefill": 1.64},
     "bf16": {"decode": 0.96, "few rows": 0.168, "prefill": 0.50},
     "int8": {"decode": 0.72, "few rows": 0.107, "prefill": 0.287},
     "q4_0": {"decode": 0.65, "few rows": 0.126, "prefill": 0.297},
 }
-
-
-# The same with AVX2 alone, all of the fp32 rate: torch's own products in int8 and bf16 say nothing there, as it has none that suit.
+NATIVE_OF_MATMUL = {
+    form: Constant(share, "measured: our products' rate by torch's, AVX-512, two cores", "2026-11-28")
+    for form, share in {"int8": 0.72, "bf16": 0.93, "fp32": 1.03}.items()
+}
+# The same with AVX2 alone where our products' rates were not measured, all of the fp32 rate: torch's own in int8 and bf16 say nothing there, as it has none
+# that suit.
 NATIVE_AVX2_MEASURED = {
     "fp32": {"decode": 1.0, "few rows": 0.46, "prefill": 0.77},
     "bf16": {"decode": 0.88, "few rows": 0.47, "prefill": 0.53},

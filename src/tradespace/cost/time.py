@@ -69,14 +69,23 @@ def _matmul_rate(device: DeviceSpec, dtype: str) -> tuple[Estimate, str]:
 
 
 def _native_rate(device: DeviceSpec, dtype: str) -> tuple[Estimate, str]:
-    """As `_matmul_rate`, for our own kernels: without an instruction for it, theirs is a share of the fp32 rate."""
+    """As `_matmul_rate`, for our own kernels: what they reach where that was measured, else a share of what the chip is said to, or of its fp32 rate where it
+    has no instruction for `dtype`."""
+    if dtype in device.native_flops_per_s:
+        return device.native_flops_per_s[dtype], ""
     if dtype != "fp32" and calibration.native_kind(device.instruction_sets) == "native-avx2":
         return device.flops_per_s("fp32"), f"; {dtype} as a share of the fp32 rate"
     rate, note = _matmul_rate(device, dtype)
     fp32 = device.flops_per_s("fp32")
     if rate.value is not None and fp32.value is not None and rate.value < fp32.value:  # a library that lacks such products for this chip
         return fp32, f"; {dtype} at the fp32 rate, as it was measured below that"
-    return rate, note
+    share = calibration.NATIVE_OF_MATMUL[dtype].value
+    return rate.map(lambda value: value * share), f"{note}; our products at {share:.2f} of the chip's {dtype} rate"
+
+
+def native_kind(device: DeviceSpec) -> str:
+    """What the native kernels are calibrated as: shares of their own rates where those were measured, or where there are products of bytes."""
+    return "native" if device.native_flops_per_s else calibration.native_kind(device.instruction_sets)
 
 
 def decode_phase(weights: WeightPlan, sequences: float) -> str:
@@ -88,7 +97,7 @@ def decode_phase(weights: WeightPlan, sequences: float) -> str:
 def rates_for(device: DeviceSpec, weights: WeightPlan, phase: str, activations: str = "auto") -> Rates:
     """The device's rates for products with `weights`' default format in "decode", "several" (`decode_phase`) or "prefill"."""
     is_native, name = weights.layout == "native", weights.default
-    kind = {"native": calibration.native_kind(device.instruction_sets), "cuda": "cuda step"}.get(weights.layout, device.kind)
+    kind = {"native": native_kind(device), "cuda": "cuda step"}.get(weights.layout, device.kind)
     efficiency = calibration.find_calibration(kind, name, phase)
     bandwidth = efficiency if phase == "several" else calibration.find_calibration(kind, name, "decode")  # how well a format streams
     compute = calibration.find_calibration(kind, name, {"prefill": "prefill", "several": "several rows"}.get(phase, "few rows"))

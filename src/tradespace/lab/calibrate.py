@@ -15,6 +15,7 @@ from statistics import median
 from typing import Any
 
 from tradespace.cost import calibration
+from tradespace.cost.time import native_kind
 from tradespace.errors import EngineError
 from tradespace.lab.common import command_line, markdown_table
 from tradespace.measure.machine import this_machine
@@ -38,7 +39,7 @@ SPEEDS = (("fp32", "sdpa"), ("bf16", "sdpa"), ("int8", "sdpa"), ("fp32", "native
 
 def kind_of(attention: str) -> str:
     """What `cost/calibration.py` calls this machine under this attention kernel."""
-    return calibration.native_kind(this_machine().instruction_sets) if attention == "native" else "cpu"
+    return native_kind(this_machine()) if attention == "native" else "cpu"
 
 
 # ---------------------------------------------------------------------------------------------------------------- in a process of its own
@@ -183,6 +184,8 @@ def byte_figures(say: Callable[[str], None], *, rounds: int) -> dict[str, Figure
 def share_figures(say: Callable[[str], None], *, rounds: int) -> dict[str, Figure]:
     """What only a quiet machine can say."""
     found: dict[str, Figure] = {}
+    for form, ours in (device := this_machine()).native_flops_per_s.items():
+        found[f"NATIVE_OF_MATMUL {form}"] = Figure.of([ours.require() / device.flops_per_s(form).require()], "of the rate")
     for weights, attention in SPEEDS:
         kind = kind_of(attention)
         runs = [measure("shares", weights, attention) for _ in range(rounds)]
@@ -197,7 +200,10 @@ def run(*, quick: bool, say: Callable[[str], None]) -> Record:
     figures = byte_figures(say, rounds=rounds)
     if not quick:
         figures |= share_figures(say, rounds=1)  # each is a median of three turns already
-    notes = "shares of the machine's measured rates on SmolLM2-135M: of the bandwidth in decode, of the matmul rate elsewhere"
+    notes = (
+        "shares of the machine's measured rates on SmolLM2-135M: of the bandwidth in decode, elsewhere of the matmul rate, or of the native kernels' own; "
+        "NATIVE_OF_MATMUL: the latter of the former"
+    )
     return new_record("calibration", command=command_line(), device=this_machine(), repeats=rounds, figures=figures, notes=notes)
 
 
@@ -205,6 +211,8 @@ def stated(name: str) -> float:
     """What `cost/calibration.py` states for a figure of the record."""
     if name.isupper():
         return float(getattr(calibration, name).value)
+    if name.startswith("NATIVE_OF_MATMUL "):
+        return calibration.NATIVE_OF_MATMUL[name.split()[1]].value
     kind, weights, phase = name.split(" ", 2)
     return calibration.find_calibration(kind, weights, phase).efficiency
 

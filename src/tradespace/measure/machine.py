@@ -1,7 +1,7 @@
 """This machine as a DeviceSpec: timed once, kept with a date, timed again when something it depends on has changed.
 
-Timing takes under ten seconds and happens in child processes (`measure/probe.py`), so it costs a budget nothing. What is cheap and fleeting, above all the
-memory that is free now, is read afresh on every call.
+Timing takes under ten seconds and happens in child processes (`measure/probe.py`), so it costs a budget nothing; the first time, the native kernels are
+compiled for it, which any run needs. What is cheap and fleeting, above all the memory that is free now, is read afresh on every call.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import psutil
 
 from tradespace.errors import EngineError
 from tradespace.home import cache_folder
-from tradespace.kernels.native.compiler import find_compiler
+from tradespace.kernels.native.compiler import COMPILE_TIMEOUT_S, best_isa, find_compiler, library_path
 from tradespace.measure import host
 from tradespace.measure.accelerators import Accelerator, find_accelerators
 from tradespace.measure.record import versions, write_atomically
@@ -32,13 +32,14 @@ from tradespace.spec.device import DeviceSpec
 from tradespace.spec.estimate import Estimate
 from tradespace.units import MiB, format_bytes
 
-_SCHEMA = 1
+_SCHEMA = 2
 # A lone process shares 2 to 8 MiB with others (the interpreter, the C library). Where it is more, another process has torch loaded just now and takes over a
 # share of it: that share comes back when the other ends, so the resident size is what a budget has to allow for.
 _USUAL_SHARED_BYTES = 16 * MiB
 _BUSY_PERCENT = 25  # of all cores together
 _BUSY_NOTE = "other processes were running while this was timed: the rates may be too low; they are taken again once it is idle"
-_PROBE_TIMEOUT_S = 180  # ten seconds on an idle machine; a busy one may take longer before we call it stuck
+# ten seconds on an idle machine, and what the kernels' compiler takes; a busy one may take longer before we call it stuck
+_PROBE_TIMEOUT_S = 180 + COMPILE_TIMEOUT_S
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,8 @@ class MachineReport:
 
 
 def this_machine(refresh: bool = False) -> DeviceSpec:
-    """The CPU and memory of this machine, measured; `refresh` times it again. The first call takes up to ten seconds, later ones a few milliseconds."""
+    """The CPU and memory of this machine, measured; `refresh` times it again. The first call takes ten seconds, or as long as the kernels' compiler and they,
+    later ones a few milliseconds."""
     return _device(_measured(refresh), host.host_memory())
 
 
@@ -83,7 +85,14 @@ def fingerprint() -> dict[str, Any]:
         "torch": known["torch"],
         "numpy": known["numpy"],
         "tradespace": known["tradespace"],
+        "kernels": _kernels(),
     }
+
+
+def _kernels() -> str | None:
+    """The file of the native kernels, whose name tells source, compiler and instruction set; None where they cannot be compiled or run."""
+    compiler = find_compiler()
+    return None if compiler is None or not host.has_torch() else library_path(best_isa(), compiler).name
 
 
 # ---------------------------------------------------------------------------------------------------------------- the cache
@@ -117,7 +126,7 @@ def _is_rate(value: object) -> bool:
 
 def _is_complete(kept: Mapping[str, Any]) -> bool:
     """Whether every figure that a DeviceSpec takes from a measurement is there and is one."""
-    curve, matmul = kept.get("bandwidth"), kept.get("matmul")
+    curve, matmul, native = (kept.get(key) for key in ("bandwidth", "matmul", "native"))
     return (
         isinstance(curve, list)
         and bool(curve)
@@ -125,6 +134,8 @@ def _is_complete(kept: Mapping[str, Any]) -> bool:
         and [point[0] for point in curve] == sorted({point[0] for point in curve})
         and isinstance(matmul, dict)
         and all(map(_is_rate, matmul.values()))
+        and isinstance(native, dict)
+        and all(map(_is_rate, native.values()))
         and all(kept.get(key) is None or _is_rate(kept[key]) for key in ("op_s", "disk"))
         and _is_rate(kept.get("runtime_bytes"))
         and all(isinstance(kept.get(key), str) for key in ("date", "backend", "runtime_method"))
@@ -147,6 +158,7 @@ def _device(measured: Mapping[str, Any], memory: host.HostMemory) -> DeviceSpec:
         read_bytes_per_s=Estimate(curve[-1][1], by),
         bandwidth_curve=curve,
         matmul_flops_per_s={dtype: Estimate(rate, by) for dtype, rate in measured["matmul"].items()},
+        native_flops_per_s={form: Estimate(rate, source) for form, rate in measured["native"].items()},
         op_overhead_s=Estimate(measured["op_s"], source) if measured["op_s"] else Estimate.unknown(missing),
         disk_bytes_per_s=Estimate(measured["disk"], source) if measured["disk"] else Estimate.unknown("the page cache could not be kept out of it"),
         runtime_bytes=Estimate(measured["runtime_bytes"], f"{source} as {measured['runtime_method']}"),
@@ -172,8 +184,8 @@ def measure(cores: int) -> dict[str, Any]:
     from tradespace.measure.bandwidth import at_least_as_fast_as_larger, working_set_sizes  # loads numpy, which a cached answer does not need
 
     sizes = working_set_sizes(host.host_memory().free_bytes, host.last_cache_bytes())
-    num_steps = len(sizes) + (4 if host.has_torch() else 1) + 3  # matmul types; baseline, overhead, disk
-    found: dict[str, Any] = {"bandwidth": [], "matmul": {}, "notes": [], "busy": is_busy()}
+    num_steps = len(sizes) + (4 + 3 if host.has_torch() else 1) + 3  # matmul types, those of the native kernels; baseline, overhead, disk
+    found: dict[str, Any] = {"bandwidth": [], "matmul": {}, "native": {}, "notes": [], "busy": is_busy()}
     with _progress(num_steps) as advance:
         for line in _probe("baseline", str(cores)):
             runtime_bytes, method = _baseline_bytes(line)
@@ -200,12 +212,12 @@ def _take(line: Mapping[str, Any], found: dict[str, Any]) -> str:
     if step == "bandwidth":
         found["bandwidth"].append([line["size"], value])
         return f"read {format_bytes(line['size'])}"
-    if step == "matmul":
+    if step in ("matmul", "native"):
         if value is None:
-            found["notes"].append(f"no {line['dtype']} matmul rate: {line['why']}")
+            found["notes"].append(f"no {line['dtype']} {step} rate: {line['why']}")
         else:
-            found["matmul"][line["dtype"]] = value
-        return f"matmul {line['dtype']}"
+            found[step][line["dtype"]] = value
+        return f"{step} {line['dtype']}"
     found[{"op": "op_s", "disk": "disk"}[step]] = value
     return {"op": "operation overhead", "disk": "disk"}[step]
 

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tradespace.errors import EngineError
 from tradespace.measure.bandwidth import bandwidth_curve
 from tradespace.measure.host import has_torch
 from tradespace.measure.memory import MemoryMeter, limit_heap_growth, peak_rss_bytes, reset_peak
@@ -37,7 +38,7 @@ def _say(**line: Any) -> None:
 
 
 def speeds(threads: int, sizes: tuple[int, ...], folder: Path) -> None:
-    """Prints one line for each figure: {"step": "bandwidth", "size": …, "value": …}, {"step": "matmul", "dtype": …, "value": …}, "op", "disk"."""
+    """Prints one line for each figure: {"step": "bandwidth", "size": …, "value": …}, {"step": "matmul", "dtype": …, "value": …}, "native", "op", "disk"."""
     torch_here = has_torch()
     if torch_here:
         import torch
@@ -51,8 +52,21 @@ def speeds(threads: int, sizes: tuple[int, ...], folder: Path) -> None:
             _say(step="matmul", dtype=dtype, value=matmul_rate(product))
         except RuntimeError as error:  # torch has no product of this type on this processor: the rate is unknown, and the line says why
             _say(step="matmul", dtype=dtype, value=None, why=str(error))
+    if torch_here:
+        native_rates(threads)
     _say(step="op", value=_op_overhead_s() if torch_here else None)
     _say(step="disk", value=_disk_rate(folder))
+
+
+def native_rates(threads: int) -> None:
+    """Prints the rate of our own products for each form of the activations; compiles the kernels, which any run needs, where nobody has."""
+    from tradespace.measure.native_rates import WEIGHTS, product_rate
+
+    for form in WEIGHTS:
+        try:
+            _say(step="native", dtype=form, value=product_rate(form, threads))
+        except EngineError as error:  # no compiler, or one that fails
+            _say(step="native", dtype=form, value=None, why=str(error))
 
 
 def matmul_rate(product: Callable[[int], Callable[[], object]]) -> float:

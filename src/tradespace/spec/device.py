@@ -17,6 +17,7 @@ class DeviceSpec:
     read_bytes_per_s    sequential read far beyond the last cache
     bandwidth_curve     (working set in bytes, bytes/s) pairs, ascending; empty where nobody measured it
     matmul_flops_per_s  dense rate per dtype name ("fp32", "bf16", "fp16", "int8", "fp8"); a dtype the chip has no instruction for is absent
+    native_flops_per_s  on a CPU, what our own kernels reach in products by many tokens, per form of the activations; empty where nobody measured it
     op_overhead_s       cost of starting one operation from Python (eager kernel call), the floor under tiny operations
     host_link_bytes_per_s  host memory to device (PCIe, NVLink-C2C); None on a CPU: weights are already there
     peer_link_bytes_per_s  device to device, for tensor parallelism
@@ -32,6 +33,7 @@ class DeviceSpec:
     read_bytes_per_s: Estimate
     bandwidth_curve: tuple[tuple[int, float], ...] = ()
     matmul_flops_per_s: Mapping[str, Estimate] = field(default_factory=dict)
+    native_flops_per_s: Mapping[str, Estimate] = field(default_factory=dict)
     op_overhead_s: Estimate
     host_link_bytes_per_s: Estimate | None = None
     peer_link_bytes_per_s: Estimate | None = None
