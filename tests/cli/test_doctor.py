@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from tradespace.cli import doctor
 from tradespace.errors import EngineError
+from tradespace.kernels.native.compiler import find_compiler
 from tradespace.measure import machine
 from tradespace.measure.accelerators import Accelerator, parse_nvidia_smi
 from tradespace.measure.machine import machine_report, this_machine
@@ -102,6 +103,8 @@ def test_free_memory_is_read_afresh(timed: list[int], monkeypatch: pytest.Monkey
         lambda text: text.replace("200000000000.0", '"fast"'),
         lambda text: text.replace('"bandwidth": [', '"bandwidth": [[4, true],'),
         lambda text: json.dumps(json.loads(text) | {"bandwidth": []}),
+        lambda text: json.dumps(json.loads(text) | {"native": None}),
+        lambda text: json.dumps(json.loads(text) | {"native": {"int8": 0}}),
         lambda text: json.dumps(json.loads(text) | {"fingerprint": {}}),
     ],
 )
@@ -117,7 +120,7 @@ def test_a_damaged_or_stale_cache_is_measured_again(timed: list[int], tmp_path: 
     assert len(timed) == 2
 
 
-@pytest.mark.parametrize("changed", ["cpu", "cores", "torch", "tradespace", "schema"])
+@pytest.mark.parametrize("changed", ["cpu", "cores", "torch", "tradespace", "schema", "kernels"])
 def test_what_the_rates_depend_on_makes_them_stale(timed: list[int], monkeypatch: pytest.MonkeyPatch, changed: str) -> None:
     this_machine()
     known = machine.fingerprint()
@@ -149,7 +152,19 @@ def test_tables_say_it_all_within_100_columns(timed: list[int], monkeypatch: pyt
     text = run_doctor()
     assert max(len(line) for line in text.splitlines()) <= 100
     flat = " ".join(text.split())
-    for fact in ("2.00 MiB", "160 GB/s", "47.0 GB/s", "200 GFLOP/s", "1.80 TOP/s", "240 MiB", "1.00 µs", "free is what counts", "planned for as h100-80gb"):
+    for fact in (
+        "2.00 MiB",
+        "160 GB/s",
+        "47.0 GB/s",
+        "200 GFLOP/s",
+        "1.80 TOP/s",
+        "bf16, our kernels",
+        "800 GFLOP/s",
+        "240 MiB",
+        "1.00 µs",
+        "free is what counts",
+        "planned for as h100-80gb",
+    ):
         assert fact in flat
     assert "Unheard-of [bold]Card" in flat and "not in the zoo" in flat
     assert "none found" in flat and "ziglang" in flat
@@ -157,7 +172,7 @@ def test_tables_say_it_all_within_100_columns(timed: list[int], monkeypatch: pyt
 
 
 def test_without_torch_the_doctor_says_what_to_install(timed: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    measured = {**RATES, "backend": "numpy", "op_s": None, "disk": None, "matmul": {"fp32": 1e11}}
+    measured = {**RATES, "backend": "numpy", "op_s": None, "disk": None, "matmul": {"fp32": 1e11}, "native": {}}
     monkeypatch.setattr(machine, "measure", lambda cores: measured)
     monkeypatch.setattr(machine, "versions", lambda: {"torch": None, "numpy": "2", "tradespace": "0"})
     assert not this_machine().op_overhead_s.known  # unknown, never zero
@@ -169,6 +184,7 @@ def test_json_is_one_document_with_sources(timed: list[int]) -> None:
     body = json.loads(run_doctor("--json"))
     assert body["device"]["kind"] == "cpu"
     assert body["device"]["matmul_flops_per_s"]["bf16"] == {"value": 900e9, "source": "measured 2026-11-22 with torch"}
+    assert body["device"]["native_flops_per_s"]["int8"] == {"value": 1e12, "source": "measured 2026-11-22"}
     assert body["device"]["bandwidth_curve"] == [[2 * MiB, 160e9], [GiB, 47e9]]
     assert body["measured_at"] == RATES["date"]
 
@@ -229,5 +245,7 @@ def test_the_real_measurement(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     rates = [rate for _, rate in device["bandwidth_curve"]]
     assert rates == sorted(rates, reverse=True) and rates[-1] == device["read_bytes_per_s"]["value"] > 0
     assert device["matmul_flops_per_s"]["fp32"]["value"] > 0
+    native = device["native_flops_per_s"]
+    assert set(native) == ({"int8", "bf16", "fp32"} if find_compiler() else set()) and all(rate["value"] > 0 for rate in native.values())
     assert 20 * MiB < device["runtime_bytes"]["value"] < 2 * GiB
     assert json.loads(run_doctor("--json"))["measured_at"] == body["measured_at"]

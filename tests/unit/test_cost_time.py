@@ -126,7 +126,24 @@ def test_a_library_without_int8_products_does_not_price_our_kernels():
     slow, fast = (cpu(matmul_flops_per_s={"fp32": Estimate(70e9, "cited: test"), "int8": Estimate(rate, "cited: test")}) for rate in (1e9, 400e9))
     weights = WeightPlan(default="q4_0", layout="native")
     at = [rates_for(device, weights, "decode").flops_per_s for device in (slow, fast)]
-    assert at[1] == pytest.approx(at[0] * 400 / 70) and "fp32 rate" in rates_for(slow, weights, "decode").source
+    share = calibration.NATIVE_OF_MATMUL["int8"].value
+    assert at[1] == pytest.approx(at[0] * share * 400 / 70) and "fp32 rate" in rates_for(slow, weights, "decode").source
+    assert f"our products at {share:.2f} of the chip's int8 rate" in rates_for(fast, weights, "decode").source
+
+
+@pytest.mark.parametrize("instruction_sets", [(), ("avx2",), ("avx2", "avx512f", "avx512_vnni")])
+def test_our_kernels_are_priced_by_their_own_rates_where_they_were_measured(instruction_sets):
+    """Whatever the library's are, and whatever instructions the CPU has; in decode of one sequence the bandwidth is what counts."""
+    rates = {form: Estimate(rate, "measured: test") for form, rate in {"int8": 300e9, "bf16": 200e9, "fp32": 100e9}.items()}
+    device = cpu(instruction_sets=instruction_sets, matmul_flops_per_s={"fp32": Estimate(1e9, "cited: test")}, native_flops_per_s=rates)
+    for name, activations, form in (("q4_0", "auto", "int8"), ("q4_0", "fp32", "fp32"), ("bf16", "auto", "bf16"), ("fp32", "auto", "fp32")):
+        for phase, share in (("prefill", "prefill"), ("decode", "few rows")):
+            found = rates_for(device, WeightPlan(default=name, layout="native"), phase, activations)
+            assert found.flops_per_s == rates[form].value * calibration.find_calibration("native", name, share).efficiency
+            assert found.read_bytes_per_s == device.read_bytes_per_s.value * calibration.find_calibration("native", name, "decode").efficiency
+            assert "our products" not in found.source
+    plain = rates_for(device, WeightPlan(default="bf16"), "prefill")  # torch's kernels have torch's rates
+    assert plain.flops_per_s < 1e9
 
 
 def test_small_working_sets_use_the_curve():
