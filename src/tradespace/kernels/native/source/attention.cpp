@@ -296,23 +296,57 @@ TS_INLINE void weights_of(const Attention& a, const float* scores, See see, uint
 }
 #endif
 
-// Adds the greatest scores and totals of `part` to those of `into`: by what the rows of values are multiplied in both.
-static void factors_of(Partial& into, const Partial& part, float* keep, float* add) {
-  const vf before = load(into.largest), now = load(part.largest), m = max(before, now);
+// Adds a part's greatest scores and totals to those of `into`: by what the rows of values are multiplied in both.
+static void factors_of(Partial& into, const float* largest, const float* total, float* keep, float* add) {
+  const vf before = load(into.largest), now = load(largest), m = max(before, now);
   const vf kept = select(before == m, splat(1.f), exp(before - m)), added = select(now == m, splat(1.f), exp(now - m));
   const vf none = splat(-INFINITY);
   store(keep, select(before == none, vf{}, kept));
   store(add, select(now == none, vf{}, added));
   store(into.largest, m);
-  store(into.total, fma(load(part.total), load(add), load(into.total) * load(keep)));
+  store(into.total, fma(load(total), load(add), load(into.total) * load(keep)));
 }
 
-static void merge(const Attention& a, int count, Partial& into, const Partial& part) {
-  alignas(64) float keep[LANES], add[LANES];
-  factors_of(into, part, keep, add);
-  const Sums sums{into.values, round_up(a.cache.value_width, LANES), keep, add};
-  for (int i = 0; i < count; i++)
-    for (int64_t c = 0; c < sums.padded; c += LANES) put(sums, i, c, load(part.values + i * sums.padded + c));
+// Partial results that lie `apart` in memory, one after the other, into rows [first_row, last_row) of `into`: what `put` does, with the sums kept in registers.
+static void merge(const Attention& a, int first_row, int last_row, Partial& into, const float* parts, int64_t count, int64_t apart) {
+  constexpr int RUN = 16, VECTORS = 4;
+  const int64_t padded = round_up(a.cache.value_width, LANES);
+  alignas(64) float keep[RUN][LANES], add[RUN][LANES];
+  for (int64_t done = 0; done < count; done += RUN, parts += RUN * apart) {
+    const int run = (int)std::min<int64_t>(RUN, count - done);
+    for (int p = 0; p < run; p++) factors_of(into, parts + p * apart, parts + p * apart + LANES, keep[p], add[p]);
+    for (int i = first_row; i < last_row; i++)
+      for (int64_t c = 0; c < padded; c += VECTORS * LANES) {
+        const int vectors = (int)std::min<int64_t>(VECTORS, (padded - c) / LANES);
+        float* x = into.values + i * padded + c;
+        vf acc[VECTORS];
+        for (int v = 0; v < vectors; v++) acc[v] = load(x + v * LANES);
+        for (int p = 0; p < run; p++) {
+          const float* values = parts + p * apart + 2 * LANES + i * padded + c;
+          const float kept = keep[p][i], added = add[p][i];
+          if (added == 0.f) continue;
+          if (kept == 0.f)
+            for (int v = 0; v < vectors; v++) acc[v] = load(values + v * LANES) * added;
+          else
+            for (int v = 0; v < vectors; v++) acc[v] = fma(load(values + v * LANES), splat(added), acc[v] * kept);
+        }
+        for (int v = 0; v < vectors; v++) store(x + v * LANES, acc[v]);
+      }
+  }
+}
+
+// Calls f(rows, first row) for passes of six rows, and of as many as are left; where six sums are all that fit, five rows are more than four tiles' worth.
+template <class F>
+TS_INLINE void by_passes(int count, F f) {
+  int row = 0;
+  for (; row + 6 <= count; row += 6) f(std::integral_constant<int, 6>(), row);
+  switch (count - row) {
+    case 5: f(std::integral_constant<int, 3>(), row); f(std::integral_constant<int, 2>(), row + 3); break;
+    case 4: f(std::integral_constant<int, 4>(), row); break;
+    case 3: f(std::integral_constant<int, 3>(), row); break;
+    case 2: f(std::integral_constant<int, 2>(), row); break;
+    case 1: f(std::integral_constant<int, 1>(), row); break;
+  }
 }
 
 // Scores, exponentials and weighted values of one chunk: a partial result in `p`, or merged into `all`, which is then not null. `next`: tiles of the chunk that
@@ -339,10 +373,7 @@ static void chunk_partial(const Attention& a, const Block& b, int64_t chunk, Par
       __builtin_prefetch(a.cache.value_scales + next->slots[t], 0, 2);
     }
   }
-  int row = 0;
-  for (; row + 6 <= b.count; row += 6) score_rows<STORE, 6>(a, b, row, tiles, scores, row ? none : next_keys);
-  for (; row + 3 <= b.count; row += 3) score_rows<STORE, 3>(a, b, row, tiles, scores, row ? none : next_keys);
-  for (; row < b.count; row++) score_rows<STORE, 1>(a, b, row, tiles, scores, row ? none : next_keys);
+  by_passes(b.count, [&](auto rows, int row) { score_rows<STORE, rows.value>(a, b, row, tiles, scores, row ? none : next_keys); });
 
   constexpr int32_t PLACES[LANES] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   const vi lane = load(PLACES);
@@ -402,13 +433,10 @@ static void chunk_partial(const Attention& a, const Block& b, int64_t chunk, Par
       for (int i = 0; i < b.count; i++) store(scores + i * CHUNK + t * LANES, load(scores + i * CHUNK + t * LANES) * scales);
     }
   alignas(64) float keep[LANES], add[LANES];
-  if (all) factors_of(*all, p, keep, add);
+  if (all) factors_of(*all, p.largest, p.total, keep, add);
   const Sums sums{all ? all->values : p.values, round_up(a.cache.value_width, LANES), all ? keep : nullptr, add};
-  row = 0;
   auto rows_of = [&](const auto* weights) {
-    for (; row + 6 <= b.count; row += 6) weigh<STORE, 6>(a, row, tiles, from, to, weights, sums, row ? none : next_values);
-    for (; row + 3 <= b.count; row += 3) weigh<STORE, 3>(a, row, tiles, from, to, weights, sums, row ? none : next_values);
-    for (; row < b.count; row++) weigh<STORE, 1>(a, row, tiles, from, to, weights, sums, row ? none : next_values);
+    by_passes(b.count, [&](auto rows, int row) { weigh<STORE, rows.value>(a, row, tiles, from, to, weights, sums, row ? none : next_values); });
   };
   if constexpr (STORE == STORE_PAIRS) rows_of(words);
   else rows_of(scores);
@@ -416,9 +444,9 @@ static void chunk_partial(const Attention& a, const Block& b, int64_t chunk, Par
 
 TS_INLINE float exp_one(float x) { return first_lane(exp(splat(x))); }
 
-static void finish(const Attention& a, const Block& b, const Partial& p) {
+static void finish(const Attention& a, const Block& b, const Partial& p, int first_row, int last_row) {
   const int64_t width = a.cache.value_width, padded = round_up(width, LANES);
-  for (int i = 0; i < b.count; i++) {
+  for (int i = first_row; i < last_row; i++) {
     float total = p.total[i], scale = 1.f;
     if (b.sink[i]) {  // a learned logit that takes its share and carries no value (gpt-oss)
       const float m = std::max(p.largest[i], *b.sink[i]);
@@ -495,7 +523,7 @@ static void whole_blocks(const Attention& a, const Blocks& blocks, float* scratc
                                                : nullptr;
       chunk_partial<STORE>(a, blocks.of[i], chunk, part, &all[i], next);
     }
-  for (int i = 0; i < blocks.count; i++) finish(a, blocks.of[i], all[i]);
+  for (int i = 0; i < blocks.count; i++) finish(a, blocks.of[i], all[i], 0, blocks.of[i].count);
 }
 
 // chunks of a block that have room for their partial results at once, beside a result for each block
@@ -572,12 +600,22 @@ static void split_blocks(Worker& worker, const Attention& a, const Step& step, i
         save(kept + i * wave + chunk, p);
       }
     worker.barrier();
-    for (int64_t i = worker.index; i < num_blocks; i += worker.count) {
+    // rows are shared out, or, where results wait for another wave, blocks
+    int64_t rows = 0, row = 0;
+    for (int64_t i = 0; i < num_blocks; i++) rows += blocks[i].count;
+    const int64_t first_row = rows * worker.index / worker.count, last_row = rows * (worker.index + 1) / worker.count;
+    for (int64_t i = 0; i < num_blocks; row += blocks[i++].count) {
       const Block& b = blocks[i];
+      int from = 0, to = b.count;
+      if (waves == 1) {
+        from = (int)std::clamp<int64_t>(first_row - row, 0, b.count);
+        to = (int)std::clamp<int64_t>(last_row - row, 0, b.count);
+      } else if (i % worker.count != worker.index) continue;
+      if (from == to) continue;
       Partial all = w ? fetch(i) : at(i);
       if (w == 0) clear(all);
-      for (int64_t c = 0; c < wave && b.first + w * wave + c < b.last; c++) merge(a, b.count, all, fetch(kept + i * wave + c));
-      if (w + 1 == waves) finish(a, b, all);
+      merge(a, from, to, all, a.partials + (kept + i * wave) * floats, std::clamp<int64_t>(b.last - b.first - w * wave, 0, wave), floats);
+      if (w + 1 == waves) finish(a, b, all, from, to);
       else save(i, all);
     }
     if (w + 1 < waves) worker.barrier();
