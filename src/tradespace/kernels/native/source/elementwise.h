@@ -58,10 +58,10 @@ TS_INLINE vf erf(vf x) {
 
 TS_INLINE vf activate(vf x, int kind) {
   switch (kind) {
-    case ACT_SILU: return x / (1.f + exp(-x));
+    case ACT_SILU: return over(x, 1.f + exp(-x));
     case ACT_GELU: return 0.5f * x * (1.f + erf(x * 0.70710678118654752f));
     // x · (1 + tanh u) / 2 = x / (1 + e^-2u): nothing cancels where tanh u is near -1
-    case ACT_GELU_TANH: return x / (1.f + exp(-1.59576912160573072f * (x + 0.044715f * x * x * x)));
+    case ACT_GELU_TANH: return over(x, 1.f + exp(-1.59576912160573072f * (x + 0.044715f * x * x * x)));
     case ACT_RELU: return max(x, vf{});
     case ACT_RELU2: { vf y = max(x, vf{}); return y * y; }
   }

@@ -146,14 +146,17 @@ static int64_t sections_of(const Op& op) { return (op.width + SECTION - 1) / SEC
 
 // activation of `in`, times the half beside it where gated → operand; without one (ACT_IDENTITY) it only changes the form. A unit is a token's section.
 static void prepare(const Op& op, int64_t first, int64_t last, int64_t base = 0) {
+  constexpr int64_t RUN = 4;  // sections of a row whose form is changed at once
   const Operand operand = from_row(op.operand, base);
-  const int64_t sections = sections_of(op);
-  for (int64_t unit = first; unit < last; unit++) {
+  const int64_t sections = sections_of(op), whole = op.width / SECTION;
+  for (int64_t unit = first; unit < last;) {
     const int64_t t = unit / sections, s = unit % sections, column = s * SECTION;
+    const int64_t run = std::clamp<int64_t>(std::min(whole - s, last - unit), 1, RUN);
+    unit += run;
     const float* in = op.in + t * op.in_stride + column;
     const float* up = op.flags & FLAG_GATED ? in + op.width : nullptr;
-    alignas(64) float x[SECTION], rest[2 * SECTION];
-    const int64_t count = std::min<int64_t>(SECTION, op.width - column);
+    alignas(64) float x[RUN * SECTION], rest[2 * SECTION];
+    const int64_t count = std::min<int64_t>(run * SECTION, op.width - column);
     if (count < SECTION) {  // a row's last section, filled up with zeros
       std::memset(rest, 0, sizeof rest);
       std::memcpy(rest, in, (size_t)count * 4);
@@ -162,15 +165,15 @@ static void prepare(const Op& op, int64_t first, int64_t last, int64_t base = 0)
       if (up) up = rest + SECTION;
     }
     if (op.choice != ACT_IDENTITY) {
-      for (int half = 0; half < SECTION; half += LANES) {
-        vf y = activate(load(in + half), op.choice);
-        if (up) y = y * load(up + half);
-        store(x + half, y);
+      for (int64_t c = 0; c < run * SECTION; c += LANES) {
+        vf y = activate(load(in + c), op.choice);
+        if (up) y = y * load(up + c);
+        store(x + c, y);
       }
       for (int64_t c = count; c < SECTION; c++) x[c] = 0.f;
       in = x;
     }
-    put_row(operand, t, in, SECTION, op.form, s);
+    put_row(operand, t, in, run * SECTION, op.form, s);
   }
 }
 
