@@ -46,7 +46,7 @@ void write_key(const Cache& c, const Step& step, int64_t sequence, int64_t posit
 
 void write_value(const Cache& c, const Step& step, int64_t sequence, int64_t position, int head, const float* v) {
   const int64_t slot = slot_of(c, step.tables + sequence * step.table_width, position, head), odd = slot % 2;
-  if (c.store == STORE_BF16) return store_vector(STORE_BF16, c.values, (slot - odd) * c.value_width + odd, 2, nullptr, v, c.value_width);
+  if (c.store == STORE_BF16) return store_half_pairs((uint16_t*)c.values + (slot - odd) * c.value_width, odd, v, c.value_width);
   store_vector(c.store, c.values, slot * c.value_width, 1, c.value_scales ? c.value_scales + slot : nullptr, v, c.value_width);
 }
 

@@ -72,6 +72,18 @@ TS_INLINE vf activate(vf x, int kind) {
 TS_INLINE void rotate(float* head, const float* __restrict angles, int64_t dims, bool interleaved) {
   const int64_t half = dims / 2;
   float *__restrict first = head, *__restrict second = head + half;
+#if TS_REGISTER == 64
+  if (!interleaved && half % LANES == 0) {  // whole registers: what is read next was then written by the register, too, and need not wait for memory
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30), odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+    for (int64_t i = 0; i < half; i += LANES) {
+      const __m512 some = (__m512)load(angles + 2 * i), more = (__m512)load(angles + 2 * i + LANES);
+      const vf c = (vf)_mm512_permutex2var_ps(some, even, more), s = (vf)_mm512_permutex2var_ps(some, odd, more), a = load(first + i), b = load(second + i);
+      store(first + i, a * c - b * s);
+      store(second + i, b * c + a * s);
+    }
+    return;
+  }
+#endif
   if (interleaved)
     for (int64_t i = 0; i < half; i++) {
       const float c = angles[2 * i], s = angles[2 * i + 1], a = head[2 * i], b = head[2 * i + 1];

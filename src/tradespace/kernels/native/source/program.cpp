@@ -99,28 +99,27 @@ static void heads(const Op& op, const Step& step, int64_t first, int64_t last, f
     while (t >= step.starts[s + 1]) s++;
     if (head >= 0 && head < op.kv_heads) expect_key(op.cache, step, s, step.positions[t], (int)head);
   }
-  int64_t s = 0;
-  for (int64_t unit = first; unit < last; unit++) {
-    const int64_t t = unit / all, n = unit % all;
+  for (int64_t t = first / all, s = 0; t * all < last; t++) {
     while (t >= step.starts[s + 1]) s++;
     const int64_t position = step.positions[t];
     float* row = op.in + t * op.in_stride;
-    if (n >= op.heads + op.kv_heads) {
-      const int head = (int)(n - op.heads - op.kv_heads);
-      write_value(op.cache, step, s, position, head, row + (op.heads + op.kv_heads) * H + head * (int64_t)op.value_width);
-      continue;
+    for (int64_t n = std::max<int64_t>(0, first - t * all); n < std::min(all, last - t * all); n++) {
+      if (n >= op.heads + op.kv_heads) {
+        const int head = (int)(n - op.heads - op.kv_heads);
+        write_value(op.cache, step, s, position, head, row + (op.heads + op.kv_heads) * H + head * (int64_t)op.value_width);
+        continue;
+      }
+      float* head = row + n * H;
+      if (op.weight && !full) {
+        norm_row(head, scratch, H, NORM_RMS, n < op.heads ? op.weight : op.second, nullptr, op.eps);
+        std::memcpy(head, scratch, (size_t)H * 4);
+      }
+      if (op.table) rotate(head, op.table + position * op.dims, op.dims, (op.flags & FLAG_INTERLEAVED) != 0);
+      if (n >= op.heads) write_key(op.cache, step, s, position, (int)(n - op.heads), head);
+      else if (pairs) round_query(head, H, op.scale);
+      else
+        for (int64_t c = 0; c < H; c++) head[c] *= op.scale;
     }
-    float* head = row + n * H;
-    if (op.weight && !full) {
-      norm_row(head, scratch, H, NORM_RMS, n < op.heads ? op.weight : op.second, nullptr, op.eps);
-      std::memcpy(head, scratch, (size_t)H * 4);
-    }
-    if (op.table) rotate(head, op.table + position * op.dims, op.dims, (op.flags & FLAG_INTERLEAVED) != 0);
-    if (n < op.heads) {
-      for (int64_t c = 0; c < H; c++) head[c] *= op.scale;
-      // each sixteen are read before they are written over
-      if (pairs) store_words((uint16_t*)head, 1, head, H, [](uint16_t* words, vf v) { write_bf16(words, v); });
-    } else write_key(op.cache, step, s, position, (int)(n - op.heads), head);
   }
 }
 

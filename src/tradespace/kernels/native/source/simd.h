@@ -429,9 +429,12 @@ TS_INLINE void write_half(uint16_t* p, rf v) {
   for (int i = 0; i < REGISTER_LANES; i++) p[i] = float_to_half(v[i]);
 #endif
 }
-TS_INLINE void write_bf16(uint16_t* p, rf v) {
+TS_INLINE ru bf16_bits(rf v) {
   const ru bits = (ru)v, rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, quiet = (bits >> 16) | 0x40u;
-  const rh narrow = __builtin_convertvector(v == v ? rounded : quiet, rh);
+  return v == v ? rounded : quiet;
+}
+TS_INLINE void write_bf16(uint16_t* p, rf v) {
+  const rh narrow = __builtin_convertvector(bf16_bits(v), rh);
   std::memcpy(p, &narrow, sizeof narrow);
 }
 TS_INLINE void write_int8(int8_t* p, ri v) {

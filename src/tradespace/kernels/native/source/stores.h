@@ -102,6 +102,36 @@ static inline void store_pairs(uint16_t* to, int64_t stride, const float* x, int
   }
 }
 
+// x · scale as bf16, in place: each sixteen are read before they are written over. As the products take numbers below the normal ones, they become nothing.
+static inline void round_query(float* x, int64_t width, float scale) {
+  uint16_t* words = (uint16_t*)x;
+#if defined(__AVX512BF16__)
+  int64_t c = 0;
+  for (; c + LANES <= width; c += LANES) _mm256_storeu_si256((__m256i*)(words + c), (__m256i)_mm512_cvtneps_pbh((__m512)(load(x + c) * scale)));
+  if (const uint32_t rest = (1u << (width - c)) - 1)
+    _mm256_mask_storeu_epi16(words + c, rest, (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(_mm512_maskz_loadu_ps(rest, x + c), _mm512_set1_ps(scale))));
+#else
+  for (int64_t c = 0; c < width; c++) x[c] *= scale;
+  store_words(words, 1, x, width, [](uint16_t* out, vf v) { write_bf16(out, v); });
+#endif
+}
+
+// x as bf16 into one half, the first or the second, of each of `width` pairs
+static inline void store_half_pairs(uint16_t* pairs, int64_t second, const float* x, int64_t width) {
+#if TS_REGISTER == 64
+  const uint32_t halves = second ? 0xaaaaaaaau : 0x55555555u;
+  auto put = [&](int64_t c, vf v, uint32_t mask) {
+    const vu bits = bf16_bits(v);
+    _mm512_mask_storeu_epi16(pairs + 2 * c, halves & mask, (__m512i)(second ? bits << 16 : bits));
+  };
+  int64_t c = 0;
+  for (; c + LANES <= width; c += LANES) put(c, load(x + c), ~0u);
+  if (const uint32_t rest = (1u << (width - c)) - 1) put(c, (vf)_mm512_maskz_loadu_ps(rest, x + c), (1u << 2 * (width - c)) - 1);
+#else
+  store_words(pairs + second, 2, x, width, [](uint16_t* out, vf v) { write_bf16(out, v); });
+#endif
+}
+
 // x into elements base, base + stride, …; its scale, where the store has one, into `scale`
 static inline void store_vector(int kind, void* plane, int64_t base, int64_t stride, uint16_t* scale, const float* x, int64_t width) {
   switch (kind) {
