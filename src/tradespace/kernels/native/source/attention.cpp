@@ -23,8 +23,10 @@ struct Tiles {
 static Tiles tiles_of(const Cache& c, const int32_t* table, int64_t start, int64_t end, int head) {
   Tiles found;
   found.count = (int)((end - start + LANES - 1) / LANES);
-  for (int t = 0; t < found.count; t++) {
-    const int64_t slot = slot_of(c, table, start + t * LANES, head);
+  int64_t block = start / c.block_size, inside = start % c.block_size;  // whole tiles, as are blocks
+  for (int t = 0; t < found.count; t++, inside += LANES) {
+    if (inside == c.block_size) block++, inside = 0;
+    const int64_t slot = (table[block] * (int64_t)c.heads + head) * c.block_size + inside;
     found.slots[t] = slot;
     found.keys[t] = slot * c.key_width;
     found.values[t] = slot * c.value_width;
@@ -64,7 +66,8 @@ struct Block {
   float* out[ROWS];
   const float* sink[ROWS];
   int64_t low[ROWS], high[ROWS];
-  int64_t first, last;  // chunks with something to see
+  int64_t lowest, highest;  // of all rows
+  int64_t first, last;      // chunks with something to see
 };
 
 struct Partial {  // of a chunk, or of all chunks so far
@@ -161,12 +164,19 @@ struct Sums {
   const float *keep, *add;  // of each row, or null
 };
 
-TS_INLINE void put(const Sums& sums, int row, int64_t c, vf v) {
+template <int VECTORS>
+TS_INLINE void put(const Sums& sums, int row, int64_t c, const vf (&values)[VECTORS]) {
   float* x = sums.values + row * sums.padded + c;
-  if (!sums.keep) store(x, v);
-  else if (sums.add[row] == 0.f) return;
-  else if (sums.keep[row] == 0.f) store(x, v * sums.add[row]);
-  else store(x, fma(v, splat(sums.add[row]), load(x) * sums.keep[row]));
+  if (!sums.keep) {
+    for (int v = 0; v < VECTORS; v++) store(x + v * LANES, values[v]);
+    return;
+  }
+  const float add = sums.add[row], keep = sums.keep[row];
+  if (add == 0.f) return;
+  if (keep == 0.f)
+    for (int v = 0; v < VECTORS; v++) store(x + v * LANES, values[v] * add);
+  else
+    for (int v = 0; v < VECTORS; v++) store(x + v * LANES, fma(values[v], splat(add), load(x + v * LANES) * keep));
 }
 
 template <int STORE, int NQ>
@@ -191,13 +201,12 @@ TS_UNROLL(6)
         for (int i = 0; i < NQ; i++) acc[i][v] = fma(splat(scores[(first_row + i) * CHUNK + j]), x, acc[i][v]);
       }
     }
-    for (int i = 0; i < NQ; i++)
-      for (int v = 0; v < VECTORS; v++) put(sums, first_row + i, c + v * LANES, acc[i][v]);
+    for (int i = 0; i < NQ; i++) put(sums, first_row + i, c, acc[i]);
   }
   for (; c < width; c += LANES) {  // what is left of a head that is no multiple of 64
     const int64_t lanes = std::min<int64_t>(LANES, width - c);
-    vf acc[NQ];
-    for (int i = 0; i < NQ; i++) acc[i] = vf{};
+    vf acc[NQ][1];
+    for (int i = 0; i < NQ; i++) acc[i][0] = vf{};
     for (int64_t j = from; j < to; j++) {
       vf x{};
       if (lanes == LANES) x = load_stored<STORE>(a.cache.values, rows[j] + c);
@@ -206,7 +215,7 @@ TS_UNROLL(6)
         std::memcpy(part, (const uint8_t*)a.cache.values + (rows[j] + c) * width_bytes(STORE), (size_t)(lanes * width_bytes(STORE)));
         x = load_stored<STORE>(part, 0);
       }
-      for (int i = 0; i < NQ; i++) acc[i] = fma(splat(scores[(first_row + i) * CHUNK + j]), x, acc[i]);
+      for (int i = 0; i < NQ; i++) acc[i][0] = fma(splat(scores[(first_row + i) * CHUNK + j]), x, acc[i][0]);
     }
     for (int i = 0; i < NQ; i++) put(sums, first_row + i, c, acc[i]);
   }
@@ -218,41 +227,46 @@ template <int STORE, int NQ, int VECTORS, class Weight>
 TS_INLINE void weigh_columns(const Attention& a, int first_row, const Tiles& chunk, int64_t from, int64_t to, const Weight* weights, int64_t column, int64_t columns,
                              const Sums& sums, const Ahead& ahead) {
   const int64_t width = a.cache.value_width, first = from / 2, last = (to + 1) / 2;
-  alignas(64) uint16_t copies[2][2 * VECTORS * LANES] = {{0}};
-  const uint16_t* pairs[CHUNK / 2];
-  for (int64_t j = first; j < last; j++) pairs[j] = (const uint16_t*)a.cache.values + chunk.values[2 * j / LANES] + 2 * (j % (LANES / 2) * width + column);
+  auto pair = [&](int64_t j) { return (const uint16_t*)a.cache.values + chunk.values[2 * j / LANES] + 2 * (j % (LANES / 2) * width + column); };
+  const int64_t cut_first = from % 2 ? first : -1, cut_last = to % 2 ? last - 1 : -1;
+  alignas(64) uint16_t copies[2][2 * VECTORS * LANES];
   auto copy = [&](int64_t j, uint16_t* to, int64_t half) {
-    for (int64_t c = 0; c < columns; c++) to[2 * c + half] = pairs[j][2 * c + half];
-    pairs[j] = to;
+    const uint16_t* x = pair(j);
+    std::memset(to, 0, sizeof copies[0]);
+    for (int64_t c = 0; c < columns; c++) to[2 * c + half] = x[2 * c + half];
   };
-  if (from % 2) copy(first, copies[0], 1);
-  if (to % 2) copy(last - 1, copies[1], 0);
+  if (cut_first >= 0) copy(cut_first, copies[0], 1);
+  if (cut_last >= 0) copy(cut_last, copies[1], 0);
   vf acc[NQ][VECTORS];
   for (int i = 0; i < NQ; i++)
     for (int v = 0; v < VECTORS; v++) acc[i][v] = vf{};
-  for (int64_t j = first; j < last; j++) {
-    if (ahead.count)
-      for (int v = 0; v < VECTORS; v++) ask(ahead, 2 * j / LANES, 4 * (j % (LANES / 2) * width + column + v * LANES));
+  for (int64_t j = first; j < last;) {
+    const int64_t tile = 2 * j / LANES, end = std::min<int64_t>(last, (tile + 1) * LANES / 2);
+    int64_t byte = 4 * (j % (LANES / 2) * width + column);
     const Weight* w = weights + first_row * CHUNK + 2 * j;
-    asm("" : "+r"(w));  // one address for all rows: with one for each there are too few registers
-    for (int v = 0; v < VECTORS; v++) {
-      read_again(v);
-      vu both;
-      if (columns == VECTORS * LANES) both = as<vu>(load_bytes(pairs[j] + 2 * v * LANES));
-      else {
-        alignas(64) uint16_t part[2 * LANES] = {0};
-        std::memcpy(part, pairs[j], (size_t)(4 * columns));
-        both = as<vu>(load_bytes(part));
-      }
+    for (const uint16_t* at = pair(j); j < end; j++, at += 2 * width, byte += 4 * width, w += 2) {
+      if (tile < ahead.count)
+        for (int v = 0; v < VECTORS; v++) ask(ahead, tile, byte + 4 * v * LANES);
+      const uint16_t* const x = j == cut_first ? copies[0] : j == cut_last ? copies[1] : at;
+      asm("" : "+r"(w));  // one address for all rows: with one for each there are too few registers
+      for (int v = 0; v < VECTORS; v++) {
+        read_again(v);
+        vu both;
+        if (columns == VECTORS * LANES) both = as<vu>(load_bytes(x + 2 * v * LANES));
+        else {
+          alignas(64) uint16_t part[2 * LANES] = {0};
+          std::memcpy(part, x, (size_t)(4 * columns));
+          both = as<vu>(load_bytes(part));
+        }
 TS_UNROLL(6)
-      for (int i = 0; i < NQ; i++) {
-        if constexpr (STORE == STORE_PAIRS) acc[i][v] = dot2_bf16(acc[i][v], as<vb>(both), two_of(w + i * CHUNK));
-        else acc[i][v] = fma(as<vf>(both & 0xffff0000u), splat(w[i * CHUNK + 1]), fma(as<vf>(both << 16), splat(w[i * CHUNK]), acc[i][v]));
+        for (int i = 0; i < NQ; i++) {
+          if constexpr (STORE == STORE_PAIRS) acc[i][v] = dot2_bf16(acc[i][v], as<vb>(both), two_of(w + i * CHUNK));
+          else acc[i][v] = fma(as<vf>(both & 0xffff0000u), splat(w[i * CHUNK + 1]), fma(as<vf>(both << 16), splat(w[i * CHUNK]), acc[i][v]));
+        }
       }
     }
   }
-  for (int i = 0; i < NQ; i++)
-    for (int v = 0; v < VECTORS; v++) put(sums, first_row + i, column + v * LANES, acc[i][v]);
+  for (int i = 0; i < NQ; i++) put(sums, first_row + i, column, acc[i]);
 }
 
 template <int STORE, int NQ, class Weight>
@@ -355,13 +369,7 @@ template <int STORE>
 static void chunk_partial(const Attention& a, const Block& b, int64_t chunk, Partial& p, Partial* all, const Tiles* next) {
   alignas(64) float scores[ROWS * CHUNK];
   clear(p);
-  const int64_t start = chunk * CHUNK;
-  int64_t low = INT64_MAX, high = 0;
-  for (int i = 0; i < b.count; i++) {
-    low = std::min(low, b.low[i]);
-    high = std::max(high, b.high[i]);
-  }
-  const int64_t from = std::max<int64_t>(0, low - start), to = std::min<int64_t>(CHUNK, high - start);
+  const int64_t start = chunk * CHUNK, from = std::max<int64_t>(0, b.lowest - start), to = std::min<int64_t>(CHUNK, b.highest - start);
   const Tiles tiles = tiles_of(a.cache, b.table, start, start + to, b.head);
   const int num_tiles = tiles.count;
   Ahead none{}, next_keys{}, next_values{};
@@ -471,7 +479,8 @@ static Block make_block(const Attention& a, const Step& step, int64_t s, int hea
   b.count = (int)count;
   b.head = head;
   b.table = step.tables + s * step.table_width;
-  int64_t low = INT64_MAX, high = 0;
+  b.lowest = INT64_MAX;
+  b.highest = 0;
   for (int64_t i = 0; i < count; i++) {
     const int64_t query = (row0 + i) / group, n = head * group + (row0 + i) % group;
     const int64_t position = step.lengths[s] - queries + query;
@@ -480,20 +489,18 @@ static Block make_block(const Attention& a, const Step& step, int64_t s, int hea
     b.sink[i] = a.sinks ? a.sinks + n : nullptr;
     b.high[i] = position + 1;
     b.low[i] = a.window == 0 ? 0 : a.chunked ? position / a.window * a.window : std::max<int64_t>(0, position - a.window + 1);
-    low = std::min(low, b.low[i]);
-    high = std::max(high, b.high[i]);
+    b.lowest = std::min(b.lowest, b.low[i]);
+    b.highest = std::max(b.highest, b.high[i]);
   }
-  b.first = low / CHUNK;
-  b.last = (high + CHUNK - 1) / CHUNK;
+  b.first = b.lowest / CHUNK;
+  b.last = (b.highest + CHUNK - 1) / CHUNK;
   return b;
 }
 
 // The tiles of `chunk` of a block with few rows; nothing for one with many, which finds in the cache what its rows share.
 static const Tiles* ask_for(const Attention& a, const Block& b, int64_t chunk, Tiles* tiles) {
   if (b.count > FEW_ROWS) return nullptr;
-  int64_t high = 0;
-  for (int i = 0; i < b.count; i++) high = std::max(high, b.high[i]);
-  *tiles = tiles_of(a.cache, b.table, chunk * CHUNK, std::min(high, (chunk + 1) * CHUNK), b.head);
+  *tiles = tiles_of(a.cache, b.table, chunk * CHUNK, std::min(b.highest, (chunk + 1) * CHUNK), b.head);
   return tiles;
 }
 
