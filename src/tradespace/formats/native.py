@@ -17,7 +17,7 @@ from tradespace.kernels.native import load
 from tradespace.kernels.native.library import Matrix, Operand
 from tradespace.kernels.pages import huge_zeros
 from tradespace.spec import native
-from tradespace.spec.native import LANES, SECTION, SECTION_SUMS, round_up
+from tradespace.spec.native import LANES, ROW_BLOCK, SECTION, SECTION_SUMS, round_up
 
 FORMS = {"fp32": 0, "bf16": 1, "int8": 2}
 _DENSE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -131,7 +131,7 @@ class OperandBuffers:
         if "int8" in forms:
             self.tensors["codes"] = torch.zeros(tokens * width, dtype=torch.int8)
             for name, count in (("scales", 1), ("weighted", 1), ("sums", SECTION_SUMS)):
-                self.tensors[name] = torch.zeros(tokens * sections * count, dtype=torch.int32)
+                self.tensors[name] = torch.zeros(round_up(tokens, ROW_BLOCK) * sections * count, dtype=torch.int32)
 
     @property
     def nbytes(self) -> int:

@@ -15,6 +15,7 @@ from tradespace.spec.model import DenseFFN, ModelSpec
 
 LANES = 16
 SECTION = 32
+ROW_BLOCK = 8  # rows of activations whose scales and sums of a section lie side by side
 SECTION_SUMS = 4  # sums of a section's codes, beside its scale and its weighted sum
 STEP_TOKENS = 512  # a step with more runs no faster
 SUPER_SECTIONS = 8
@@ -171,12 +172,14 @@ class Buffers:
 
     def nbytes(self, step_tokens: int, logit_rows: int, forms: frozenset[str], threads: int, value_width: int) -> int:
         """Bytes for `step_tokens` tokens and `logit_rows` rows of logits, with operands in these forms."""
-        sections = self.operand // SECTION
-        operand = sum({"fp32": 4 * self.operand, "bf16": 2 * self.operand, "int8": self.operand + 4 * (2 + SECTION_SUMS) * sections}[form] for form in forms)
+        rows, sections = max(step_tokens, logit_rows), self.operand // SECTION
+        operand = rows * sum({"fp32": 4, "bf16": 2, "int8": 1}[form] * self.operand for form in forms)
+        if "int8" in forms:
+            operand += 4 * (2 + SECTION_SUMS) * sections * round_up(rows, ROW_BLOCK)
         # the embedding is looked up in whole sections, so the last row of the stream may be written past its end
         floats = (self.stream + self.wide + self.mixed) * step_tokens + self.logits * logit_rows + SECTION
         partials = threads * SLOTS_PER_THREAD * partial_floats(value_width)
-        return 4 * (floats + partials + threads * self.scratch) + operand * max(step_tokens, logit_rows)
+        return 4 * (floats + partials + threads * self.scratch) + operand
 
     @property
     def scratch(self) -> int:

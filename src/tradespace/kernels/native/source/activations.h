@@ -11,18 +11,23 @@ enum Form : int32_t { FORM_F32 = 0, FORM_BF16 = 1, FORM_INT8 = 2 };
 // Of a section's codes: the sum of each half, and what the offsets 8 and 128 of a weight's codes come to: as many times the whole sum, to be added.
 constexpr int SUMS = 4;
 
+constexpr int64_t ROW_BLOCK = 8;  // rows whose scales and sums of a section lie side by side: as many as a product reads at once, from one address
+
 // T rows of C columns (padded to 32 with zeros), each in one form. int8: a scale per section of 32, and what zero points and minima need: sums of the codes.
 struct Operand {
   float* f32;       // T · stride
   uint16_t* bf16;   // T · stride
   int8_t* codes;    // T · stride
-  float* scales;    // T · sections
+  float* scales;    // [T / ROW_BLOCK][sections][ROW_BLOCK], as are all below
   float* weighted;  // scale · sum of the section's codes
-  int32_t* sums;    // SUMS for each section: T · SUMS · sections
+  int32_t* sums;    // SUMS for each
   int64_t stride, sections;
+
+  // where scale and sums of a row's section are
+  int64_t place(int64_t row, int64_t section) const { return (row / ROW_BLOCK * sections + section) * ROW_BLOCK + row % ROW_BLOCK; }
 };
 
-// the same rows from `row` on
+// the same rows from `row` on, a multiple of ROW_BLOCK
 TS_INLINE Operand from_row(Operand x, int64_t row) {
   if (x.f32) x.f32 += row * x.stride;
   if (x.bf16) x.bf16 += row * x.stride;
@@ -52,7 +57,7 @@ TS_INLINE void quantize_section(vf a, vf b, int8_t* codes, float* scale, float* 
 }
 
 #if defined(__AVX512VNNI__)
-// The same for four sections, 128 numbers: what needs sums or the largest across a register is found for all of them at once.
+// The same for four sections, 128 numbers, whose scales and sums lie ROW_BLOCK apart: what needs sums or the largest across a register is found for all at once.
 TS_INLINE void quantize_four(const float* x, int8_t* codes, float* scale, float* weighted, int32_t* sums) {
   __m512 v[8], m[4];
   for (int i = 0; i < 8; i++) v[i] = _mm512_loadu_ps(x + i * LANES);
@@ -82,10 +87,18 @@ TS_INLINE void quantize_four(const float* x, int8_t* codes, float* scale, float*
   s = _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 1, 0, 1, 6, 7, 6, 7, 8, 9, 8, 9, 14, 15, 14, 15), s);
   const __m512i total = _mm512_add_epi32(s, _mm512_shuffle_epi32(s, _MM_PERM_CDAB));
   const __m512i times = _mm512_sllv_epi32(total, _mm512_setr_epi32(0, 0, 3, 7, 0, 0, 3, 7, 0, 0, 3, 7, 0, 0, 3, 7));
-  _mm512_storeu_si512(sums, _mm512_mask_sub_epi32(s, 0xcccc, _mm512_setzero_si512(), times));
+  s = _mm512_mask_sub_epi32(s, 0xcccc, _mm512_setzero_si512(), times);
   const __m128i totals = _mm512_castsi512_si128(_mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0), total));
-  _mm_storeu_ps(scale, scales);
-  _mm_storeu_ps(weighted, _mm_mul_ps(scales, _mm_cvtepi32_ps(totals)));
+  const __m128 products = _mm_mul_ps(scales, _mm_cvtepi32_ps(totals));
+  auto put = [&](int64_t at, __m128i four, int one, int other) {
+    _mm_store_si128((__m128i*)(sums + SUMS * at), four);
+    std::memcpy(scale + at, &one, sizeof one);
+    std::memcpy(weighted + at, &other, sizeof other);
+  };
+  put(0, _mm512_castsi512_si128(s), _mm_extract_ps(scales, 0), _mm_extract_ps(products, 0));
+  put(ROW_BLOCK, _mm512_extracti32x4_epi32(s, 1), _mm_extract_ps(scales, 1), _mm_extract_ps(products, 1));
+  put(2 * ROW_BLOCK, _mm512_extracti32x4_epi32(s, 2), _mm_extract_ps(scales, 2), _mm_extract_ps(products, 2));
+  put(3 * ROW_BLOCK, _mm512_extracti32x4_epi32(s, 3), _mm_extract_ps(scales, 3), _mm_extract_ps(products, 3));
 }
 #endif
 
@@ -94,7 +107,7 @@ TS_INLINE void put_row(const Operand& operand, int64_t t, const float* x, int64_
   int64_t sections = (columns + SECTION - 1) / SECTION, s = 0;
 #if defined(__AVX512VNNI__)
   for (; form == FORM_INT8 && s + 4 <= sections; s += 4) {
-    const int64_t g = first_section + s, at = t * operand.sections + g;
+    const int64_t g = first_section + s, at = operand.place(t, g);
     quantize_four(x + s * SECTION, operand.codes + t * operand.stride + g * SECTION, operand.scales + at, operand.weighted + at, operand.sums + SUMS * at);
   }
 #endif
@@ -102,7 +115,7 @@ TS_INLINE void put_row(const Operand& operand, int64_t t, const float* x, int64_
     int64_t g = first_section + s;
     vf a = load(x + s * SECTION), b = load(x + s * SECTION + LANES);
     if (form == FORM_INT8) {
-      int64_t at = t * operand.sections + g;
+      const int64_t at = operand.place(t, g);
       quantize_section(a, b, operand.codes + t * operand.stride + g * SECTION, operand.scales + at, operand.weighted + at, operand.sums + SUMS * at);
     } else if (form == FORM_BF16) {
       write_bf16(operand.bf16 + t * operand.stride + g * SECTION, a);

@@ -64,11 +64,32 @@ constexpr int offset_sum(const KindInfo& info) {
 }
 constexpr bool begins_with_sum(const KindInfo& info) { return offset_sum(info) > 0 && !(TS_SHORT_SUMS && info.bits == 8); }
 
-TS_INLINE int32_t four_codes(const Operand& x, int64_t token, int64_t column) {
-  int32_t four;
-  std::memcpy(&four, x.codes + token * x.stride + column, 4);
-  return four;
-}
+// TOKENS rows of the operand from a multiple of TOKENS on: few addresses, which all move by as much from one section to the next.
+template <int TOKENS>
+struct Rows {
+  const int8_t* codes[TOKENS];
+  const float *scales, *weighted;  // of section s and row i at s · ROW_BLOCK + i
+  const int32_t* sums;
+
+  Rows(const Operand& x, int64_t token) {
+    static_assert(ROW_BLOCK % TOKENS == 0, "rows that are read at once lie in one block");
+    for (int i = 0; i < TOKENS; i++) codes[i] = x.codes + (token + i) * x.stride;
+    scales = x.scales + x.place(token, 0);
+    weighted = x.weighted + x.place(token, 0);
+    sums = x.sums + SUMS * x.place(token, 0);
+  }
+  inline __attribute__((always_inline)) int32_t four(int i, int64_t column) const {
+    int32_t four;
+    std::memcpy(&four, codes[i] + column, 4);
+    return four;
+  }
+  inline __attribute__((always_inline)) void settle() {  // compilers would rather compute the addresses of each section anew than keep eight of them
+#if TS_REGISTER == 64
+    if constexpr (TOKENS == 8)
+      for (int i = 0; i < TOKENS; i++) asm("" : "+r"(codes[i]));
+#endif
+  }
+};
 
 // whole[token][part] += the section's codes of one piece · the tokens' codes
 #if TS_SHORT_SUMS
@@ -77,14 +98,14 @@ template <int BITS>
 constexpr int SHORT_CHUNKS = BITS == 6 ? 2 : BITS == 5 ? 4 : 8;
 
 template <int KIND, int TOKENS>
-TS_INLINE void add_products(const uint8_t* codes, int piece, const Operand& x, int64_t token, int64_t s, pi (*whole)[PARTS<KIND, TOKENS>]) {
+TS_INLINE void add_products(const uint8_t* codes, int piece, const Rows<TOKENS>& x, int64_t s, pi (*whole)[PARTS<KIND, TOKENS>]) {
   constexpr KindInfo INFO = KINDS[KIND];
   if constexpr (INFO.bits == 8) {
 TS_UNROLL(8)
     for (int k = 0; k < 8; k++) {
       const pb w = Chunk<pb, 8>::codes(codes, k, piece) ^ 0x80, magnitude = magnitude_of(w);
 TS_UNROLL(16)
-      for (int i = 0; i < TOKENS; i++) whole[i][0] = dot4_signed(whole[i][0], w, magnitude, four_codes(x, token + i, s * SECTION + 4 * k));
+      for (int i = 0; i < TOKENS; i++) whole[i][0] = dot4_signed(whole[i][0], w, magnitude, x.four(i, s * SECTION + 4 * k));
     }
   } else {
     constexpr int RUN = SHORT_CHUNKS<INFO.bits>;
@@ -97,7 +118,7 @@ TS_UNROLL(8)
       for (int k = start; k < start + RUN; k++) {
         const pb w = Chunk<pb, INFO.bits>::codes(codes, k, piece);
 TS_UNROLL(16)
-        for (int i = 0; i < TOKENS; i++) sums[i] = dot2(sums[i], w, four_codes(x, token + i, s * SECTION + 4 * k));
+        for (int i = 0; i < TOKENS; i++) sums[i] = dot2(sums[i], w, x.four(i, s * SECTION + 4 * k));
       }
 TS_UNROLL(16)
       for (int i = 0; i < TOKENS; i++) {
@@ -109,21 +130,21 @@ TS_UNROLL(16)
 }
 #else
 template <int KIND, int TOKENS>
-TS_INLINE void add_products(const uint8_t* codes, int piece, const Operand& x, int64_t token, int64_t s, pi (*whole)[PARTS<KIND, TOKENS>]) {
+TS_INLINE void add_products(const uint8_t* codes, int piece, const Rows<TOKENS>& x, int64_t s, pi (*whole)[PARTS<KIND, TOKENS>]) {
   constexpr KindInfo INFO = KINDS[KIND];
 TS_UNROLL(8)
   for (int k = 0; k < 8; k++) {
     const pb w = Chunk<pb, INFO.bits>::codes(codes, k, piece);
     const int part = INFO.meta == META_K6 ? k / 4 : k % PARTS<KIND, TOKENS>;
 TS_UNROLL(16)
-    for (int i = 0; i < TOKENS; i++) whole[i][part] = dot4(whole[i][part], w, four_codes(x, token + i, s * SECTION + 4 * k));
+    for (int i = 0; i < TOKENS; i++) whole[i][part] = dot4(whole[i][part], w, x.four(i, s * SECTION + 4 * k));
   }
 }
 #endif
 
-// `sum` and a section's total of one token, scaled; `at`: the token's section
-template <int KIND>
-TS_INLINE pf scaled(pf sum, pi total, pf scale, pf minimum, const Operand& x, int64_t at) {
+// `sum` and a section's total of one token, scaled; `at`: where the token's scale is
+template <int KIND, int TOKENS>
+TS_INLINE pf scaled(pf sum, pi total, pf scale, pf minimum, const Rows<TOKENS>& x, int64_t at) {
   constexpr KindInfo INFO = KINDS[KIND];
   const pf value = To_<pf>::lanes(total);
   if constexpr (INFO.meta == META_ROW) sum = fma(value, Splat<pf>::of(x.scales[at]), sum);
@@ -135,9 +156,10 @@ TS_INLINE pf scaled(pf sum, pi total, pf scale, pf minimum, const Operand& x, in
 
 // one section of one panel for `TOKENS` tokens: adds into acc
 template <int KIND, int TOKENS>
-TS_INLINE void section(const uint8_t* p, const GroupHead<KIND>& head, const Operand& x, int64_t token, int64_t s, pf (*acc)[TOKENS], Ask ask) {
+TS_INLINE void section(const uint8_t* p, const GroupHead<KIND>& head, Rows<TOKENS>& x, int64_t s, pf (*acc)[TOKENS], Ask ask) {
   constexpr KindInfo INFO = KINDS[KIND];
   const uint8_t* codes = p + section_head_bytes(INFO.meta);
+  x.settle();
   if (ASKS_IN_EVERY_PASS<KIND, TOKENS> ? ask.sections >> s % 8 & 1 : ask.sections)
     for (int line = 0; line < section_bytes(INFO.bits) + group_bytes(INFO.meta); line += 64) ask_for_weights<TOKENS, ASKS_IN_EVERY_PASS<KIND, TOKENS>>(codes + ask.ahead + line);
 TS_UNROLL(2)
@@ -147,14 +169,14 @@ TS_UNROLL(2)
 TS_UNROLL(16)
     for (int i = 0; i < TOKENS; i++) {
       for (int part = 0; part < PARTS<KIND, TOKENS>; part++) whole[i][part] = pi{};
-      const int32_t* sums = x.sums + SUMS * ((token + i) * x.sections + s);
+      const int32_t* sums = x.sums + SUMS * (s * ROW_BLOCK + i);
       if constexpr (begins_with_sum(INFO)) whole[i][0] = Splat<pi>::of(sums[offset_sum(INFO)]);
       if constexpr (INFO.meta == META_K6) {
         whole[i][0] = Splat<pi>::of(-INFO.offset * sums[0]);
         whole[i][1] = Splat<pi>::of(-INFO.offset * sums[1]);
       }
     }
-    add_products<KIND, TOKENS>(codes, piece, x, token, s, whole);
+    add_products<KIND, TOKENS>(codes, piece, x, s, whole);
     pf scale = head.scale[piece], minimum = head.minimum[piece];
     pi first{}, second{};
     if constexpr (INFO.meta == META_K) {
@@ -167,12 +189,11 @@ TS_UNROLL(16)
     }
 TS_UNROLL(16)
     for (int i = 0; i < TOKENS; i++) {
-      int64_t at = (token + i) * x.sections + s;
       pi total;
       if constexpr (INFO.meta == META_K6) total = whole[i][0] * first + whole[i][1] * second;
       else if constexpr (PARTS<KIND, TOKENS> == 2) total = whole[i][0] + whole[i][1];
       else total = whole[i][0];
-      acc[piece][i] = scaled<KIND>(acc[piece][i], total, scale, minimum, x, at);
+      acc[piece][i] = scaled<KIND>(acc[piece][i], total, scale, minimum, x, s * ROW_BLOCK + i);
     }
   }
 }
@@ -190,20 +211,21 @@ TS_APART void panel(const Product& p, int64_t index, int64_t token, int64_t tile
   }
   at += panel_head_bytes(INFO.meta);
   const Ask ask = ask_of<KIND, TOKENS>(p, token, tile_bytes);
+  Rows<TOKENS> x(p.x, token);
   constexpr int STEP = section_bytes(INFO.bits) + section_head_bytes(INFO.meta);
   constexpr int HEAD = group_bytes(INFO.meta) + super_head_bytes(INFO.meta);
   if constexpr (HEAD == 0) {
     GroupHead<KIND> none{};
-    for (int64_t s = 0; s < sections; s++, at += STEP) section<KIND, TOKENS>(at, none, p.x, token, s, acc, ask);
+    for (int64_t s = 0; s < sections; s++, at += STEP) section<KIND, TOKENS>(at, none, x, s, acc, ask);
   } else if (TS_REGISTER == 64 && super_head_bytes(INFO.meta) == 0 && p.weight.group == 1) {  // elsewhere it takes compilers longer than it saves
-    for (int64_t s = 0; s < sections; s++, at += STEP + HEAD) section<KIND, TOKENS>(at + HEAD, read_head<KIND>(at), p.x, token, s, acc, ask);
+    for (int64_t s = 0; s < sections; s++, at += STEP + HEAD) section<KIND, TOKENS>(at + HEAD, read_head<KIND>(at), x, s, acc, ask);
   } else {
     const int64_t group = super_head_bytes(INFO.meta) ? SUPER_SECTIONS : p.weight.group;
     for (int64_t s = 0; s < sections;) {
       GroupHead<KIND> head = read_head<KIND>(at);
       at += HEAD;
       int64_t end = std::min(s + group, sections);
-      for (; s < end; s++, at += STEP) section<KIND, TOKENS>(at, head, p.x, token, s, acc, ask);
+      for (; s < end; s++, at += STEP) section<KIND, TOKENS>(at, head, x, s, acc, ask);
     }
   }
   for (int piece = 0; piece < PIECES; piece++)
@@ -242,6 +264,7 @@ TS_APART void side_by_side(const Product& p, const int64_t* index) {
   constexpr int STEP = section_bytes(INFO.bits) + section_head_bytes(INFO.meta), HEAD = group_bytes(INFO.meta) + super_head_bytes(INFO.meta);
   const int64_t sections = p.weight.sections(), group = HEAD == 0 ? sections : super_head_bytes(INFO.meta) ? SUPER_SECTIONS : p.weight.group;
   const Ask ask = ask_of<KIND, 1>(p, 0, 0);
+  Rows<1> x(p.x, 0);
   const uint8_t* at[STREAMS];
   pf acc[STREAMS][PIECES][1];
   for (int q = 0; q < STREAMS; q++) {
@@ -251,7 +274,7 @@ TS_APART void side_by_side(const Product& p, const int64_t* index) {
   if (HEAD > 0 && super_head_bytes(INFO.meta) == 0 && group == 1) {  // most often: then a scale is read where it is needed
     for (int64_t s = 0; s < sections; s++)
       for (int q = 0; q < STREAMS; q++) {
-        section<KIND, 1>(at[q] + HEAD, read_head<KIND>(at[q]), p.x, 0, s, acc[q], ask);
+        section<KIND, 1>(at[q] + HEAD, read_head<KIND>(at[q]), x, s, acc[q], ask);
         at[q] += STEP + HEAD;
       }
   } else {
@@ -264,7 +287,7 @@ TS_APART void side_by_side(const Product& p, const int64_t* index) {
       const int64_t end = std::min(s + group, sections);
       for (; s < end; s++)
         for (int q = 0; q < STREAMS; q++) {
-          section<KIND, 1>(at[q], head[q], p.x, 0, s, acc[q], ask);
+          section<KIND, 1>(at[q], head[q], x, s, acc[q], ask);
           at[q] += STEP;
         }
     }

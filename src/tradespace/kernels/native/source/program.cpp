@@ -263,6 +263,7 @@ static void expect(const Worker& worker, const Op& op, const Step& step, int64_t
 }
 
 constexpr int64_t BLOCK_TOKENS = 64;  // whose rows stay in the second-level cache from one operation to the next
+static_assert(BLOCK_TOKENS % ROW_BLOCK == 0, "blocks of tokens begin where blocks of rows do");
 
 static void run(Worker& worker, void* argument) {
   const Run& run = *(const Run*)argument;
@@ -288,9 +289,10 @@ static void run(Worker& worker, void* argument) {
     if (!many || !by_token(op)) {
       // its operand is read by all until the next wait: what it is activated to goes into the rows behind
       const int64_t rows = step.num_tokens;
-      if (rows > FEW_TOKENS && i + 1 < run.count && feeds(op, run.ops[i + 1]) && 2 * rows <= op.operand_rows) {
-        multiply_activated(worker, op, run.ops[i + 1], rows, base, rows);
-        base = rows;
+      const int64_t behind = round_up(rows, ROW_BLOCK);
+      if (rows > FEW_TOKENS && i + 1 < run.count && feeds(op, run.ops[i + 1]) && behind + rows <= op.operand_rows) {
+        multiply_activated(worker, op, run.ops[i + 1], rows, base, behind);
+        base = behind;
         lap(i);
         i += 2;
         continue;
@@ -304,7 +306,7 @@ static void run(Worker& worker, void* argument) {
     // With many tokens each thread takes blocks of them through all operations up to the next attention, which is the first to look at other tokens.
     int64_t end = i, first, last;
     while (end < run.count && by_token(run.ops[end])) end++;
-    const int64_t size = std::clamp<int64_t>(round_up(step.num_tokens / (2 * worker.count), 8), 16, BLOCK_TOKENS);
+    const int64_t size = std::clamp<int64_t>(round_up(step.num_tokens / (2 * worker.count), ROW_BLOCK), 2 * ROW_BLOCK, BLOCK_TOKENS);
     while (worker.take(step.num_tokens, size, &first, &last))
       for (int64_t block = first; block < last; block += size)
         for (int64_t op = i; op < end; op++) {
