@@ -26,7 +26,7 @@ def register(app: typer.Typer) -> None:
 
 
 def doctor(
-    refresh: Annotated[bool, typer.Option("--refresh", help="Measure again instead of showing what was measured before. Takes up to ten seconds.")] = False,
+    refresh: Annotated[bool, typer.Option("--refresh", help="Measure again instead of showing what was measured before. Takes ten seconds.")] = False,
     json: Json = False,
 ) -> None:
     """Show this machine as plans see it: cores, memory, bandwidth, matmul rates, accelerators.

@@ -65,8 +65,9 @@ def native_rates(threads: int) -> None:
     for form in WEIGHTS:
         try:
             _say(step="native", dtype=form, value=product_rate(form, threads))
-        except EngineError as error:  # no compiler, or one that fails
+        except EngineError as error:  # no compiler, or one that fails: it would again
             _say(step="native", dtype=form, value=None, why=str(error))
+            return
 
 
 def matmul_rate(product: Callable[[int], Callable[[], object]]) -> float:
