@@ -130,3 +130,13 @@ def test_instruction_sets_agree(isa):
         best = weight.linear(x_TC)
         weight.library = load(isa)
         torch.testing.assert_close(weight.linear(x_TC), best, rtol=2e-5, atol=2e-3 if name == "bf16" else 2e-4)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 7])
+@pytest.mark.parametrize("form", ["int8", "bf16", "fp32"])
+def test_rates_are_of_products_that_all_threads_have_a_part_in(form, threads):
+    """The machine's measurement: more threads, more rows, in whole panels."""
+    from tradespace.measure.native_rates import product_rate, rows_of
+
+    assert rows_of(threads) % native.LANES == 0 and rows_of(threads) // native.LANES >= 8 * threads
+    assert product_rate(form, threads, budget_s=0.01) > 0
