@@ -238,6 +238,7 @@ def source_folder() -> str:
 def test_the_real_measurement(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The whole way once, in earnest: every figure is there and positive, and the second call is served from the cache."""
     monkeypatch.setenv("TRADESPACE_HOME", str(tmp_path))
+    monkeypatch.setattr(machine, "is_busy", lambda: False)  # what is measured beside other tests would be measured again once they are through
     body = json.loads(run_doctor("--refresh", "--json"))
     device = body["device"]
     assert device["cores"] >= 1 and device["name"]
