@@ -9,9 +9,11 @@
 namespace ts {
 
 // slot of a token and head: where its value and its scales lie; its tile of keys begins at that of the tile's first token
+TS_INLINE int64_t slot_in(const Cache& c, const int32_t* table, int64_t block, int64_t inside, int head) {
+  return (table[block] * (int64_t)c.heads + head) * c.block_size + inside;
+}
 TS_INLINE int64_t slot_of(const Cache& c, const int32_t* table, int64_t position, int head) {
-  const int64_t block = table[position / c.block_size], inside = position % c.block_size;
-  return (block * c.heads + head) * c.block_size + inside;
+  return slot_in(c, table, position / c.block_size, position % c.block_size, head);
 }
 
 // where the tiles of a chunk lie: found once for all rows, as a division takes as long as many products
@@ -26,7 +28,7 @@ static Tiles tiles_of(const Cache& c, const int32_t* table, int64_t start, int64
   int64_t block = start / c.block_size, inside = start % c.block_size;  // whole tiles, as are blocks
   for (int t = 0; t < found.count; t++, inside += LANES) {
     if (inside == c.block_size) block++, inside = 0;
-    const int64_t slot = (table[block] * (int64_t)c.heads + head) * c.block_size + inside;
+    const int64_t slot = slot_in(c, table, block, inside, head);
     found.slots[t] = slot;
     found.keys[t] = slot * c.key_width;
     found.values[t] = slot * c.value_width;
@@ -349,7 +351,7 @@ static void merge(const Attention& a, int first_row, int last_row, Partial& into
   }
 }
 
-// Calls f(rows, first row) for passes of six rows, and of as many as are left; where six sums are all that fit, five rows are more than four tiles' worth.
+// Calls f(rows, first row) for passes of six rows, then for those that are left: in one pass, but for five of them, which are three and two.
 template <class F>
 TS_INLINE void by_passes(int count, F f) {
   int row = 0;

@@ -1,6 +1,6 @@
 // Vectors of 16 lanes: one AVX-512 register, or halves of halves down to what a register of the machine holds (AVX2: two, SSE2 and NEON: four). Intrinsics where
-// one instruction matters, else the compiler's own vector types. What is computed, and in which order, is the same for every instruction set, but for `over` and products
-// of bf16.
+// one instruction matters, else the compiler's own vector types. What is computed, and in which order, is the same for every instruction set, but for `over`
+// and products of bf16.
 #pragma once
 #include <cmath>
 #include <cstdint>
