@@ -140,10 +140,10 @@ def whole_bytes(spec: ModelSpec, plan: TrainPlan, layer: int) -> int:
 
 @lru_cache(maxsize=256)
 def layer_gathered(spec: ModelSpec, plan: TrainPlan) -> tuple[int, ...]:
-    """By layer, what FSDP2 holds at the worst moment of its backward pass: its matrices, the next one's on their way, its gradients, those gathered for their
-    ranks, and the ones of the layer before, which a slow rank still waits for; from before the last layer none. A frozen base has no gradients."""
+    """By layer, what FSDP2 holds at the worst moment of its backward pass: its matrices, the next one's on their way, the last layer's as the forward pass
+    gathered them or the gradients that were sent last, and its own gradients, of which a frozen base has none and the last layer not all yet."""
     whole = [whole_bytes(spec, plan, index) for index in range(spec.L)]
-    copies = [2 if plan.method != "full" else 4 if index == spec.L - 1 else 5 for index in range(spec.L)]
+    copies = [3 if plan.method != "full" or index == spec.L - 1 else 4 for index in range(spec.L)]
     return tuple(count * size for count, size in zip(copies, whole, strict=True))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -126,26 +125,34 @@ def leave(ranks: Ranks) -> None:
     """Ends the process group, once all are done."""
     if ranks.world > 1 and dist.is_initialized():
         dist.destroy_process_group()
-        until_asleep(GLOO_THREAD)
+        settle()
 
 
-def until_asleep(name: str, limit_s: float = 5.0) -> None:
+def settle() -> None:
+    """Waits until gloo's threads hold nothing of what they have sent."""
+    until_asleep(GLOO_THREAD, pause_s=0.0003)
+
+
+def until_asleep(name: str, limit_s: float = 5.0, pause_s: float = 0.002) -> None:
     """Waits until the threads of this process with that name (as Linux shows it) sleep: seen twice, so that none waits for the interpreter's lock.
 
     The meshes that torch's caches keep let gloo's threads live on. One that drops a tensor while the interpreter ends cannot have the lock for that,
     and C++ then aborts the process ("terminate called without an active exception"), although all was done.
     """
     end, looks = time.monotonic() + limit_s, 0
+    found = [task for task in Path("/proc/self/task").glob("*/stat") if _thread(task)[0] == name]
     while looks < 2 and time.monotonic() < end:
-        time.sleep(0.002)  # without the lock: who waits for it runs
-        looks = 0 if any(thread == name and state != "S" for thread, state in _threads()) else looks + 1
+        time.sleep(pause_s)  # without the lock: who waits for it runs
+        looks = 0 if any(_thread(task) not in {(name, "S"), ENDED} for task in found) else looks + 1
 
 
-def _threads() -> Iterator[tuple[str, str]]:
-    """Name and state of each thread of this process: none where the system does not say."""
-    for stat in Path("/proc/self/task").glob("*/stat"):
-        try:
-            thread, _, rest = stat.read_text().partition("(")[2].rpartition(")")
-        except OSError:  # it has ended
-            continue
-        yield thread, rest.split()[0]
+ENDED = ("", "")
+
+
+def _thread(stat: Path) -> tuple[str, str]:
+    """Name and state of a thread."""
+    try:
+        thread, _, rest = stat.read_text().partition("(")[2].rpartition(")")
+    except OSError:
+        return ENDED
+    return thread, rest.split()[0]

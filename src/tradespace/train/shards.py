@@ -7,9 +7,9 @@ are summed into the parts. Norms (fp32, tiny) stay whole, and their gradients ar
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -19,10 +19,38 @@ from tradespace.model.transformer import Transformer
 from tradespace.spec.model import ModelSpec
 from tradespace.spec.parallel import is_sharded, rows_of, tensor_part
 from tradespace.spec.tensors import TensorSpec, model_tensors
-from tradespace.train.ranks import ALONE, Ranks
+from tradespace.train.ranks import ALONE, Ranks, settle
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
+
+
+class Settled:
+    """A collective after which gloo holds nothing. FSDP goes on as soon as the result is there; gloo's thread may then hold a layer's buffers for as long as it
+    waits for a core or for the interpreter's lock, and what a step holds at its peak would be a matter of luck."""
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def wait(self, work: dist.Work | None) -> None:
+        assert work is not None, "it was asked to run on"
+        work.wait()
+        settle()  # and what `work` held is free when this thread leaves it here
+
+
+class SettledGather(Settled):
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False) -> None:
+        self.wait(_of_torch("all_gather_single", "all_gather_into_tensor")(output_tensor, input_tensor, group=group, async_op=True))
+
+
+class SettledReduce(Settled):
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False) -> None:
+        self.wait(_of_torch("reduce_scatter_single", "reduce_scatter_tensor")(output_tensor, input_tensor, op=op, group=group, async_op=True))
+
+
+def _of_torch(name: str, before: str) -> Callable[..., dist.Work | None]:
+    """A collective by its name, or the one that it had before torch 2.13."""
+    return getattr(dist, name, None) or getattr(dist, before)
 
 
 @dataclass
@@ -49,9 +77,11 @@ class Shards:
 
             mesh = self.ranks.along("data")
             whole = {parameter for name, parameter in model.named_parameters() if (tensor := self._tensor(name)) is None or not is_sharded(tensor.role)}
-            for layer in model.layers:
-                fully_shard(layer, mesh=mesh, ignored_params=whole)
-            fully_shard(model, mesh=mesh, ignored_params=whole)
+            for module in (*model.layers, model):
+                sharded: Any = fully_shard(module, mesh=mesh, ignored_params=whole)
+                if dist.get_backend(mesh.get_group()) == "gloo":
+                    sharded.set_custom_all_gather(SettledGather())
+                    sharded.set_custom_reduce_scatter(SettledReduce())
 
     def find(self, model: Transformer) -> dict[str, Tensor]:
         """The parameters by their plain names."""
