@@ -5,7 +5,7 @@
     buffers    of the largest step, and what a step reads and leaves
     rehearsal  the largest mixed step on a few blocks of cache: whatever a library takes on first use is taken here
     cache      what the plan says, or what the budget leaves if that is less
-    graphs     a decode step for each number of sequences
+    graphs     a decode step for each number of sequences, a mixed one for some numbers of tokens
 
 The allocator is then held to the budget: a step that wanted more would fail instead of going over it. Nothing does.
 """
@@ -123,7 +123,8 @@ def build_on_device(
     step.planes, runner.cache = (), small
     held = small.nbytes
     del small
-    reserve = int(calibration.GRAPH_BYTES.value) * cuda.captured_steps(spec, runner.max_sequences, plan.max_context) + int(calibration.DEVICE_SLACK_BYTES.value)
+    captured = cuda.captured_steps(spec, runner.max_sequences, plan.max_context, plan.step_tokens)
+    reserve = int(calibration.GRAPH_BYTES.value) * captured + int(calibration.DEVICE_SLACK_BYTES.value)
     plan = fit_cache(spec, plan, left_bytes=plan.memory_bytes - at[1] + held - reserve, notes=notes)
     cache = _cache(spec, plan, plan.num_blocks, device)
     step.bind(cache)

@@ -93,7 +93,7 @@ class DeviceLLM(LLM):
             "weights": (("weights",), ("weights",), "codes, scales and norms, and the workspaces of products"),
             "kv cache": (("kv cache",), ("kv cache",), self._predicted.line("kv cache").formula),
             "step buffers": (("step buffers", "engine tensors"), ("buffers",), "of the largest step"),
-            "graphs": (("graphs",), ("graphs",), "captured decode steps"),
+            "graphs": (("graphs",), ("graphs",), "captured steps"),
         }
         lines = []
         for name, (starts, parts, formula) in groups.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from tradespace.spec import cuda
 from tradespace.spec.kv import KVPlan
 from tradespace.spec.mixers import Attention, Rope
 from tradespace.spec.model import DenseFFN, LayerSpec, ModelSpec
+from tradespace.spec.plan import Plan
 from tradespace.spec.tensors import model_tensors
 from tradespace.spec.weights import WeightPlan
 
@@ -22,6 +24,9 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter (conftest.py sets TRITON_INTERPRET=1)")
 torch.set_num_threads(1)
 
+from tradespace.engine.device_runner import DeviceRunner, Mixed  # noqa: E402
+from tradespace.engine.request import Request, SamplingParams  # noqa: E402
+from tradespace.engine.step import ScheduledSequence, SlotUse, Step  # noqa: E402
 from tradespace.model.cuda_step import DeviceStep, Inputs  # noqa: E402
 
 V, CONTEXT, BLOCK, STEP = 60, 96, 16, 72
@@ -97,3 +102,64 @@ def test_bytes_are_the_spec_s():
         transformer = Transformer(spec, WeightPlan(default=weights, layout="cuda"), attention="paged", linear="cuda", max_context=CONTEXT)
         step = DeviceStep(transformer, step_tokens=STEP, logit_rows=5, max_sequences=5, max_context=CONTEXT)
         assert step.nbytes + step.scratch.nbytes == cuda.step_bytes(spec, (weights,), STEP, 5, 5, CONTEXT, multiprocessors=4)
+
+
+def runner_of(transformer: Transformer, weights: WeightPlan, store: str) -> DeviceRunner:
+    kv = KVPlan(store=store, block_size=BLOCK)
+    plan = Plan(
+        model="tiny", weights=weights, kv=kv, attention="paged", linear="cuda", max_sequences=6, max_context=CONTEXT, step_tokens=96, kv_tokens=24 * BLOCK
+    )  # fmt: skip
+    cache = KVCache(transformer.spec, kv, num_blocks=24, block_size=BLOCK, dtype=torch.bfloat16, device="cpu", max_sequences=6, max_context=CONTEXT)
+    step = DeviceStep(transformer, step_tokens=96, logit_rows=6, max_sequences=6, max_context=CONTEXT)
+    step.bind(cache)
+    return DeviceRunner(step, cache, plan)
+
+
+@pytest.mark.parametrize(("weights", "store"), [("bf16", "bf16"), ("int8", "int8")])
+def test_captured_mixed_steps_say_what_others_do(weights, store, monkeypatch):
+    """Steps of prompts, chunks and decodes, padded to the tokens and sequences of a captured one, against the same steps as they are: nothing of an earlier,
+    longer step is left, nobody's cache is written, and too many sequences or one that is long take no captured step."""
+    monkeypatch.setattr(cuda, "MIXED_ROWS", (8, 16, 80))
+    plan = WeightPlan(default=weights, exceptions={"embed": "bf16"}, layout="cuda")
+    transformer = Transformer(replace(model(), layers=model().layers[:1]), plan, attention="paged", linear="cuda", max_context=CONTEXT)
+    fill_random(transformer, seed=1)
+    plain, captured = (runner_of(transformer, plan, store) for _ in range(2))
+    replayed: list[int] = []
+
+    def replay(rows: int) -> None:
+        replayed.append(rows)
+        captured._mixed(rows)
+
+    captured.mixed_graphs = {rows: Mixed(lambda rows=rows: replay(rows), captured._mixed(rows)) for rows in cuda.mixed_rows(96)}
+    assert [cuda.mixed_sequences(rows, 6) for rows in captured.mixed_graphs] == [4, 6, 6]
+    ids = torch.randint(0, V, (6, CONTEXT), generator=torch.Generator().manual_seed(3)).tolist()
+    requests = [Request(id=str(index), prompt_ids=tuple(ids[index]), params=SamplingParams(max_tokens=1)) for index in range(6)]
+    for index, request in enumerate(requests):
+        request.blocks = tuple(range(index * 4, index * 4 + 4))
+    steps = [  # (sequence, first token, tokens)
+        [(0, 0, 50), (1, 0, 20)],
+        [(0, 50, 1), (2, 0, 5)],
+        [(0, 51, 1), (1, 20, 1), (2, 5, 4), (3, 0, 2)],
+        [(0, 52, 1), (1, 21, 1), (2, 9, 1), (3, 2, 1), (4, 0, 3)],  # more sequences than 8 tokens are captured with
+        [(0, 53, 1), (1, 22, 40)],
+        [(0, 54, 1), (4, 3, 30)],
+    ]
+    for number, items in enumerate(steps):
+        if number == 5:
+            monkeypatch.setattr("tradespace.engine.device_runner.MIXED_CONTEXT", 54)
+        sequences = tuple(ScheduledSequence(requests[index], start, count) for index, start, count in items)
+        for request in requests:
+            request.token_ids = list(ids[int(request.id)][: max([start + count for index, start, count in items if index == int(request.id)], default=0)])
+        step = Step(sequences, (), SlotUse(0, 0))
+        expected, found = plain.execute(step).float(), captured.execute(step).float()
+        assert found.shape == (len(items), V)
+        assert float((found - expected).abs().max() / expected.abs().max()) < 0.02, number
+    assert replayed == [80, 8, 8, 16, 80]
+    used = torch.zeros(24 * BLOCK, dtype=torch.bool)
+    for request, tokens in zip(requests, (55, 62, 10, 3, 33, 0), strict=True):
+        used[request.blocks[0] * BLOCK : request.blocks[0] * BLOCK + tokens] = True
+    for one, other in zip(plain.cache.slot_planes(0), captured.cache.slot_planes(0), strict=True):
+        if one is not None:
+            off = 3.0 if one.dtype == torch.int8 else 0.02  # codes may be rounded the other way
+            torch.testing.assert_close(one.float()[used], other.float()[used], atol=off, rtol=0.02)
+            assert not other.float()[~used].any()

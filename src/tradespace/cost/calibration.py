@@ -43,7 +43,7 @@ DEVICE_STAGING_BYTES = Constant(64 * MiB, "set: build_cuda.py, the same in the h
 RESERVE_BYTES = Constant(32 * MiB, "set: what sampling may miss and an allocator may keep under load; planner and builder leave it free on a CPU")
 # what is in no tensor: modules, file headers, and what the allocator keeps between steps of unlike shapes
 HEAP_BYTES = Constant(16 * MiB, "measured: peak of the process less all other lines, SmolLM2, 1 to 64 requests")
-GRAPH_BYTES = Constant(8 * MiB, "assumed: what one captured decode step takes on a CUDA device")
+GRAPH_BYTES = Constant(8 * MiB, "assumed: what one captured step takes on a CUDA device")
 DEVICE_SLACK_BYTES = Constant(96 * MiB, "assumed: kernels that a driver loads later, and what an allocator may keep under load, on a CUDA device")
 STREAM_BUFFERS = Constant(2, "assumed: one streamed layer computes while the next one arrives")
 

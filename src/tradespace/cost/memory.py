@@ -232,8 +232,8 @@ def _step_lines(summary: Summary, plan: Plan, pool: str, device: DeviceSpec) -> 
     if weights.layout == "cuda":
         size = workspace.cuda_buffers_bytes(summary, weights, shape, plan.kv.block_slots(plan.max_context))
         lines.append(("step buffers", size, f"{shape.T} tokens of the CUDA step, {min(shape.rows, shape.T)} rows of logits, what steps read", "running"))
-        steps = cuda.captured_steps(model, min(shape.rows, shape.T), plan.max_context)
-        lines.append(("graphs", calibration.GRAPH_BYTES.value * steps, f"{steps} captured decode steps, one for each number of sequences at least", "running"))
+        steps = cuda.captured_steps(model, min(shape.rows, shape.T), plan.max_context, shape.T)
+        lines.append(("graphs", calibration.GRAPH_BYTES.value * steps, f"{steps} captured steps: decodes by sequences, mixed ones by tokens", "running"))
     layers, head = product_shapes(summary, weights, plan.tensor_parallel)
     compiled = workspace.product_kernels_bytes(layers, head, shape, kind=device.kind, dense=dense)
     if compiled:

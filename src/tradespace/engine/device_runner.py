@@ -6,10 +6,11 @@ last step left it on the device. `execute` is the same for those who want logits
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,13 +22,14 @@ from tradespace.engine.step import ScheduledSequence, Step
 from tradespace.kernels.attention.whole_prompts import RecurringPrompts
 from tradespace.kernels.sample.device import DeviceSampling, draw_rows
 from tradespace.kernels.sample.triton_resolve import resolve
-from tradespace.model.cuda_step import DeviceStep, Inputs
-from tradespace.spec.cuda import graph_rows
+from tradespace.model.cuda_step import DeviceStep, Inputs, Last
+from tradespace.spec.cuda import MIXED_CONTEXT, graph_rows, mixed_rows, mixed_sequences
 from tradespace.spec.plan import Plan
 
 if TYPE_CHECKING:
     from tradespace.kv.cache import KVCache
 
+T = TypeVar("T")
 UNKNOWN = -1  # stands for a token that the device has and the host has not
 TURNS = 3  # host buffers of inputs, taken in turn: one is filled while the device may still read those before
 
@@ -73,6 +75,15 @@ class Inbox:
         self._turn = (self._turn + 1) % TURNS
         return self._arrays[self._turn]
 
+    def clear(self) -> None:
+        """A step of nobody, sent: rows that write nothing, sequences of no tokens."""
+        arrays = self.next_arrays()
+        for array in arrays.values():
+            array.fill(0)
+        arrays["slots"].fill(-1)
+        arrays["sources"].fill(UNKNOWN)
+        self.send()
+
     def send(self) -> None:
         """What was filled, to the device."""
         self.buffer.copy_(self._hosts[self._turn], non_blocking=True)
@@ -88,6 +99,14 @@ class Inbox:
             held["tables"][:sequences],
             held["rows"][:rows],
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Mixed:
+    """A captured mixed step, and what it leaves for the head."""
+
+    replay: Callable[[], object]
+    last: Last
 
 
 @dataclass(slots=True)
@@ -113,7 +132,7 @@ class DeviceRunner:
     def __init__(self, model: DeviceStep, cache: KVCache, plan: Plan, *, num_tokens: int | None = None):
         self.model, self.cache, self.device = model, cache, model.device
         self.block_size, self.num_tokens = plan.kv.block_slots(plan.max_context), num_tokens or model.spec.V
-        self.max_sequences = min(plan.max_sequences, plan.step_tokens)
+        self.step_tokens, self.max_sequences = plan.step_tokens, min(plan.max_sequences, plan.step_tokens)
         blocks = -(-plan.max_context // self.block_size)
         self.decode_inbox = Inbox(self.max_sequences, self.max_sequences, self.max_sequences, blocks, self.device)
         self.inbox = Inbox(plan.step_tokens, self.max_sequences, plan.logit_rows, blocks, self.device)
@@ -125,6 +144,7 @@ class DeviceRunner:
         self.short_graph: Any = None  # of one sequence that has no more than `short` tokens
         self.short = 0
         self.buckets = graph_rows(self.max_sequences)
+        self.mixed_graphs: dict[int, Mixed] = {}  # by tokens, ascending
         self._turn = 0
 
     @property
@@ -149,35 +169,39 @@ class DeviceRunner:
 
     @torch.inference_mode()
     def capture(self, progress: Any = None) -> None:
-        """Records a decode step for every number of rows in `spec.cuda.graph_rows`, the largest first, and one for a sequence alone that is not long yet where
-        that is computed in another way: all share one pool of memory."""
+        """Records a decode step for every number of rows in `spec.cuda.graph_rows`, the largest first, one for a sequence alone that is not long yet where that
+        is computed in another way, and a mixed step for every number of tokens in `mixed_rows`: all share one pool of memory."""
         if self.device.type != "cuda":
             return
-        pool = torch.cuda.graph_pool_handle()
-        arrays = self.decode_inbox.next_arrays()
-        for array in arrays.values():
-            array.fill(0)
-        arrays["slots"].fill(-1)
-        arrays["sources"].fill(UNKNOWN)
-        self.decode_inbox.send()
-        stream = torch.cuda.Stream(self.device)
+        pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)
+        for inbox in (self.decode_inbox, self.inbox):
+            inbox.clear()
         self.short = self.model.short_context
-        steps = [(rows, 0) for rows in reversed(self.buckets)] + [(1, self.short)] * bool(self.short)
-        for done, (rows, within) in enumerate(steps):
+        mixed = mixed_rows(self.step_tokens)
+        done, total = 0, len(self.buckets) + bool(self.short) + len(mixed)
+
+        def captured(work: Callable[[], T]) -> tuple[Any, T]:
+            nonlocal done
             stream.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(stream):
-                self._decode(rows, within)  # compiles what is not compiled yet, outside of the capture
+                work()  # compiles what is not compiled yet, outside of the capture
             torch.cuda.current_stream(self.device).wait_stream(stream)
             torch.cuda.synchronize(self.device)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool, stream=stream):
-                self._decode(rows, within)
-            if within:
-                self.short_graph = graph
-            else:
-                self.graphs[rows] = graph
+                left = work()
+            done += 1
             if progress is not None:
-                progress(done + 1, len(steps))
+                progress(done, total)
+            return graph, left
+
+        for rows in reversed(self.buckets):
+            self.graphs[rows], _ = captured(partial(self._decode, rows))
+        if self.short:
+            self.short_graph, _ = captured(partial(self._decode, 1, self.short))
+        for rows in mixed:
+            graph, last = captured(partial(self._mixed, rows))
+            self.mixed_graphs[rows] = Mixed(graph.replay, last)
 
     def _decode(self, rows: int, within: int = 0) -> None:
         """A decode step of `rows` sequences over the decode inbox, its best tokens into `chosen_R`. within: none is longer (0: than the plan says)."""
@@ -185,6 +209,19 @@ class DeviceRunner:
         self._resolve(inputs.tokens_T, self.decode_inbox.tensors["sources"][:rows])
         logits_RV = self.model.run(inputs, decodes=True)
         self.sampling.greedy(logits_RV[:, : self.num_tokens], self.chosen_R[:rows])
+
+    def _mixed(self, rows: int) -> Last:
+        """The layers of a mixed step of `rows` tokens over the inbox, the last ones padding; who decodes is read as a prompt of one token."""
+        inputs = self.inbox.inputs(rows, mixed_sequences(rows, self.max_sequences), 0)
+        self._resolve(inputs.tokens_T, self.inbox.tensors["sources"][:rows])
+        self.model.run(inputs, decodes=False)
+        return self.model.last
+
+    def _mixed_bucket(self, sequences: tuple[ScheduledSequence, ...], tokens: int) -> int | None:
+        """Tokens of the captured mixed step that takes these; None: none does."""
+        if any(item.num_tokens == 1 and item.start >= MIXED_CONTEXT for item in sequences):
+            return None
+        return next((rows for rows in self.mixed_graphs if rows >= tokens and mixed_sequences(rows, self.max_sequences) >= len(sequences)), None)
 
     def _resolve(self, tokens_T: Tensor, sources_T: Tensor) -> None:
         """Tokens that the last step left on the device, where `sources_T` names their row there."""
@@ -211,6 +248,16 @@ class DeviceRunner:
             return self.model.logits_RV[:count], {item.request.id: row for row, item in enumerate(sequences)}, self.decode_inbox.inputs(count, count, count)
         arrays = self.inbox.next_arrays()
         tokens, rows, first = self._fill_mixed(arrays, sequences, known)
+        bucket = self._mixed_bucket(sequences, tokens)
+        if bucket is not None:
+            self._pad_mixed(arrays, tokens, count, bucket)
+            self.inbox.send()
+            self.mixed_graphs[bucket].replay()
+            self.model.last = self.mixed_graphs[bucket].last
+            inputs = self.inbox.inputs(tokens, count, rows)
+            logits_RV = self.model.logits_of(inputs.rows_R) if rows else self.model.logits_RV[:0]
+            self.sampling.greedy(logits_RV[:, : self.num_tokens], self.chosen_R[:rows])
+            return logits_RV, first, inputs
         self.inbox.send()
         singles = next((row for row, item in enumerate(sequences) if item.num_tokens > 1), count)
         rest = sequences[singles:]
@@ -265,6 +312,13 @@ class DeviceRunner:
                 num_rows += item.num_logits
             at = part.stop
         return at, num_rows, first
+
+    def _pad_mixed(self, arrays: dict[str, np.ndarray], tokens: int, count: int, rows: int) -> None:
+        """Rows and sequences that a captured step has and this one has not: rows that write nothing, sequences of no tokens."""
+        idle = slice(tokens, rows)
+        arrays["tokens"][idle], arrays["positions"][idle], arrays["slots"][idle], arrays["sources"][idle] = 0, 0, -1, UNKNOWN
+        none = slice(count, mixed_sequences(rows, self.max_sequences))
+        arrays["starts"][count + 1 : none.stop + 1], arrays["lengths"][none], arrays["tables"][none] = tokens, 0, 0
 
     @staticmethod
     def needs_logits(request: Request) -> bool:

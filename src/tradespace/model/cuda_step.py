@@ -37,6 +37,7 @@ from tradespace.spec import cuda
 from tradespace.spec.mixers import Attention
 from tradespace.spec.model import DenseFFN
 
+Last = tuple[Tensor, Tensor | None]  # the stream under the last norm, and the sums of squares that complete it where the norm is in the head's product
 EIGHT_BIT = ("w8a8", "f8a8")  # kinds whose products take 8-bit activations
 
 
@@ -118,7 +119,7 @@ class DeviceStep:
         mixers = [half.mixer for half in self.halves]
         self.attention = DecodeScratch(self.device, most, max(m.N for m in mixers), max(m.Hv for m in mixers), 1)
         self.planes: tuple[Planes, ...] = ()
-        self._last: tuple[Tensor, Tensor | None] = (self.x_TD[:0], None)
+        self._last: Last = (self.x_TD[:0], None)
         self._cap = SOFTCAPS["torch"]
 
     def _splits(self, rows: int) -> int:
@@ -159,6 +160,15 @@ class DeviceStep:
         if R == 0:
             return self.logits_RV[:0]
         return self._head(x_TD, squares) if decodes else self.logits_of(inputs.rows_R)
+
+    @property
+    def last(self) -> Last:
+        """What the last step left for `logits_of`, or a captured one leaves whenever it is replayed: then it is set again."""
+        return self._last
+
+    @last.setter
+    def last(self, last: Last) -> None:
+        self._last = last
 
     def logits_of(self, rows_R: Tensor) -> Tensor:
         """logits_RV in fp32 of these rows (int64 indices) of the last step, in the step's own buffer: valid until the next call."""

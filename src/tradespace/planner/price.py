@@ -148,7 +148,7 @@ class Pricer:
             found += workspace.native_buffers_bytes(summary, weights, shape) if weights.layout == "native" else 0
             if weights.layout == "cuda":
                 found += workspace.cuda_buffers_bytes(summary, weights, shape, cache.block)
-                found += calibration.GRAPH_BYTES.value * cuda.captured_steps(summary.model, min(shape.rows, shape.T), shape.S)
+                found += calibration.GRAPH_BYTES.value * cuda.captured_steps(summary.model, min(shape.rows, shape.T), shape.S, shape.T)
             return found + workspace.product_kernels_bytes(*part.products, shape, kind=device.kind, dense=dense)
 
         def once(name: str, key: tuple, compute: Callable[[], float]) -> float:

@@ -32,6 +32,8 @@ SAMPLE_CHUNK = 2048  # logits of a row that one program of sampling looks at
 ONE_QUERY_CONTEXT = 512  # tokens of a sequence alone up to which eight programs a head read its cache soon enough (at 2,048 they took 26 us more a layer)
 ONE_QUERY_BYTES = 10 * 1024  # of shared memory for its scores: beside it lie the weights that two products have under way
 ONE_QUERY_TILE, ONE_QUERY_RANKS = 16, 8  # keys of a tile, programs of a key-value head
+MIXED_ROWS = (32, 64, 128, 256, 384, 512)  # tokens for which a mixed step is captured: the device computes more in less time than the host takes to launch them
+MIXED_CONTEXT = 4096  # tokens of a sequence that decodes in a captured mixed step, which does not split its keys over programs
 COUNTERS = 4096  # tiles of a split product, or (sequence, head) pairs of split attention, that count who is done
 
 
@@ -156,9 +158,19 @@ def one_query_context(model: ModelSpec) -> int:
     return min(ONE_QUERY_CONTEXT, ONE_QUERY_BYTES // (4 * (heads + 1)) // ONE_QUERY_TILE * ONE_QUERY_TILE * ONE_QUERY_RANKS)
 
 
-def captured_steps(model: ModelSpec, max_sequences: int, max_context: int) -> int:
-    """Graphs: one for each of `graph_rows`, and one for a sequence alone that is not long yet where sequences may be long."""
-    return len(graph_rows(max_sequences)) + (max_context > one_query_context(model))
+def mixed_rows(step_tokens: int) -> tuple[int, ...]:
+    """Numbers of tokens for which a step is captured that reads prompts, or parts of them, beside sequences that decode. Ascending."""
+    return tuple(rows for rows in MIXED_ROWS if rows <= step_tokens)
+
+
+def mixed_sequences(rows: int, max_sequences: int) -> int:
+    """Sequences of a captured mixed step of so many tokens, at most."""
+    return min(max_sequences, rows // 2)
+
+
+def captured_steps(model: ModelSpec, max_sequences: int, max_context: int, step_tokens: int) -> int:
+    """Graphs: one for each of `graph_rows` and `mixed_rows`, and one for a sequence alone that is not long yet where sequences may be long."""
+    return len(graph_rows(max_sequences)) + len(mixed_rows(step_tokens)) + (max_context > one_query_context(model))
 
 
 def cache_refusal(kv: KVPlan) -> str | None:

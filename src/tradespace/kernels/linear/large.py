@@ -33,10 +33,7 @@ def large_linear(x_TC: Tensor, weight: PackedWeight, room: Tensor, bias_R: Tenso
         for start in range(0, weight.rows, step):
             rows = min(step, weight.rows - start)
             tile_RC = unpack_into(weight, room[: rows * C].view(rows, C), first=start)
-            if rows == weight.rows:
-                torch.mm(x_TC, tile_RC.T, out=out)
-            else:
-                out[:, start : start + rows] = torch.mm(x_TC, tile_RC.T)
+            torch.mm(x_TC, tile_RC.T, out=out[:, start : start + rows])
     return out if bias_R is None else out.add_(bias_R)
 
 
