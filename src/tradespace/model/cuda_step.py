@@ -1,8 +1,8 @@
 """A model's step for the CUDA kernels: fused Triton kernels over buffers that are allocated here once, ready to be captured as graphs.
 
 Few tokens (up to 64) meet packed weights in registers, with norms, residuals and gated activations inside the products (`kernels/linear/triton_rows.py`):
-five kernels a layer beside attention. Many tokens go to tensor cores through torch's own products, norms and activations being kernels of their own; up to
-twice as many meet codes in registers, too, in two passes.
+five kernels a layer beside attention. Many tokens go to tensor cores through torch's own products, norms and activations being kernels of their own; up to 256
+of them meet codes in registers, too.
 Offers nothing of its own about scheduling: `engine/device_runner.py` fills the inputs.
 """
 
@@ -337,9 +337,7 @@ class DeviceStep:
 
     def _product(self, weight: CudaWeight, x_TC: Tensor, out_TR: Tensor) -> None:
         if len(x_TC) <= (cuda.FEW_ROWS if weight.packed.layout.plain else cuda.CODED_ROWS):
-            for start in range(0, len(x_TC), cuda.FEW_ROWS):
-                part = slice(start, start + cuda.FEW_ROWS)
-                self._few_product(weight, x_TC[part], out_TR[part])
+            self._few_product(weight, x_TC, out_TR)
             return
         codes_TC, scale_T = self._coded(weight.packed, x_TC)
         if scale_T is None:
@@ -352,8 +350,9 @@ class DeviceStep:
         if R > cuda.FEW_ROWS and head.packed.layout.kind == "bf16" and self.device.type == "cuda":
             torch.ops.aten.mm.dtype_out(x_RD, head.packed.codes.T, torch.float32, out=logits_RV)
         else:
-            for start in range(0, R, cuda.FEW_ROWS):
-                part = slice(start, min(start + cuda.FEW_ROWS, R))
+            most = cuda.FEW_ROWS if head.packed.layout.plain else cuda.CODED_ROWS
+            for start in range(0, R, most):
+                part = slice(start, min(start + most, R))
                 self._few_product(head, x_RD[part], logits_RV[part], squares=None if squares is None else squares[part])
         if self.spec.logit_scale != 1.0:
             logits_RV.mul_(self.spec.logit_scale)
