@@ -191,6 +191,6 @@ def rehearse(runner: DeviceRunner, plan: Plan) -> None:
             request.blocks = tuple(index % blocks for index in range(-(-count // size)))
             items.append(ScheduledSequence(request, 0, count))
         runner.launch(Step(tuple(items), (), SlotUse(0, 0))).tokens()
-    for rows in (1, 16, 32, cuda.FEW_ROWS, 128, cuda.CODED_ROWS):  # each is a kernel of its own
+    for rows in (1, 16, 32, cuda.FEW_ROWS, cuda.CODED_PASS):  # each is a kernel of its own
         if rows <= min(runner.model.logit_rows, plan.step_tokens):
             runner.model.logits_of(torch.zeros(rows, dtype=torch.int64, device=runner.device))

@@ -46,7 +46,7 @@ def rows_of(max_sequences: int) -> tuple[int, ...]:
     """Numbers of tokens whose tiles a plan with so many sequences uses."""
     from tradespace.kernels.linear.triton_rows_tiles import BUCKETS
 
-    most = min(max_sequences, cuda.FEW_ROWS)
+    most = min(max_sequences, cuda.CODED_PASS)
     return tuple(1 if bucket == BUCKETS[0] else bucket for before, bucket in zip((0, *BUCKETS), BUCKETS, strict=False) if before < most)
 
 
@@ -132,7 +132,10 @@ def chains_of(request: Request) -> Iterator[Chain]:
     for rows in request.rows:
         for name, (weights, gated) in parts.items():
             same = [weight for weight in weights if weight.layout == weights[0].layout and weight.codes.shape == weights[0].codes.shape]
-            yield Chain(name=name, weights=same, rows=rows, scratch=scratch, gated=gated, pdl=pdl)
+            if rows <= cuda.FEW_ROWS:
+                yield Chain(name=name, weights=same, rows=rows, scratch=scratch, gated=gated, pdl=pdl)
+            elif not same[0].layout.plain:  # then activations are kernels of their own, and rows that lie as they are a library's
+                yield Chain(name=name, weights=same, rows=rows, scratch=scratch, pdl=pdl)
 
 
 def answer(request: Request, say: Callable[[dict[str, Any]], None], seconds: Callable[..., float] | None = None) -> None:

@@ -91,7 +91,7 @@ def test_which_cards_have_tiles_and_which_rows_a_plan_needs():
     assert ships_tiles((9, 0)), "measured on an H100"
     assert not ships_tiles((8, 0)) and not ships_tiles((8, 9)), "never measured"
     assert tile_search.rows_of(1) == (1,) and tile_search.rows_of(8) == (1,)
-    assert tile_search.rows_of(9) == (1, 16) and tile_search.rows_of(32) == (1, 16, 64) and tile_search.rows_of(300) == (1, 16, 64)
+    assert tile_search.rows_of(9) == (1, 16) and tile_search.rows_of(32) == (1, 16, 64) and tile_search.rows_of(300) == (1, 16, 64, 128)
 
 
 def asked(**more) -> tile_search.Request:

@@ -94,7 +94,7 @@ def test_rows_filled_apart_in_any_order(name):
     name=st.sampled_from(NAMES),
     rows=st.sampled_from([1, 31, 48, 70]),
     columns=st.sampled_from([64, 72, 200, 384]),
-    tokens=st.sampled_from([1, 2, 9, 20, 130]),
+    tokens=st.sampled_from([1, 2, 9, 20, 100]),
     seed=st.integers(0, 10**6),
     bias=st.booleans(),
     programs=st.sampled_from([1, 3]),
@@ -162,5 +162,5 @@ def test_what_it_cannot_take_is_said():
     with pytest.raises(UnsupportedError, match="chunks of 32"):
         CudaWeight("int8", (2, 33, 64), device="cpu")
     weight, _ = weight_of("int8", 32, 64, 1)
-    with pytest.raises(UnsupportedError, match="at most 256"):
-        rows_linear(torch.zeros(257, 64).bfloat16(), weight.packed, SCRATCH)
+    with pytest.raises(UnsupportedError, match="at most 128"):
+        rows_linear(torch.zeros(129, 64).bfloat16(), weight.packed, SCRATCH)

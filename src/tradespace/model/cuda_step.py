@@ -1,8 +1,8 @@
 """A model's step for the CUDA kernels: fused Triton kernels over buffers that are allocated here once, ready to be captured as graphs.
 
 Few tokens (up to 64) meet packed weights in registers, with norms, residuals and gated activations inside the products (`kernels/linear/triton_rows.py`):
-five kernels a layer beside attention. Many tokens go to tensor cores through torch's own products, norms and activations being kernels of their own; up to 256
-of them meet codes in registers, too.
+five kernels a layer beside attention. Many tokens go to tensor cores through torch's own products, norms and activations being kernels of their own; up to 384
+of them meet codes in registers, too, 128 at a time.
 Offers nothing of its own about scheduling: `engine/device_runner.py` fills the inputs.
 """
 
@@ -337,7 +337,9 @@ class DeviceStep:
 
     def _product(self, weight: CudaWeight, x_TC: Tensor, out_TR: Tensor) -> None:
         if len(x_TC) <= (cuda.FEW_ROWS if weight.packed.layout.plain else cuda.CODED_ROWS):
-            self._few_product(weight, x_TC, out_TR)
+            for start in range(0, len(x_TC), cuda.CODED_PASS):
+                part = slice(start, start + cuda.CODED_PASS)
+                self._few_product(weight, x_TC[part], out_TR[part])
             return
         codes_TC, scale_T = self._coded(weight.packed, x_TC)
         if scale_T is None:
@@ -350,7 +352,7 @@ class DeviceStep:
         if R > cuda.FEW_ROWS and head.packed.layout.kind == "bf16" and self.device.type == "cuda":
             torch.ops.aten.mm.dtype_out(x_RD, head.packed.codes.T, torch.float32, out=logits_RV)
         else:
-            most = cuda.FEW_ROWS if head.packed.layout.plain else cuda.CODED_ROWS
+            most = cuda.FEW_ROWS if head.packed.layout.plain else cuda.CODED_PASS
             for start in range(0, R, most):
                 part = slice(start, min(start + most, R))
                 self._few_product(head, x_RD[part], logits_RV[part], squares=None if squares is None else squares[part])

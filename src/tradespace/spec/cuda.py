@@ -21,7 +21,8 @@ from tradespace.spec.paged import mixer_refusal
 CHUNK_ROWS = 32
 LEAST_ROWS = 8  # that the products of few rows take: fewer are padded
 FEW_ROWS = 64  # rows of activations up to which a layer's norms, residuals and gated activations are computed within its products
-CODED_ROWS = 256  # up to which codes are decoded in registers as they are multiplied: of more, a matrix is decoded into memory first
+CODED_PASS = 128  # rows that codes meet at once where they are decoded in registers as they are multiplied
+CODED_ROWS = 384  # up to which that takes less, pass by pass, than decoding a matrix into memory first
 SQUARES_COLUMNS = 32  # columns of the residual stream that share a partial sum of squares
 PARTIALS = 2**21  # fp32 numbers that products split along their columns leave for each other
 UNPACK_ELEMENTS = 2**26  # of a coded matrix that are decoded at once for a product of many rows

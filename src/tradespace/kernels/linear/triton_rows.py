@@ -1,4 +1,4 @@
-"""Products of few rows (1 … 256) with packed weights: y = x @ W.T, and what surrounds it in a layer: bias, residual, gated activation, RMS norm.
+"""Products of few rows (1 … 128) with packed weights: y = x @ W.T, and what surrounds it in a layer: bias, residual, gated activation, RMS norm.
 
 An RMS norm needs no kernel of its own. Who writes the residual stream also writes it times the next norm's weight, and sums of squares of each 32 columns;
 who reads that multiplies its product by 1 / rms.
@@ -23,7 +23,7 @@ from tradespace.kernels.linear.stream_row import stream_row, takes
 from tradespace.kernels.linear.triton_rows_kernel import rows_kernel
 from tradespace.kernels.linear.triton_rows_tiles import RowTiles, edition, find_tiles
 from tradespace.kernels.triton_launch import ceil_div, launch, padded, present
-from tradespace.spec.cuda import CODED_ROWS, Layout, squares_tiles
+from tradespace.spec.cuda import CODED_PASS, Layout, squares_tiles
 
 AHEAD = 2  # chunks of coded weights that are asked for early: 1.4% of an int8 decode step on an H100; rows that lie as they are gain nothing
 SHARED_SHARE = 208 / 227  # of a program's shared memory that its tiles may take while they come
@@ -86,12 +86,12 @@ def rows_linear(
     """out_TR = x @ W.T (· 1/rms from `squares_TS`) (+ bias) (+ residual), or act(gate) · up of it where `gated` names the activation (R is then half of W's).
 
     streamed: one row may take the kernel of `stream_row.py`. `out_TR` may be the residual itself. w8a8 and fp8-a8 take activations as codes with their scales
-    (`triton_codes.quantize_rows`). Raises UnsupportedError for more than 256 rows.
+    (`triton_codes.quantize_rows`). Raises UnsupportedError for more than 128 rows.
     """
     T, C = x_TC.shape
     R = weight.rows // 2 if gated else weight.rows
-    if T > CODED_ROWS:
-        raise UnsupportedError(f"products of few rows take at most {CODED_ROWS}, not {T}; use kernels.linear.large")
+    if T > CODED_PASS:
+        raise UnsupportedError(f"products of few rows take at most {CODED_PASS}, not {T}; use kernels.linear.large")
     assert weight.columns == C and x_TC.stride(1) == 1, f"activations of {C} columns, weights of {weight.columns}"
     eight = {"w8a8": torch.int8, "f8a8": torch.float8_e4m3fn}.get(weight.layout.kind)
     assert (x_scale_T is None) == (eight is None) and eight in (None, x_TC.dtype), "8-bit activations and their scales go with w8a8 and fp8-a8 alone"

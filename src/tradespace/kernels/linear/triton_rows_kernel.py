@@ -1,6 +1,6 @@
 """Few rows of activations times a packed matrix, on tensor cores: a tile of N weight rows is decoded in registers and meets all activations at once.
 
-The weights are the left operand (N x K), the activations the right one (K x M, M = 8 … 256 tokens): padding costs no bandwidth. Long columns are split; the
+The weights are the left operand (N x K), the activations the right one (K x M, M = 8 … 128 tokens): padding costs no bandwidth. Long columns are split; the
 last of a tile's splits to finish adds the partial sums, in a fixed order, so results are the same bits every time. Group scales meet fp32 sums, not weights.
 """
 

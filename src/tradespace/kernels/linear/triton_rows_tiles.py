@@ -26,7 +26,7 @@ from tradespace.spec.cuda import COUNTERS, PARTIALS
 
 FILE = Path(__file__).with_name("triton_rows_tiles.json")
 KERNEL = Path(__file__).with_name("triton_rows_kernel.py")
-BUCKETS = (8, 16, 64)  # padded numbers of tokens that tiles are measured for
+BUCKETS = (8, 16, 64, 128)  # padded numbers of tokens that tiles are measured for
 SAME_SIZE = 0.02  # by what part a matrix's number of weights may differ from that of a measured one that it shares tiles with
 
 Tiles = dict[str, dict[str, dict[str, dict[str, Any]]]]  # kind and group → padded tokens → weights of the matrix → RowTiles
