@@ -97,7 +97,9 @@ def _takers(flag: str) -> str:
 
 MODELS = ("smollm2-135m", "gemma3-270m")
 KV_PARTS = ("model", "simulation")
-GPU_PARTS = ("decode", "mixes", "fp8-mixes", "memory", "predictions", "alone", "start-up", "70B")  # predictions: of many sequences, and of one alone
+PREDICTED = ("bf16", "int8", "fp8-a8", "int4-g128")  # weights whose speeds on a GPU are compared with the planner's, of many sequences and of one alone
+GPU_PREDICTIONS = tuple(f"{part}-{weights}" for part in ("predictions", "alone") for weights in PREDICTED)
+GPU_PARTS = ("decode", "mixes", "fp8-mixes", "memory", *GPU_PREDICTIONS, "start-up", "70B")
 CPU_PARTS = ("decode", "prefill", "batch", "start")
 _BUDGET = "does the process stay inside its budget, and is its peak what was predicted?"
 

@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from tradespace.cost.memory import ledger
@@ -21,8 +22,10 @@ from tradespace.engine.request import SamplingParams
 from tradespace.errors import TradespaceError, UnsupportedError
 from tradespace.lab import gpu_peers
 from tradespace.lab.common import command_line, commits_of, markdown_table
+from tradespace.lab.experiments import GPU_PREDICTIONS
 from tradespace.lab.gpu_peers import Peer, Request
 from tradespace.measure.record import Figure, Record, new_record
+from tradespace.spec.cuda import WHOLE_PROMPT_TOKENS
 from tradespace.spec.device import DeviceSpec
 from tradespace.spec.kv import KVPlan
 from tradespace.spec.model import ModelSpec
@@ -45,9 +48,8 @@ GPT_FAST = ("bf16", "int8", "int4-g128")  # what gpt-fast has, too
 PEER_CONTEXT = 8192
 LONG_ROUNDS, PEER_LONG_ROUNDS = 3, 1  # of a long mix, which takes half a minute each time: by us and by a peer
 BUDGETS = (8, 16, 24, 40, 70)  # GiB
-# of the comparison with what the planner predicts: weights, and (sequences, prompt) of its cells
-PREDICTED = ("bf16", "int8", "fp8-a8", "int4-g128")
 CELLS = ((1, 128), (1, 2048), (1, 32_256), (16, 128), (16, 2048), (64, 1024), (256, 128), (256, 512))
+# of the comparison with what the planner predicts, (sequences, prompt)
 PREDICTED_TOKENS, PREDICTED_STEP = 48, 8192
 
 
@@ -242,30 +244,29 @@ def _memory(spec: ModelSpec, device: DeviceSpec, requests: int, say: Callable[[s
 
 
 def _predictions(spec: ModelSpec, device: DeviceSpec, say: Callable[[str], None], part: str) -> list[dict[str, Any]]:
-    """The planner's speeds beside the measured: decode of each cell of one sequence ("alone") or of several, and prefill where one prompt is read alone."""
+    """The planner's speeds beside the measured, of one format of weights: decode of each cell of one sequence ("alone") or of several ("predictions"), and
+    prefill where one prompt is read alone. Prompts that a library may read, which plans each shape when it comes again, are read once untimed."""
     rows = []
-    cells = [cell for cell in CELLS if (cell[0] == 1) == (part == "alone")]
-    for weights in PREDICTED:
-        plan = plan_for(spec, weights, "bf16", sequences=256, context=32_768, step=PREDICTED_STEP, memory_bytes=72 * GiB)
-        bench = Bench(spec, plan)
-        plan = bench.built.plan
-        for sequences, prompt in cells:
-            first, all_tokens = [], []
-            for _ in range(REPEATS):
-                first.append(bench.run(bench.prompts(sequences, prompt, prompt), 1)[0])
-                all_tokens.append(bench.run(bench.prompts(sequences, prompt, prompt), 1 + PREDICTED_TOKENS)[0])
-            decoded = sequences * PREDICTED_TOKENS / (statistics.median(all_tokens) - statistics.median(first))
-            what = f"{sequences} at once, prompts of {prompt:,}"
-            expected = predicted_decode(spec, plan, device, sequences, prompt, 1 + PREDICTED_TOKENS)
-            rows.append(_row(part, f"decode, {what}", weights, [decoded], "tok/s") | _beside(expected, decoded))
-            said = f"{weights}, {what}: {decoded:,.0f} tok/s ({rows[-1]['off']:+.0%})"
-            if sequences == 1:
-                speeds = [prompt / seconds for seconds in first[1:]]
-                row = _row(part, f"prefill, {what}", weights, speeds, "tok/s")
-                rows.append(row | _beside(predicted_prefill(spec, plan, device, prompt), row["value"]))
-                said += f", prefill {row['value']:,.0f} ({rows[-1]['off']:+.0%})"
-            say(said)
-        bench.close()
+    kind, weights = part.split("-", 1)
+    bench = Bench(spec, plan_for(spec, weights, "bf16", sequences=256, context=32_768, step=PREDICTED_STEP, memory_bytes=72 * GiB))
+    plan = bench.built.plan
+    for sequences, prompt in CELLS:
+        if (sequences == 1) != (kind == "alone"):
+            continue
+        untimed = 1 if prompt >= WHOLE_PROMPT_TOKENS else 0
+        pairs = [[bench.run(bench.prompts(sequences, prompt, prompt), tokens)[0] for tokens in (1, 1 + PREDICTED_TOKENS)] for _ in range(untimed + REPEATS)]
+        first, all_tokens = zip(*pairs[untimed:], strict=True)
+        decoded = sequences * PREDICTED_TOKENS / (statistics.median(all_tokens) - statistics.median(first))
+        what = f"{sequences} at once, prompts of {prompt:,}"
+        expected = predicted_decode(spec, plan, device, sequences, prompt, 1 + PREDICTED_TOKENS)
+        rows.append(_row(part, f"decode, {what}", weights, [decoded], "tok/s") | _beside(expected, decoded))
+        said = f"{weights}, {what}: {decoded:,.0f} tok/s ({rows[-1]['off']:+.0%})"
+        if sequences == 1:
+            row = _row(part, f"prefill, {what}", weights, [prompt / seconds for seconds in first], "tok/s")
+            rows.append(row | _beside(predicted_prefill(spec, plan, device, prompt), row["value"]))
+            said += f", prefill {row['value']:,.0f} ({rows[-1]['off']:+.0%})"
+        say(said)
+    bench.close()
     return rows
 
 
@@ -306,11 +307,10 @@ def run(*, quick: bool, say: Callable[[str], None], only: Sequence[str]) -> Reco
         "mixes": lambda: _mixes(spec, device, say, "mixes"),
         "fp8-mixes": lambda: _mixes(spec, device, say, "fp8-mixes"),
         "memory": lambda: _memory(spec, device, 200 if quick else 2000, say),
-        "predictions": lambda: _predictions(spec, device, say, "predictions"),
-        "alone": lambda: _predictions(spec, device, say, "alone"),
         "start-up": lambda: _starts(find_model("llama-3-8b"), say),
         "70B": lambda: _large(device, say),
     }
+    work |= {part: partial(_predictions, spec, device, say, part) for part in GPU_PREDICTIONS}
     rows: list[dict[str, Any]] = []
     for part in only:
         try:
