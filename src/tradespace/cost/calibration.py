@@ -61,7 +61,10 @@ LAYER_OPS = Constant(16, "assumed: eager operations of one layer outside of atte
 PAGED_LAYER_OPS = Constant(
     1.0, "fitted: 12 µs a layer of a captured step beside its reading, from int4 decode of the Llama-3-8B and Llama-2-70B shapes on an H100"
 )
-PAGED_SHARE = Constant(0.63, "fitted: of the bandwidth, at which keys and values of 16 to 256 sequences of the Llama-3-8B shape are read on an H100")
+PAGED_MANY_OPS = Constant(1.5, "fitted: as above, what norms and activations that are kernels of their own add in a layer of more than 64 rows")
+PAGED_SEVERAL_OPS = Constant(1.3, "fitted: as above, what attention of several sequences takes in a layer beside its reading")
+PAGED_SHARE = Constant(0.77, "fitted: of the bandwidth, at which keys and values of 16 to 256 sequences of the Llama-3-8B shape are read on an H100")
+PAGED_PREFILL_SHARE = Constant(0.384, "fitted: of the bf16 rate, attention over prompts of 2,048 to 32,256 tokens of the Llama-3-8B shape on an H100")
 # what an operation of a layer costs, in starts of a tiny one: on a CPU its own few microseconds do not hide behind the next one's start
 OP_STARTS: dict[str, Constant] = {
     "cpu": Constant(14, "measured: 0.22 ms a layer of SmolLM2 beside its products, two cores"),
@@ -171,16 +174,15 @@ def native_kind(instruction_sets: Collection[str]) -> str:
     return "native-avx2" if "avx2" in instruction_sets and not {"avx512f", "avx_vnni"} & set(instruction_sets) else "native"
 
 
-# the CUDA step on an H100 80GB, Llama-3-8B shape: of the data sheet's bandwidth at one sequence (beside PAGED_LAYER_OPS a layer and CAPTURED_STEP_OPS) and,
-# "several", at 32, where codes meet that many rows in registers; of its dense matmul rate at 64 sequences ("several rows": codes are decoded in registers), at
-# 256 ("few rows": into memory in every step) and in prefill. Formats that were not measured have the shares of the one whose kernel is theirs but for how codes
-# are unpacked.
+# the CUDA step on an H100 80GB, Llama-3-8B shape: "decode" is a share of the data sheet's bandwidth, the others of its dense matmul rate: of codes that up to
+# 64 rows meet in registers ("several"), or up to 384 ("coded"), and of all else ("prefill"). Formats that were not measured have the shares of the one whose
+# kernel is theirs but for how codes are unpacked.
 CUDA_STEP_MEASURED = {
-    "bf16": {"decode": 0.89, "few rows": 0.48, "prefill": 0.63},
-    "int8": {"decode": 0.93, "several": 0.68, "several rows": 0.165, "few rows": 0.24, "prefill": 0.55},
-    "fp8": {"decode": 0.92, "several": 0.64, "several rows": 0.165, "few rows": 0.24, "prefill": 0.55},
-    "fp8-a8": {"decode": 0.62, "few rows": 0.64, "prefill": 0.94},
-    "int4-g128": {"decode": 0.83, "several": 0.49, "several rows": 0.175, "few rows": 0.27, "prefill": 0.55},
+    "bf16": {"decode": 0.89, "prefill": 0.655},
+    "int8": {"decode": 0.93, "several": 0.2, "coded": 0.41, "prefill": 0.59},
+    "fp8": {"decode": 0.92, "several": 0.2, "coded": 0.41, "prefill": 0.59},
+    "fp8-a8": {"decode": 0.737, "prefill": 0.97},
+    "int4-g128": {"decode": 0.83, "several": 0.205, "coded": 0.39, "prefill": 0.67},
 }
 
 
@@ -190,7 +192,7 @@ def _cuda_step_calibrations() -> dict[tuple[str, str, str], Calibration]:
         like = name if name in CUDA_STEP_MEASURED else {"w8a8": "int8", "int8": "int8", "fp8": "fp8"}.get(layout.kind, "int4-g128")
         source = "measured on an H100" if like == name else f"as {like}, measured on an H100"
         held = CUDA_STEP_MEASURED[like]
-        shares = {"several": held["decode"], "several rows": held["few rows"]} | held
+        shares = {"few rows": held.get("several", held["prefill"])} | held
         found |= {("cuda step", name, phase): Calibration(share, source, "2026-11-28") for phase, share in shares.items()}
     return found
 
@@ -199,7 +201,8 @@ EFFICIENCY.update(_cuda_step_calibrations())
 
 
 def find_calibration(kind: str, format_name: str, phase: str) -> Calibration:
-    """The efficiency of `format_name` on devices of `kind` in "decode" or, for the CUDA step, "several" (bandwidth), "few rows" or "prefill" (matmul rate).
+    """The efficiency of `format_name` on devices of `kind`: of the bandwidth in "decode"; of the matmul rate with "few rows", in "prefill" or, of the CUDA
+    step, "several" or "coded".
 
     Raises InputError for what is not known.
     """

@@ -2,13 +2,16 @@
 
     seconds = max(bytes / (bandwidth · efficiency), operations / (rate · efficiency), streamed bytes / link) + overhead + all-reduces
 
-Bytes and operations overlap, and so does streaming as far as it hides behind them. What Python needs to start operations does not hide in eager execution, nor
-do the all-reduces of tensor parallelism, which stand between dependent products. (Williams, Waterman, Patterson 2009, CACM 52(4), for the roofline.)
+Bytes and operations overlap, and so does streaming as far as it hides behind them. In the CUDA step's kernels they overlap in part: where both take about as
+long, as with some hundred rows, the root of their squares' sum is what was measured; paged attention stands between the products, so its share adds. What
+Python needs to start operations does not hide in eager execution, nor do the all-reduces of tensor parallelism, which stand between dependent products.
+(Williams, Waterman, Patterson 2009, CACM 52(4), for the roofline.)
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import hypot
 from operator import itemgetter
 
 from tradespace.cost import calibration
@@ -58,6 +61,8 @@ class Rates:
     peer_bytes_per_s: float | None
     source: str
     missing: dict[str, str]
+    paged_flops_per_s: float | None = None
+    in_part: bool = False  # whether bytes and operations overlap in part alone
 
 
 def _matmul_rate(device: DeviceSpec, dtype: str) -> tuple[Estimate, str]:
@@ -88,19 +93,20 @@ def native_kind(device: DeviceSpec) -> str:
     return "native" if device.native_flops_per_s else calibration.native_kind(device.instruction_sets)
 
 
-def decode_phase(weights: WeightPlan, sequences: float) -> str:
-    """The phase whose rates a decode step of so many sequences has: "several" where codes meet more rows in registers than the smallest product takes."""
-    coded = weights.layout == "cuda" and not cuda.FORMATS[weights.default].plain
-    return "several" if coded and cuda.LEAST_ROWS < sequences <= cuda.CODED_ROWS else "decode"
+def step_phase(phase: str, weights: WeightPlan, rows: float) -> str:
+    """The phase whose rates a step of so many rows has, a decode step or the chunk of a prefill: for codes on a CUDA device the kernel that takes that many."""
+    if weights.layout != "cuda" or cuda.FORMATS[weights.default].plain:
+        return phase
+    return "several" if rows <= cuda.FEW_ROWS else "coded" if rows <= cuda.CODED_ROWS else "prefill"
 
 
 def rates_for(device: DeviceSpec, weights: WeightPlan, phase: str, activations: str = "auto") -> Rates:
-    """The device's rates for products with `weights`' default format in "decode", "several" (`decode_phase`) or "prefill"."""
+    """The device's rates for products with `weights`' default format in "decode", "prefill", or what else `step_phase` names."""
     is_native, name = weights.layout == "native", weights.default
     kind = {"native": native_kind(device), "cuda": "cuda step"}.get(weights.layout, device.kind)
     efficiency = calibration.find_calibration(kind, name, phase)
-    bandwidth = efficiency if phase == "several" else calibration.find_calibration(kind, name, "decode")  # how well a format streams
-    compute = calibration.find_calibration(kind, name, {"prefill": "prefill", "several": "several rows"}.get(phase, "few rows"))
+    bandwidth = calibration.find_calibration(kind, name, "decode")  # how well a format streams
+    compute = calibration.find_calibration(kind, name, "few rows" if phase == "decode" else phase)
     rate, note = _native_rate(device, native.activation_form(name, activations)) if is_native else _matmul_rate(device, FORMATS[name].compute)
     host, peer, disk = device.host_link_bytes_per_s, device.peer_link_bytes_per_s, device.disk_bytes_per_s
     figures = {
@@ -121,6 +127,8 @@ def rates_for(device: DeviceSpec, weights: WeightPlan, phase: str, activations: 
         peer_bytes_per_s=figures["peer"].value,
         source=efficiency.label + note,
         missing={name: figure.source for name, figure in figures.items() if not figure.known},
+        paged_flops_per_s=device.flops_per_s("bf16").map(lambda value: value * calibration.PAGED_PREFILL_SHARE.value).value,
+        in_part=kind == "cuda step",
     )
 
 
@@ -147,8 +155,10 @@ def step_time(work: StepWork, rates: Rates) -> StepTime:
     paged_s = 0.0
     if work.paged_bytes and read_bytes_per_s:  # of several sequences: read while nothing is multiplied by weights
         paged_s = work.paged_bytes / (read_bytes_per_s / rates.bandwidth_efficiency * calibration.PAGED_SHARE.value)
-    seconds = max(terms[0][1], terms[1][1], terms[2][1]) + paged_s + overhead_s + peer_s
-    terms[0] = ("bandwidth", terms[0][1] + paged_s)
+    prompts_s = work.paged_flops / rates.paged_flops_per_s if work.paged_flops and rates.paged_flops_per_s else 0.0
+    products_s = hypot(terms[0][1], terms[1][1]) if rates.in_part else max(terms[0][1], terms[1][1])
+    seconds = max(products_s, terms[2][1]) + paged_s + prompts_s + overhead_s + peer_s
+    terms[:2] = [("bandwidth", terms[0][1] + paged_s), ("compute", terms[1][1] + prompts_s)]
     terms[3:] = [("peer", peer_s), ("overhead", overhead_s)]
     bound = max(terms, key=itemgetter(1))[0]
     return StepTime(Estimate(seconds, rates.source), bound, tuple([term for term in terms if term[1]]), work.arithmetic_intensity)
@@ -160,7 +170,7 @@ def decode_time(model: ModelSpec, plan: Plan, device: DeviceSpec, workload: Work
     share = weight_share(summary, plan.weights, plan.tensor_parallel)
     sequences = sequences_in_step(plan, workload)
     work = decode_work(summary, share, cache_share(summary, plan), Axes.of(plan), sequences, workload.mean_length)
-    return step_time(work, rates_for(device, plan.weights, decode_phase(plan.weights, sequences), plan.activations))
+    return step_time(work, rates_for(device, plan.weights, step_phase("decode", plan.weights, sequences), plan.activations))
 
 
 def prefill_time(model: ModelSpec, plan: Plan, device: DeviceSpec, workload: Workload) -> StepTime:
@@ -168,7 +178,8 @@ def prefill_time(model: ModelSpec, plan: Plan, device: DeviceSpec, workload: Wor
     summary = summarize(model)
     share = weight_share(summary, plan.weights, plan.tensor_parallel)
     work = prefill_work(summary, share, cache_share(summary, plan), Axes.of(plan), workload.prompt_tokens, plan.step_tokens)
-    return step_time(work, rates_for(device, plan.weights, "prefill", plan.activations))
+    phase = step_phase("prefill", plan.weights, min(plan.step_tokens, workload.prompt_tokens))
+    return step_time(work, rates_for(device, plan.weights, phase, plan.activations))
 
 
 def decode_tokens_per_s(step: StepTime, sequences: int, workload: Workload) -> Estimate:

@@ -12,6 +12,7 @@ from math import ceil
 
 from tradespace.cost import calibration
 from tradespace.cost.summary import Summary, WeightShare, cache_token_bytes, heads_per_device, reach, routed_groups
+from tradespace.spec import cuda
 from tradespace.spec.attention import chunk_size
 from tradespace.spec.formats import ELEMENT_BYTES
 from tradespace.spec.kv import PLAIN, KVPlan
@@ -24,13 +25,14 @@ from tradespace.spec.workload import Workload
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepWork:
     """One step on one device: bytes through its memory (`paged_bytes` of them keys and values that paged attention reads of several sequences, at a rate of
-    their own), operations, eager calls, and what crosses links.
+    their own), operations (beside `paged_flops`, those of paged attention over prompts, likewise), eager calls, and what crosses links.
     """
 
     read_bytes: float
     flops: float
     num_ops: float
     paged_bytes: float = 0.0
+    paged_flops: float = 0.0
     link_bytes: float = 0.0  # streamed layers
     link: str = "host"
     peer_bytes: float = 0.0
@@ -39,7 +41,7 @@ class StepWork:
     @property
     def arithmetic_intensity(self) -> float:
         """Operations per byte of memory traffic."""
-        return self.flops / self.read_bytes if self.read_bytes else 0.0
+        return (self.flops + self.paged_flops) / self.read_bytes if self.read_bytes else 0.0
 
 
 def expected_experts(E: int, top_k: int, tokens: float) -> float:
@@ -103,13 +105,15 @@ def attention_ops(kernel: str, length: float) -> float:
     return constant * ceil(length / chunk_size(max(1, ceil(length)))) if kernel == "chunked" else constant
 
 
-def layer_ops(kernel: str) -> float:
-    """Eager operations of one layer outside of attention: none where one call runs the whole step, and for captured kernels what they wait for each other."""
-    return {"native": 0.0, "paged": calibration.PAGED_LAYER_OPS.value}.get(kernel, calibration.LAYER_OPS.value)
+def layer_ops(kernel: str, rows: float) -> float:
+    """Eager operations of one layer outside of attention in a step of so many rows: none where one call runs the whole step, and for captured kernels what they
+    wait for each other, which is more where norms and activations are kernels of their own."""
+    paged = calibration.PAGED_LAYER_OPS.value + (calibration.PAGED_MANY_OPS.value if rows > cuda.FEW_ROWS else 0.0)
+    return {"native": 0.0, "paged": paged}.get(kernel, calibration.LAYER_OPS.value)
 
 
 def step_ops(kernel: str) -> float:
-    """Operations of a decode step beside its layers."""
+    """Operations of a step beside its layers."""
     return calibration.CAPTURED_STEP_OPS.value if kernel == "paged" else calibration.STEP_OPS.value
 
 
@@ -179,6 +183,7 @@ def with_weights(beside: StepWork, read_bytes: float, share: WeightShare, axes: 
     return StepWork(
         read_bytes=steps * read_bytes + beside.read_bytes,
         paged_bytes=beside.paged_bytes,
+        paged_flops=beside.paged_flops,
         flops=beside.flops,
         num_ops=beside.num_ops,
         link_bytes=steps * share.streamed_bytes[axes.streamed_layers],
@@ -201,7 +206,9 @@ def decode_beside(
     flops = 2 * summary.active_parameters + attention_flops(summary, lambda window: min(length, reach(window, axes.kv) or length))
     remade_flops, remade_bytes = remade_work(summary, share, axes, length)
     peer_bytes, transfers = peer_work(summary, sequences, e, degree)
-    per_layer = layer_ops(axes.kernel) + (attention_ops(axes.kernel, length) * (1 if axes.kernel == "flash" else sequences))
+    per_layer = layer_ops(axes.kernel, sequences) + (attention_ops(axes.kernel, length) * (1 if axes.kernel == "flash" else sequences))
+    if axes.kernel == "paged" and sequences > 1:
+        per_layer += calibration.PAGED_SEVERAL_OPS.value
     return StepWork(
         read_bytes=sequences * (cached + written + scores + states + logits + remade_bytes),
         paged_bytes=sequences * cached if axes.kernel == "paged" and sequences > 1 else 0.0,
@@ -224,14 +231,16 @@ def prefill_beside(
     scores = score_traffic_bytes(summary, axes.kernel, causal_pairs(prompt_tokens, None), degree)
     body = summary.active_parameters - summary.head_parameters
     flops = 2 * (body * prompt_tokens + summary.head_parameters)
-    flops += attention_flops(summary, lambda window: causal_pairs(prompt_tokens, reach(window, axes.kv)))
+    attention = attention_flops(summary, lambda window: causal_pairs(prompt_tokens, reach(window, axes.kv)))
+    paged = axes.kernel == "paged"
     remade = [remade_work(summary, share, axes, start) for start in range(0, prompt_tokens, chunk)] if axes.kv.retain.rebuilds or axes.kv.of_input else []
     peer_bytes, transfers = peer_work(summary, prompt_tokens, e, degree)
-    around = 0.0 if axes.kernel == "paged" else calibration.STEP_OPS.value  # a captured step holds its embedding, logits and sampling
-    ops = (layer_ops(axes.kernel) + attention_ops(axes.kernel, mean_keys)) * model.L + around
+    around = step_ops(axes.kernel)
+    ops = (layer_ops(axes.kernel, chunk) + attention_ops(axes.kernel, mean_keys)) * model.L + around
     return StepWork(
         read_bytes=cached + written + scores + 2 * model.V * 4 + sum(size for _, size in remade),
-        flops=(flops + sum(ops for ops, _ in remade)) / degree,
+        flops=(flops + (0.0 if paged else attention) + sum(ops for ops, _ in remade)) / degree,
+        paged_flops=attention / degree if paged else 0.0,
         num_ops=chunks * ops,
         peer_bytes=peer_bytes,
         peer_transfers=chunks * transfers,

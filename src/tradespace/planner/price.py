@@ -25,7 +25,7 @@ from tradespace.cost.summary import (
     weight_share,
     widest_columns,
 )
-from tradespace.cost.time import Rates, StepTime, decode_phase, rates_for, request_seconds, step_time
+from tradespace.cost.time import Rates, StepTime, rates_for, request_seconds, step_phase, step_time
 from tradespace.cost.traffic import Axes, StepWork, decode_beside, prefill_beside, weight_read_bytes, with_weights
 from tradespace.planner.candidate import Candidate, Question
 from tradespace.planner.parts import Cache, Part, Placements, Room, StepBytes
@@ -260,7 +260,8 @@ class Pricer:
             self._beside[alike] = beside
         steps = 1 if phase == "decode" else ceil(workload.prompt_tokens / tokens)
         work = with_weights(beside, self.read_bytes(part, tokens), part.share, axes, steps=steps)
-        found = self._steps[key] = step_time(work, self.rates(weights, decode_phase(weights, tokens) if phase == "decode" else phase))
+        rows = tokens if phase == "decode" else min(tokens, workload.prompt_tokens)
+        found = self._steps[key] = step_time(work, self.rates(weights, step_phase(phase, weights, rows)))
         return found
 
     def quality(self, part: Part, cache: Cache) -> Estimate:

@@ -211,7 +211,10 @@ def _decode_tiles(planes: Planes, mixer: Attention, device: torch.device, *, spl
     # measured on an H100: a context that may be long is split over many programs and combined by a kernel of its own (a last split of one warp takes 5 us to do
     # that); a short one takes few programs, whose warps share a tile: their code is short, and most of what a step of one sequence waits for is that
     if splits > 1 and context > SHORT_CONTEXT:
-        return PagedTiles(N=32, warps=1, stages=4, gather=True) if planes.code == "plain" else PagedTiles(N=128, warps=4, stages=2, gather=True)
+        # splits of one or two tiles where a sequence is not long: reasoned, not measured (of 512 keys each, four programs a head read 2,048 tokens)
+        if planes.code == "plain":
+            return PagedTiles(N=32, warps=1, stages=4, least=64, gather=True)
+        return PagedTiles(N=128, warps=4, stages=2, least=128, gather=True)
     if planes.code == "plain":
         return PagedTiles(N=64, warps=4, stages=2) if splits > 1 else PagedTiles(N=64, warps=2, stages=3)
     return PagedTiles(N=64, warps=2, stages=4) if splits > 1 else PagedTiles(N=32, warps=1, stages=4)
