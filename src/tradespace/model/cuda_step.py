@@ -119,7 +119,7 @@ class DeviceStep:
         mixers = [half.mixer for half in self.halves]
         self.attention = DecodeScratch(self.device, most, max(m.N for m in mixers), max(m.Hv for m in mixers), 1)
         self.planes: tuple[Planes, ...] = ()
-        self._last: Last = (self.x_TD[:0], None)
+        self.last: Last = (self.x_TD[:0], None)  # of the last step, for `logits_of`: who replays a captured one sets it to what that leaves
         self._cap = SOFTCAPS["torch"]
 
     def _splits(self, rows: int) -> int:
@@ -156,23 +156,14 @@ class DeviceStep:
         squares = self._few(h_TD, x_TD, inputs, decodes=decodes) if few else None
         if not few:
             self._many(h_TD, x_TD, inputs, decodes=decodes)
-        self._last = x_TD, squares
+        self.last = x_TD, squares
         if R == 0:
             return self.logits_RV[:0]
         return self._head(x_TD, squares) if decodes else self.logits_of(inputs.rows_R)
 
-    @property
-    def last(self) -> Last:
-        """What the last step left for `logits_of`, or a captured one leaves whenever it is replayed: then it is set again."""
-        return self._last
-
-    @last.setter
-    def last(self, last: Last) -> None:
-        self._last = last
-
     def logits_of(self, rows_R: Tensor) -> Tensor:
         """logits_RV in fp32 of these rows (int64 indices) of the last step, in the step's own buffer: valid until the next call."""
-        (x_TD, squares), R = self._last, len(rows_R)
+        (x_TD, squares), R = self.last, len(rows_R)
         torch.index_select(x_TD, 0, rows_R, out=self.rows_RD[:R])
         return self._head(self.rows_RD[:R], None if squares is None else squares.index_select(0, rows_R))
 
