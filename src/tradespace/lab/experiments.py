@@ -138,6 +138,14 @@ EXPERIMENTS: dict[str, Experiment] = {
             of_model=True,
         ),
         Experiment(name="gpu-speed", question="does the GPU engine hold its bars, and its budget?", minutes=15, module="gpu_speed", parts=GPU_PARTS, on="cuda"),
+        Experiment(
+            name="gpu-kernels",
+            question="at which share of a GPU's bandwidth do the kernels of a decode step read?",
+            minutes=8,
+            module="gpu_kernels",
+            parts=("products", "attention", "tiles"),
+            on="cuda",
+        ),
         Experiment(name="checkpointing", question="what does recomputing layers save and cost in training, by segment?", minutes=4, module="checkpointing"),
         Experiment(name="from-scratch", question="does training learn what transformers' Trainer learns, step by step?", minutes=15, module="from_scratch"),
         Experiment(

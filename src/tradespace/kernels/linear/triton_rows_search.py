@@ -92,10 +92,11 @@ class Chain:
             run()  # compiles
         except (CompilationError, OutOfResources, PTXASError):
             return float("inf")
-        return (_graph_seconds(run) if x_TC.is_cuda else _wall_seconds(run)) / len(self.weights)
+        return (graph_seconds(run) if x_TC.is_cuda else wall_seconds(run)) / len(self.weights)
 
 
-def _graph_seconds(run: Callable[[], None]) -> float:
+def graph_seconds(run: Callable[[], None]) -> float:
+    """Seconds of the calls as one captured graph, replayed: the median of some passes."""
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):
@@ -112,7 +113,7 @@ def _graph_seconds(run: Callable[[], None]) -> float:
     return statistics.median(times[1:])
 
 
-def _wall_seconds(run: Callable[[], None]) -> float:
+def wall_seconds(run: Callable[[], None]) -> float:
     started = time.perf_counter()
     run()
     return time.perf_counter() - started
