@@ -55,7 +55,7 @@ def shared(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(triton_launch, "prefer_shared", found.append)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: type("Stream", (), {"cuda_stream": 77})())
+    monkeypatch.setattr(triton_launch, "raw_stream", lambda device: 77)
     return found
 
 

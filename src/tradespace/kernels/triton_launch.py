@@ -15,6 +15,13 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from tradespace.kernels.attention.triton_interpreter import prepare
 from tradespace.kernels.cuda_module import prefer_shared
 
+try:
+    from torch._C import _cuda_getCurrentRawStream as raw_stream  # as Triton asks for it: without an object for the stream  # pyright: ignore
+except ImportError:  # torch for CPUs
+
+    def raw_stream(device: int) -> int:
+        return torch.cuda.current_stream(device).cuda_stream
+
 
 def launch(
     kernel: Any, grid: tuple[int, ...], like: Tensor, *arguments: Any, pdl: bool | None = None, beside: bool = False, same: Any = None, **options: Any
@@ -49,7 +56,7 @@ def launch(
             _READY[key] = kernel, compiled.run, compiled.function, compiled.packed_metadata, rest
             return
         _, run, function, metadata, rest = ready
-        stream = torch.cuda.current_stream().cuda_stream
+        stream = raw_stream(device)
         run(grid[0], grid[1] if len(grid) > 1 else 1, grid[2] if len(grid) > 2 else 1, stream, function, metadata, None, None, None, *arguments, *rest)
 
 
