@@ -127,7 +127,7 @@ def rates_for(device: DeviceSpec, weights: WeightPlan, phase: str, activations: 
         peer_bytes_per_s=figures["peer"].value,
         source=efficiency.label + note,
         missing={name: figure.source for name, figure in figures.items() if not figure.known},
-        paged_flops_per_s=device.flops_per_s("bf16").map(lambda value: value * calibration.PAGED_PREFILL_SHARE.value).value,
+        paged_flops_per_s=_matmul_rate(device, "bf16")[0].map(lambda value: value * calibration.PAGED_PREFILL_SHARE.value).value,
         in_part=kind == "cuda step",
     )
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 TIMEOUT_S = 120.0  # a rank that waits longer for another ends with an error
 GLOO_THREAD = "pt_gloo_runloop"
+ENDED = ("", "")  # name and state of a thread that is no more
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def leave(ranks: Ranks) -> None:
     """Ends the process group, once all are done."""
     if ranks.world > 1 and dist.is_initialized():
         dist.destroy_process_group()
-        settle()
+        until_asleep(GLOO_THREAD)
 
 
 def settle() -> None:
@@ -144,9 +145,6 @@ def until_asleep(name: str, limit_s: float = 5.0, pause_s: float = 0.002) -> Non
     while looks < 2 and time.monotonic() < end:
         time.sleep(pause_s)  # without the lock: who waits for it runs
         looks = 0 if any(_thread(task) not in {(name, "S"), ENDED} for task in found) else looks + 1
-
-
-ENDED = ("", "")
 
 
 def _thread(stat: Path) -> tuple[str, str]:
