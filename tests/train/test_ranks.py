@@ -103,7 +103,8 @@ def test_adapters_over_data_ranks(tmp_path):
 def test_bytes_of_a_rank_are_predicted(case, tmp_path):
     """Weights, gradients and states to the byte, the step within 5%; over data ranks it may be less by one layer: not all is there at once."""
     case = {"method": "full", **case, "measure": True, "steps": 2}
-    found = ranks(case, tmp_path, 2)[0]
+    both = ranks(case, tmp_path, 2)
+    found = both[0]
     spec = shard_spec(small_spec(**case["spec"]), case.get("tensor", 1))
     data = case.get("data", 1)
     plan = TrainPlan(
@@ -115,6 +116,7 @@ def test_bytes_of_a_rank_are_predicted(case, tmp_path):
     assert lines["weights"] == lines["gradients"] or case["method"] == "lora"
     assert lines["optimizer"] == found["optimizer"]
     step = activation_peak(spec, plan)[1] + (lines.get("gathered") or 0)
+    assert data == 1 or both[0]["peak"] == both[1]["peak"], "what a rank holds is no matter of when gloo's thread lets go"
     assert 0.95 * found["peak"] < step < 1.05 * (found["peak"] + whole_bytes(spec, plan, 0))
 
 

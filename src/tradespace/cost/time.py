@@ -108,6 +108,7 @@ def rates_for(device: DeviceSpec, weights: WeightPlan, phase: str, activations: 
     bandwidth = calibration.find_calibration(kind, name, "decode")  # how well a format streams
     compute = calibration.find_calibration(kind, name, "few rows" if phase == "decode" else phase)
     rate, note = _native_rate(device, native.activation_form(name, activations)) if is_native else _matmul_rate(device, FORMATS[name].compute)
+    attention, _ = _matmul_rate(device, "bf16")
     host, peer, disk = device.host_link_bytes_per_s, device.peer_link_bytes_per_s, device.disk_bytes_per_s
     figures = {
         "bandwidth": device.read_bytes_per_s,
@@ -116,6 +117,7 @@ def rates_for(device: DeviceSpec, weights: WeightPlan, phase: str, activations: 
         "link": host or Estimate.unknown(f"{device.name} has no link to host memory"),
         "disk": disk,
         "peer": peer or Estimate.unknown(f"{device.name} has no link to its peers"),
+        "attention": attention,
     }
     return Rates(
         device=device,
@@ -127,7 +129,7 @@ def rates_for(device: DeviceSpec, weights: WeightPlan, phase: str, activations: 
         peer_bytes_per_s=figures["peer"].value,
         source=efficiency.label + note,
         missing={name: figure.source for name, figure in figures.items() if not figure.known},
-        paged_flops_per_s=_matmul_rate(device, "bf16")[0].map(lambda value: value * calibration.PAGED_PREFILL_SHARE.value).value,
+        paged_flops_per_s=attention.map(lambda value: value * calibration.PAGED_PREFILL_SHARE.value).value,
         in_part=kind == "cuda step",
     )
 
@@ -137,29 +139,30 @@ def step_time(work: StepWork, rates: Rates) -> StepTime:
     read_bytes_per_s = rates.read_bytes_per_s
     if rates.device.bandwidth_curve:
         read_bytes_per_s = rates.device.bandwidth_at(work.read_bytes).map(lambda value: value * rates.bandwidth_efficiency).value
+    link = "disk" if work.link == "disk" else "link"
     needed = (
         ("bandwidth", work.read_bytes - work.paged_bytes, read_bytes_per_s),
         ("compute", work.flops, rates.flops_per_s),
-        ("disk" if work.link == "disk" else "link", work.link_bytes, rates.link_bytes_per_s[work.link]),
+        (link, work.link_bytes, rates.link_bytes_per_s[work.link]),
         ("peer", work.peer_bytes, rates.peer_bytes_per_s),
+        ("attention", work.paged_flops, rates.paged_flops_per_s),
     )
-    terms: list[tuple[str, float]] = []
+    taken: list[float] = []
     for name, amount, per_second in needed:
         if amount and per_second is None:
             return StepTime(Estimate.unknown(rates.missing.get(name, f"no {name} rate")), name, (), work.arithmetic_intensity)
-        terms.append((name, amount / per_second if amount and per_second else 0.0))
+        taken.append(amount / per_second if amount and per_second else 0.0)
     if rates.op_s is None:
         return StepTime(Estimate.unknown(rates.missing["overhead"]), "overhead", (), work.arithmetic_intensity)
-    peer_s = terms[3][1] + work.peer_transfers * calibration.ALL_REDUCE_LATENCY_S.value
+    reading_s, products_s, link_s, peer_s, prompts_s = taken
+    peer_s += work.peer_transfers * calibration.ALL_REDUCE_LATENCY_S.value
     overhead_s = work.num_ops * rates.op_s * calibration.OP_STARTS[rates.device.kind].value
     paged_s = 0.0
     if work.paged_bytes and read_bytes_per_s:  # of several sequences: read while nothing is multiplied by weights
         paged_s = work.paged_bytes / (read_bytes_per_s / rates.bandwidth_efficiency * calibration.PAGED_SHARE.value)
-    prompts_s = work.paged_flops / rates.paged_flops_per_s if work.paged_flops and rates.paged_flops_per_s else 0.0
-    products_s = hypot(terms[0][1], terms[1][1]) if rates.in_part else max(terms[0][1], terms[1][1])
-    seconds = max(products_s, terms[2][1]) + paged_s + prompts_s + overhead_s + peer_s
-    terms[:2] = [("bandwidth", terms[0][1] + paged_s), ("compute", terms[1][1] + prompts_s)]
-    terms[3:] = [("peer", peer_s), ("overhead", overhead_s)]
+    together_s = hypot(reading_s, products_s) if rates.in_part else max(reading_s, products_s)
+    seconds = max(together_s, link_s) + paged_s + prompts_s + overhead_s + peer_s
+    terms = (("bandwidth", reading_s + paged_s), ("compute", products_s + prompts_s), (link, link_s), ("peer", peer_s), ("overhead", overhead_s))
     bound = max(terms, key=itemgetter(1))[0]
     return StepTime(Estimate(seconds, rates.source), bound, tuple([term for term in terms if term[1]]), work.arithmetic_intensity)
 

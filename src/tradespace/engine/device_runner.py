@@ -229,8 +229,8 @@ class DeviceRunner:
 
     # ------------------------------------------------------------------------------------------------ a step
 
-    def _submit(self, step: Step, known: Mapping[str, int]) -> tuple[Tensor, dict[str, int], Inputs]:
-        """Sends a step and computes its logits and best tokens; nothing is waited for. Returns logits, which row is whose first, and what the step read."""
+    def _submit(self, step: Step, known: Mapping[str, int]) -> tuple[Tensor, dict[str, int]]:
+        """Sends a step and computes its logits and best tokens; nothing is waited for. Returns logits, and which row is whose first."""
         if step.copies:
             self.cache.copy_blocks(step.copies)
         sequences = step.sequences
@@ -245,28 +245,26 @@ class DeviceRunner:
                 self._decode(bucket)
             else:
                 graph.replay()
-            return self.model.logits_RV[:count], {item.request.id: row for row, item in enumerate(sequences)}, self.decode_inbox.inputs(count, count, count)
+            return self.model.logits_RV[:count], {item.request.id: row for row, item in enumerate(sequences)}
         arrays = self.inbox.next_arrays()
         tokens, rows, first = self._fill_mixed(arrays, sequences, known)
-        bucket = self._mixed_bucket(sequences, tokens)
+        inputs, bucket = self.inbox.inputs(tokens, count, rows), self._mixed_bucket(sequences, tokens)
         if bucket is not None:
             self._pad_mixed(arrays, tokens, count, bucket)
-            self.inbox.send()
-            self.mixed_graphs[bucket].replay()
-            self.model.last = self.mixed_graphs[bucket].last
-            inputs = self.inbox.inputs(tokens, count, rows)
-            logits_RV = self.model.logits_of(inputs.rows_R) if rows else self.model.logits_RV[:0]
-            self.sampling.greedy(logits_RV[:, : self.num_tokens], self.chosen_R[:rows])
-            return logits_RV, first, inputs
         self.inbox.send()
-        singles = next((row for row, item in enumerate(sequences) if item.num_tokens > 1), count)
-        rest = sequences[singles:]
-        fresh = tuple(item.num_tokens for item in rest) if all(item.start == 0 for item in rest) else ()
-        inputs = replace(self.inbox.inputs(tokens, count, rows), singles=singles, fresh=self.prompts.of(fresh))
-        self._resolve(inputs.tokens_T, self.inbox.tensors["sources"][:tokens])
-        logits_RV = self.model.run(inputs, decodes=False)
+        if bucket is not None:
+            captured = self.mixed_graphs[bucket]
+            captured.replay()
+            self.model.last = captured.last
+            logits_RV = self.model.logits_of(inputs.rows_R)
+        else:
+            singles = next((row for row, item in enumerate(sequences) if item.num_tokens > 1), count)
+            rest = sequences[singles:]
+            fresh = tuple(item.num_tokens for item in rest) if all(item.start == 0 for item in rest) else ()
+            self._resolve(inputs.tokens_T, self.inbox.tensors["sources"][:tokens])
+            logits_RV = self.model.run(replace(inputs, singles=singles, fresh=self.prompts.of(fresh)), decodes=False)
         self.sampling.greedy(logits_RV[:, : self.num_tokens], self.chosen_R[:rows])
-        return logits_RV, first, inputs
+        return logits_RV, first
 
     def _fill_decode(self, arrays: dict[str, np.ndarray], sequences: tuple[ScheduledSequence, ...], known: Mapping[str, int], bucket: int) -> None:
         size, tables = self.block_size, arrays["tables"]
@@ -329,16 +327,16 @@ class DeviceRunner:
     @torch.inference_mode()
     def execute(self, step: Step) -> Tensor:
         """Logits (R, V) in fp32 on the device, R = step.num_logits, valid until the next step; prompt tokens are scored for those who asked."""
-        logits_RV, _, inputs = self._submit(step, {})
+        logits_RV, _ = self._submit(step, {})
         if any(item.request.params.prompt_logprobs is not None for item in step.sequences):
             logits_RV = logits_RV.clone()
-            self._score_prompts(step, inputs)
+            self._score_prompts(step)
         return logits_RV
 
     @torch.inference_mode()
     def launch(self, step: Step, last: InFlight | None = None) -> InFlight:
         """Computes a step and chooses its tokens on the device. `last`: the step before, whose tokens this one may go on from."""
-        logits_RV, first, _ = self._submit(step, {} if last is None else last.rows)
+        logits_RV, first = self._submit(step, {} if last is None else last.rows)
         rows = [SampleRow(item.request) for item in step.sequences if item.samples]
         if any(not row.params.greedy for row in rows):
             keys = [row.noise_key for row in rows]
@@ -352,7 +350,7 @@ class DeviceRunner:
             event.record()
         return InFlight(step, first, host, len(rows), event)
 
-    def _score_prompts(self, step: Step, inputs: Inputs) -> None:
+    def _score_prompts(self, step: Step) -> None:
         """Log-probabilities of the prompt tokens that a step's rows foretell, for those who asked, some rows of logits at a time."""
         start_row = 0
         for item in step.sequences:

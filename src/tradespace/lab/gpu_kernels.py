@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tradespace.errors import UnsupportedError
@@ -37,7 +38,8 @@ CONTEXT = 32_768  # that the plan allows: tables are so wide, and who is alone i
 READ_BYTES = GiB  # of all layers' caches in a pass, at least: beyond what the device's own cache holds
 MOST_LAYERS = 32
 STORES = {"bf16": 2, "fp8": 1, "int8": 1}  # and the bytes of a number
-# other tiles: (keys, warps), stages, and least keys of a split. As keys are found through tables, Triton keeps a tile more under way for two stages more
+# other tiles: (keys, warps), stages, and least keys of a split. As keys are found through tables, Triton 3.6 keeps one tile under way for 2 stages (and 4), two
+# for 5, and three for 7
 TILES, STAGES, LEAST = ((32, 1), (32, 2), (64, 2), (64, 4), (128, 4)), (2, 5, 7), (128, 512)
 
 
@@ -62,8 +64,8 @@ class Cell:
         return max(1, min(MOST_LAYERS, -(-READ_BYTES // self.nbytes)))
 
 
-def attention_call(cell: Cell, device: Any, layers: int) -> Callable[[PagedTiles | None], Callable[[], None]]:
-    """tiles → a pass over `layers` caches of random numbers, whose blocks lie in any order."""
+def attention_call(cell: Cell, device: Any, layers: int) -> Callable[[PagedTiles | None], None]:
+    """A pass at some tiles (None: those that a step takes) over `layers` caches of random numbers, whose blocks lie in any order."""
     import torch
 
     from tradespace.kernels.attention.paged import DecodeScratch, Planes, paged_decode
@@ -99,14 +101,11 @@ def attention_call(cell: Cell, device: Any, layers: int) -> Callable[[PagedTiles
     scratch = DecodeScratch(device, B, mixer.N, mixer.Hv, splits)
     pdl = on_card and torch.cuda.get_device_capability(device) >= (9, 0)
 
-    def with_tiles(tiles: PagedTiles | None) -> Callable[[], None]:
-        def run() -> None:
-            for each in planes:
-                paged_decode(q_BNH, each, tables_BM, lengths_B, mixer, scratch, out_BNHv, splits=splits, tiles=tiles, pdl=pdl)
+    def attend(tiles: PagedTiles | None) -> None:
+        for each in planes:
+            paged_decode(q_BNH, each, tables_BM, lengths_B, mixer, scratch, out_BNHv, splits=splits, tiles=tiles, pdl=pdl)
 
-        return run
-
-    return with_tiles
+    return attend
 
 
 def seconds_of(run: Callable[[], None], device: Any) -> float:
@@ -136,7 +135,7 @@ def attention_rows(cell: Cell, device: Any, read: float, tiles: Sequence[PagedTi
     call = attention_call(cell, device, cell.layers)
     rows = []
     for each in tiles or (None,):
-        seconds = seconds_of(call(each), device) / cell.layers
+        seconds = seconds_of(partial(call, each), device) / cell.layers
         if seconds == float("inf"):
             continue
         what = f"{cell.sequences} × {cell.length:,} tokens"
@@ -202,8 +201,8 @@ def run(*, quick: bool, say: Callable[[str], None], only: Sequence[str]) -> Reco
                 others = tuple(candidates(split=cuda.decode_splits(sequences, mixer.K, cell.context) > 1)) if part == "tiles" else ()
                 found = attention_rows(cell, device, read, others)
                 rows += found
-                best = found[0]
-                say(f"{store}, {best['what']}: {best['us']:.1f} us, {best['share']:.0%}" + (f" with {best['tiles']}" if part == "tiles" else ""))
+                said = (f"{row['what']}: {row['us']:.1f} us, {row['share']:.0%}" + (f" with {row['tiles']}" if part == "tiles" else "") for row in found)
+                say(f"{store}, {next(said, f'{sequences} × {length:,} tokens: no tiles that this card can hold')}")
                 torch.cuda.empty_cache()
     figures = {"reading": Figure.of([read / 1e9], "GB/s")}
     figures |= {f"{row['part']}:{row['what']} {row['format']}": Figure.of([row["us"]], "us") for row in reversed(rows)}  # of tiles the fastest

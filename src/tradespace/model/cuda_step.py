@@ -157,13 +157,13 @@ class DeviceStep:
         if not few:
             self._many(h_TD, x_TD, inputs, decodes=decodes)
         self.last = x_TD, squares
-        if R == 0:
-            return self.logits_RV[:0]
         return self._head(x_TD, squares) if decodes else self.logits_of(inputs.rows_R)
 
     def logits_of(self, rows_R: Tensor) -> Tensor:
         """logits_RV in fp32 of these rows (int64 indices) of the last step, in the step's own buffer: valid until the next call."""
         (x_TD, squares), R = self.last, len(rows_R)
+        if R == 0:
+            return self.logits_RV[:0]
         torch.index_select(x_TD, 0, rows_R, out=self.rows_RD[:R])
         return self._head(self.rows_RD[:R], None if squares is None else squares.index_select(0, rows_R))
 

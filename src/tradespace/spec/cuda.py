@@ -19,7 +19,6 @@ from tradespace.spec.model import DenseFFN, ModelSpec
 from tradespace.spec.paged import mixer_refusal
 
 CHUNK_ROWS = 32
-LEAST_ROWS = 8  # that the products of few rows take: fewer are padded
 FEW_ROWS = 64  # rows of activations up to which a layer's norms, residuals and gated activations are computed within its products
 CODED_PASS = 128  # rows that codes meet at once where they are decoded in registers as they are multiplied
 CODED_ROWS = 384  # up to which that takes less, pass by pass, than decoding a matrix into memory first
@@ -33,7 +32,7 @@ SAMPLE_CHUNK = 2048  # logits of a row that one program of sampling looks at
 ONE_QUERY_CONTEXT = 512  # tokens of a sequence alone up to which eight programs a head read its cache soon enough (at 2,048 they took 26 us more a layer)
 ONE_QUERY_BYTES = 10 * 1024  # of shared memory for its scores: beside it lie the weights that two products have under way
 ONE_QUERY_TILE, ONE_QUERY_RANKS = 16, 8  # keys of a tile, programs of a key-value head
-MIXED_ROWS = (32, 64, 128, 256, 384, 512)  # tokens for which a mixed step is captured: the device computes more in less time than the host takes to launch them
+MIXED_ROWS = (32, 64, 128, 256, 384, 512)  # tokens for which a mixed step is captured, as the host would take longer to launch its kernels than they take
 MIXED_CONTEXT = 4096  # tokens of a sequence that decodes in a captured mixed step, which does not split its keys over programs
 COUNTERS = 4096  # tiles of a split product, or (sequence, head) pairs of split attention, that count who is done
 
