@@ -300,7 +300,7 @@ def run(*, quick: bool, say: Callable[[str], None], only: Sequence[str]) -> Reco
     from tradespace.llm_cuda import device_spec
 
     if not torch.cuda.is_available():
-        raise UnsupportedError("gpu-speed measures a CUDA device, and there is none here")
+        raise UnsupportedError("gpu-speed measures a CUDA device, and torch sees none. `tradespace lab run cpu-speed` measures this CPU")
     device, spec = device_spec(0), replace(find_model("llama-3-8b"), max_context=40960)
     work: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "decode": lambda: _decodes(spec, device, say),
